@@ -1,0 +1,454 @@
+//! Typed memory on one device, and the borrowed views that ops take. The set of element types is closed.
+//! A device other than the CPU adds a variant here and nowhere else.
+
+use hadal_numerics::bf16;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
+
+/// Element type of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE binary32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Token ids, indices, counts, offsets.
+    I32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 | Self::I32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for i32 {}
+}
+
+/// A plain element type: any bit pattern is valid, zero bytes are zero.
+pub trait Pod: sealed::Sealed + Copy + Send + Sync + 'static {}
+impl Pod for f32 {}
+impl Pod for bf16 {}
+impl Pod for i32 {}
+
+/// An activation type: f32 or bf16. Arithmetic is in f32, one rounding on store.
+pub trait Elem: Pod {
+    /// Its tag.
+    const DTYPE: DType;
+    /// Exact widening.
+    fn f32(self) -> f32;
+    /// Rounds to nearest even.
+    fn round(x: f32) -> Self;
+    /// The view's elements; panics on another dtype (a contract breach).
+    fn of(v: View<'_>) -> &[Self];
+    /// As `of`, to write.
+    fn of_mut(v: ViewMut<'_>) -> &mut [Self];
+}
+
+impl Elem for f32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn round(x: f32) -> Self {
+        x
+    }
+    fn of(v: View<'_>) -> &[Self] {
+        v.f32()
+    }
+    fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
+        v.f32()
+    }
+}
+
+impl Elem for bf16 {
+    const DTYPE: DType = DType::Bf16;
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn round(x: f32) -> Self {
+        // Round to nearest even on the bits; a NaN keeps its sign and stays a NaN.
+        let b = x.to_bits();
+        if x.is_nan() {
+            return bf16::from_bits((b >> 16) as u16 | 0x40);
+        }
+        bf16::from_bits((b.wrapping_add(0x7fff + ((b >> 16) & 1)) >> 16) as u16)
+    }
+    fn of(v: View<'_>) -> &[Self] {
+        v.bf16()
+    }
+    fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
+        v.bf16()
+    }
+}
+
+/// Zeroed memory aligned to 256 bytes, the alignment of every tensor in an arena.
+pub struct AlignedVec<T: Pod> {
+    ptr: NonNull<T>,
+    len: usize,
+}
+
+const ALIGN: usize = 256;
+
+impl<T: Pod> AlignedVec<T> {
+    /// `len` zeros.
+    pub fn zeros(len: usize) -> Self {
+        if len == 0 {
+            return Self { ptr: NonNull::dangling(), len };
+        }
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a non-zero size.
+        let raw = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(raw.cast::<T>()) else { handle_alloc_error(layout) };
+        Self { ptr, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::array::<T>(len).and_then(|l| l.align_to(ALIGN)).expect("a buffer's size fits the address space")
+    }
+}
+
+impl<T: Pod> Drop for AlignedVec<T> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: allocated by `zeros` with the same layout.
+            unsafe { dealloc(self.ptr.as_ptr().cast(), Self::layout(self.len)) }
+        }
+    }
+}
+
+impl<T: Pod> Deref for AlignedVec<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: ptr is valid for len initialised elements (zeroed; any bits are valid for Pod), or dangling with len 0.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Pod> DerefMut for AlignedVec<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in deref, and &mut self makes the borrow unique.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+// SAFETY: AlignedVec owns its memory, as a Vec does, and its elements are Send and Sync.
+unsafe impl<T: Pod> Send for AlignedVec<T> {}
+// SAFETY: as above; shared access only reads.
+unsafe impl<T: Pod> Sync for AlignedVec<T> {}
+
+impl<T: Pod> Clone for AlignedVec<T> {
+    fn clone(&self) -> Self {
+        let mut out = Self::zeros(self.len);
+        out.copy_from_slice(self);
+        out
+    }
+}
+
+/// Owned memory of one dtype on one device. Shapes live with the code that knows them.
+#[derive(Clone)]
+pub enum Buf {
+    /// f32 in host memory.
+    F32(AlignedVec<f32>),
+    /// bf16 in host memory.
+    Bf16(AlignedVec<bf16>),
+    /// i32 in host memory.
+    I32(AlignedVec<i32>),
+}
+
+impl Buf {
+    /// `len` zeros of `dtype` in host memory. Model code allocates through [`crate::Ctx::zeros`].
+    pub fn host_zeros(dtype: DType, len: usize) -> Self {
+        match dtype {
+            DType::F32 => Self::F32(AlignedVec::zeros(len)),
+            DType::Bf16 => Self::Bf16(AlignedVec::zeros(len)),
+            DType::I32 => Self::I32(AlignedVec::zeros(len)),
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.view().len()
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.view().dtype()
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype().size()
+    }
+
+    /// All of it, to read.
+    pub fn view(&self) -> View<'_> {
+        match self {
+            Self::F32(v) => View::F32(v),
+            Self::Bf16(v) => View::Bf16(v),
+            Self::I32(v) => View::I32(v),
+        }
+    }
+
+    /// All of it, to write.
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        match self {
+            Self::F32(v) => ViewMut::F32(v),
+            Self::Bf16(v) => ViewMut::Bf16(v),
+            Self::I32(v) => ViewMut::I32(v),
+        }
+    }
+}
+
+impl std::fmt::Debug for Buf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buf({:?}, {})", self.dtype(), self.len())
+    }
+}
+
+/// Borrowed memory to read.
+#[derive(Clone, Copy, Debug)]
+pub enum View<'a> {
+    /// f32 in host memory.
+    F32(&'a [f32]),
+    /// bf16 in host memory.
+    Bf16(&'a [bf16]),
+    /// i32 in host memory.
+    I32(&'a [i32]),
+}
+
+/// Borrowed memory to write.
+#[derive(Debug)]
+pub enum ViewMut<'a> {
+    /// f32 in host memory.
+    F32(&'a mut [f32]),
+    /// bf16 in host memory.
+    Bf16(&'a mut [bf16]),
+    /// i32 in host memory.
+    I32(&'a mut [i32]),
+}
+
+impl<'a> View<'a> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+            Self::I32(v) => v.len(),
+        }
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::Bf16(_) => DType::Bf16,
+            Self::I32(_) => DType::I32,
+        }
+    }
+
+    /// A part of it, in elements.
+    pub fn slice(self, r: Range<usize>) -> View<'a> {
+        match self {
+            Self::F32(v) => View::F32(&v[r]),
+            Self::Bf16(v) => View::Bf16(&v[r]),
+            Self::I32(v) => View::I32(&v[r]),
+        }
+    }
+
+    /// The elements as f32; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn f32(self) -> &'a [f32] {
+        match self {
+            Self::F32(v) => v,
+            other => panic!("expected an f32 buffer, found {:?}", other.dtype()),
+        }
+    }
+
+    /// The elements as bf16; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn bf16(self) -> &'a [bf16] {
+        match self {
+            Self::Bf16(v) => v,
+            other => panic!("expected a bf16 buffer, found {:?}", other.dtype()),
+        }
+    }
+
+    /// The elements as i32; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn i32(self) -> &'a [i32] {
+        match self {
+            Self::I32(v) => v,
+            other => panic!("expected an i32 buffer, found {:?}", other.dtype()),
+        }
+    }
+
+    /// The elements widened to f32 (i32 is refused): for tests and for files.
+    #[track_caller]
+    pub fn to_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(v) => v.to_vec(),
+            Self::Bf16(v) => v.iter().map(|x| Elem::f32(*x)).collect(),
+            Self::I32(_) => panic!("expected a float buffer, found I32"),
+        }
+    }
+}
+
+impl<'a> ViewMut<'a> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.as_view().len()
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.as_view().dtype()
+    }
+
+    /// To read.
+    pub fn as_view(&self) -> View<'_> {
+        match self {
+            Self::F32(v) => View::F32(v),
+            Self::Bf16(v) => View::Bf16(v),
+            Self::I32(v) => View::I32(v),
+        }
+    }
+
+    /// A shorter borrow of the same memory.
+    pub fn reborrow(&mut self) -> ViewMut<'_> {
+        match self {
+            Self::F32(v) => ViewMut::F32(v),
+            Self::Bf16(v) => ViewMut::Bf16(v),
+            Self::I32(v) => ViewMut::I32(v),
+        }
+    }
+
+    /// A part of it, in elements.
+    pub fn slice(self, r: Range<usize>) -> ViewMut<'a> {
+        match self {
+            Self::F32(v) => ViewMut::F32(&mut v[r]),
+            Self::Bf16(v) => ViewMut::Bf16(&mut v[r]),
+            Self::I32(v) => ViewMut::I32(&mut v[r]),
+        }
+    }
+
+    /// The elements as f32; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn f32(self) -> &'a mut [f32] {
+        match self {
+            Self::F32(v) => v,
+            other => panic!("expected an f32 buffer, found {:?}", other.dtype()),
+        }
+    }
+
+    /// The elements as bf16; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn bf16(self) -> &'a mut [bf16] {
+        match self {
+            Self::Bf16(v) => v,
+            other => panic!("expected a bf16 buffer, found {:?}", other.dtype()),
+        }
+    }
+
+    /// The elements as i32; panics on another dtype (a contract breach).
+    #[track_caller]
+    pub fn i32(self) -> &'a mut [i32] {
+        match self {
+            Self::I32(v) => v,
+            other => panic!("expected an i32 buffer, found {:?}", other.dtype()),
+        }
+    }
+}
+
+/// A weight as ops see it: `experts` matrices [rows, cols] = [out, in], one after another, in one format.
+/// It may point into an arena, a mapped file or a derived form; ops never see an offset.
+/// Later formats (FP8 with scales, packed tiles) become variants of `data` with their scales beside.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'a> {
+    /// [experts, rows, cols], row-major; its dtype is the format.
+    pub data: View<'a>,
+    /// Matrices stacked; 1 for a plain linear.
+    pub experts: usize,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl<'a> Weight<'a> {
+    /// One matrix [rows, cols]; panics if the data has another size (a contract breach).
+    #[track_caller]
+    pub fn new(data: View<'a>, rows: usize, cols: usize) -> Self {
+        Self::stacked(data, 1, rows, cols)
+    }
+
+    /// `experts` matrices [rows, cols]; panics if the data has another size (a contract breach).
+    #[track_caller]
+    pub fn stacked(data: View<'a>, experts: usize, rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), experts * rows * cols, "weight of {experts} x [{rows}, {cols}]");
+        Self { data, experts, rows, cols }
+    }
+
+    /// The weight of one expert.
+    pub fn expert(&self, e: usize) -> Weight<'a> {
+        let n = self.rows * self.cols;
+        Self::new(self.data.slice(e * n..(e + 1) * n), self.rows, self.cols)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every bf16 value, and every midpoint's neighbours, round as the `half` crate rounds.
+    #[test]
+    fn bf16_rounding_agrees_with_half() {
+        for hi in 0..=u16::MAX {
+            for lo in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(hi) << 16 | lo);
+                let (a, b) = (<bf16 as Elem>::round(x), bf16::from_f32(x));
+                assert!(a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()), "{x:e}: {a:?} {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn buffers_are_zeroed_and_aligned() {
+        for n in [0usize, 1, 63, 1000] {
+            let b = Buf::host_zeros(DType::Bf16, n);
+            assert_eq!(b.len(), n);
+            assert!(b.view().bf16().iter().all(|x| x.to_bits() == 0));
+            if n > 0 {
+                assert_eq!(b.view().bf16().as_ptr() as usize % 256, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The device that ops run on and the context that every op and stage takes. Nothing of a step is global: two
+//! models live in one process, and the forward of one batch may interleave with the backward of another.
+
+use crate::{Buf, DType};
+use std::sync::Arc;
+
+/// Why a device cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A thread count of zero.
+    #[error("--threads 0: expected at least 1 (this machine has {0})")]
+    NoThreads(usize),
+    /// The operating system refused threads.
+    #[error("could not start {wanted} threads: {why}")]
+    Threads {
+        /// How many were asked for.
+        wanted: usize,
+        /// What the system said.
+        why: String,
+    },
+}
+
+/// A device; cheap to clone.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// The host's cores.
+    Cpu(Arc<Cpu>),
+}
+
+/// The host's cores as a pool of `threads` workers.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: rayon::ThreadPool,
+    threads: usize,
+}
+
+impl Device {
+    /// A CPU device with `threads` workers; None takes all cores.
+    pub fn cpu(threads: Option<usize>) -> Result<Self, DeviceError> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = threads.unwrap_or(cores);
+        if threads == 0 {
+            return Err(DeviceError::NoThreads(cores));
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("hadal-{i}"))
+            .build()
+            .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads })))
+    }
+
+    /// Context of step 0, micro-batch 0.
+    pub fn ctx(&self) -> Ctx {
+        Ctx { device: self.clone(), step: 0, micro_batch: 0 }
+    }
+}
+
+impl Cpu {
+    /// Number of workers.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `f(0) .. f(n - 1)` on the workers, in any order and on any worker. How work is cut into tasks must depend
+    /// on shapes alone, never on the number of workers: that is what keeps results equal for every thread count.
+    pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
+        use rayon::prelude::*;
+        match n {
+            0 => {}
+            1 => f(0),
+            _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(|i| f(i))),
+        }
+    }
+
+    /// Cuts `out` into pieces of `len` elements (the last may be shorter) and runs `f(i, piece)` on the workers.
+    pub fn chunks_mut<T: Send>(&self, out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+        use rayon::prelude::*;
+        assert!(len > 0, "pieces of no elements");
+        if out.len() <= len {
+            if !out.is_empty() {
+                f(0, out);
+            }
+            return;
+        }
+        self.pool.install(|| out.par_chunks_mut(len).with_max_len(1).enumerate().for_each(|(i, c)| f(i, c)));
+    }
+
+    /// As [`Cpu::chunks_mut`] over two slices cut alike: piece i of `a` with piece i of `b`.
+    pub fn chunks2_mut<T: Send, U: Send>(
+        &self,
+        (a, la): (&mut [T], usize),
+        (b, lb): (&mut [U], usize),
+        f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+    ) {
+        use rayon::prelude::*;
+        assert!(la > 0 && lb > 0, "pieces of no elements");
+        assert_eq!(a.len().div_ceil(la), b.len().div_ceil(lb), "slices cut into different numbers of pieces");
+        self.pool.install(|| {
+            a.par_chunks_mut(la)
+                .zip(b.par_chunks_mut(lb))
+                .with_max_len(1)
+                .enumerate()
+                .for_each(|(i, (x, y))| f(i, x, y));
+        });
+    }
+}
+
+/// What a stage or op needs beside its tensors: where to run, and which step and micro-batch this is.
+#[derive(Clone, Debug)]
+pub struct Ctx {
+    /// Where ops run.
+    pub device: Device,
+    /// Optimiser step.
+    pub step: u64,
+    /// Micro-batch within the step.
+    pub micro_batch: u32,
+}
+
+impl Ctx {
+    /// `len` zeros of `dtype` on the device.
+    pub fn zeros(&self, dtype: DType, len: usize) -> Buf {
+        match &self.device {
+            Device::Cpu(_) => Buf::host_zeros(dtype, len),
+        }
+    }
+
+    /// Uploads f32 values.
+    pub fn from_f32(&self, values: &[f32]) -> Buf {
+        let mut b = self.zeros(DType::F32, values.len());
+        b.view_mut().f32().copy_from_slice(values);
+        b
+    }
+
+    /// Uploads i32 values.
+    pub fn from_i32(&self, values: &[i32]) -> Buf {
+        let mut b = self.zeros(DType::I32, values.len());
+        b.view_mut().i32().copy_from_slice(values);
+        b
+    }
+}

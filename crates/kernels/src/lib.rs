@@ -1,0 +1,16 @@
+//! The closed set of operations that a DeepSeek model needs, each a plain function with an argument struct, a scalar
+//! reference, a CPU path, and one `match` on the device. No tensor library, no tape: the model calls these by hand.
+//!
+//! Shape legend used by every op: `N` tokens of a packed batch, `S` sequences, `D` hidden size, `H` heads,
+//! `P` qk_nope_head_dim, `R` qk_rope_head_dim, `W` v_head_dim, `C` kv_lora_rank, `E` experts, `K` experts per token,
+//! `F` expert width, `V` vocabulary. All matrices are row-major.
+
+mod buffer;
+mod device;
+pub mod ops;
+#[cfg(test)]
+mod testing;
+
+pub use buffer::{AlignedVec, Buf, DType, Elem, View, ViewMut, Weight};
+pub use device::{Cpu, Ctx, Device, DeviceError};
+pub use hadal_numerics::bf16;

@@ -1,0 +1,35 @@
+//! Decoupled rotary embedding, in place, in f32, rounded once. Pair i is (2i, 2i + 1) when interleaved (published
+//! V2 and V3 checkpoints) and (i, i + R/2) otherwise. Pairs stay where they are: dumps agree with DeepSeek's and V2's
+//! order, and scores do not care.
+
+use crate::{Ctx, View, ViewMut};
+
+/// Arguments of [`apply`]. Token n's head h begins at `n * token_stride + offset + h * head_stride`.
+#[derive(Debug)]
+pub struct Rope<'a> {
+    /// Activations, rotated in place.
+    pub x: ViewMut<'a>,
+    /// Elements from one token to the next.
+    pub token_stride: usize,
+    /// Where the first head's rotary part begins within a token.
+    pub offset: usize,
+    /// Heads per token.
+    pub heads: usize,
+    /// Elements from one head to the next.
+    pub head_stride: usize,
+    /// i32 [N].
+    pub positions: View<'a>,
+    /// f32 [R/2], radians per position (YaRN already applied).
+    pub inv_freq: View<'a>,
+    /// Factor on cos and sin (YaRN's attention factor; 1 without).
+    pub factor: f32,
+    /// Pairs are (2i, 2i + 1); otherwise (i, i + R/2).
+    pub interleaved: bool,
+    /// Rotate by minus the angle: the backward pass (same factor).
+    pub inverse: bool,
+}
+
+/// Rotates x by position. The backward pass is the same call with `inverse` on the gradient.
+pub fn apply(ctx: &Ctx, a: Rope<'_>) {
+    todo!()
+}

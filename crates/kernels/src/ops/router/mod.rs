@@ -1,0 +1,90 @@
+//! DeepSeekMoE's gate, from logits (V3 report 2.1.2, V2 report 2.1.2). All in f32.
+//!
+//! score = sigmoid(logits) or softmax(logits); choice = score + bias (bias: selection only); a group's score is its
+//! largest choice (V2) or the sum of its two largest (V3); the best `topk_group` groups stay; the `top_k` largest
+//! choices within them are chosen, written in descending order of choice. Ties go to the lowest index, of groups as of
+//! experts. weight = score at the chosen, divided by (their sum + 1e-20) if `norm_topk_prob`, times `scale`.
+//! A given choice replaces selection only: weights and gradients come from the current scores.
+
+use crate::{Ctx, View, ViewMut};
+
+/// How logits become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// V3.
+    Sigmoid,
+    /// V2.
+    Softmax,
+}
+
+/// How a group of experts is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// V2: its best expert.
+    Max,
+    /// V3: the sum of its two best; needs at least two experts per group.
+    TopTwo,
+}
+
+/// The gate's fixed parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// E.
+    pub experts: usize,
+    /// K.
+    pub top_k: usize,
+    /// Score function.
+    pub scoring: Scoring,
+    /// Groups the experts are cut into (1: no limit).
+    pub n_group: usize,
+    /// Groups a token may use.
+    pub topk_group: usize,
+    /// Judgement of a group.
+    pub group_score: GroupScore,
+    /// Divide the chosen scores by their sum.
+    pub norm_topk_prob: bool,
+    /// routed_scaling_factor.
+    pub scale: f32,
+}
+
+/// Arguments of [`forward`].
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// f32 [N, E].
+    pub logits: View<'a>,
+    /// f32 [E]: e_score_correction_bias; None for none.
+    pub bias: Option<View<'a>>,
+    /// i32 [N, K]: use this choice instead of selecting (kept in the given order).
+    pub given: Option<View<'a>>,
+    /// f32 [N, E].
+    pub scores: ViewMut<'a>,
+    /// i32 [N, K].
+    pub indices: ViewMut<'a>,
+    /// f32 [N, K].
+    pub weights: ViewMut<'a>,
+}
+
+/// Scores, choice and weights of each token.
+pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
+    todo!()
+}
+
+/// Arguments of [`backward`].
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// f32 [N, E], the forward's.
+    pub scores: View<'a>,
+    /// i32 [N, K], the forward's.
+    pub indices: View<'a>,
+    /// f32 [N, K].
+    pub d_weights: View<'a>,
+    /// f32 [N, E]: gradient of the scores from elsewhere (the balance loss).
+    pub d_scores: Option<View<'a>>,
+    /// f32 [N, E], overwritten.
+    pub d_logits: ViewMut<'a>,
+}
+
+/// Gradient of the logits. The choice itself has none.
+pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
+    todo!()
+}

@@ -1,0 +1,30 @@
+//! The complementary sequence-wise balance loss (V3 report, eq. 17-20), in f32 (sums in f64):
+//! L_s = sum_i f_i P_i with f_i = E / (K T) * (tokens of the sequence whose top-K of the plain scores, without bias and
+//! without groups, holds i) and P_i = mean over its tokens of score_i / sum_j score_j. f has no gradient.
+//! Sequence s is tokens cu[s]..cu[s+1]; an empty one has loss 0.
+
+use crate::{Ctx, View, ViewMut};
+
+/// Arguments of [`forward_backward`].
+#[derive(Debug)]
+pub struct SeqBalance<'a> {
+    /// f32 [N, E].
+    pub scores: View<'a>,
+    /// E.
+    pub experts: usize,
+    /// K.
+    pub top_k: usize,
+    /// i32 [S + 1].
+    pub cu: View<'a>,
+    /// f32 [S]: d(total loss) / dL_s, alpha and the global normalisation included.
+    pub seq_weights: View<'a>,
+    /// f32 [S]: L_s, without alpha.
+    pub loss: ViewMut<'a>,
+    /// f32 [N, E]: seq_weights[s] * dL_s / dscores, overwritten.
+    pub d_scores: ViewMut<'a>,
+}
+
+/// The loss of each sequence and the weighted gradient of its scores, in one pass.
+pub fn forward_backward(ctx: &Ctx, a: SeqBalance<'_>) {
+    todo!()
+}
