@@ -3,10 +3,10 @@
 //! they depend on the row, the weight and nothing else of the batch. Non-finite logits give non-finite outputs.
 
 use super::{Backward, Inputs, Outputs};
-use crate::math::exp;
+use crate::math::{exp, vectorised};
 use crate::ops::by_dtype;
 use crate::ops::gemm::{Gemm, Mat, MatMut, gemm};
-use crate::{AlignedVec, Cpu, Ctx, Elem, View, ViewMut, Weight};
+use crate::{AlignedVec, Cpu, Ctx, DType, Elem, View, ViewMut, Weight};
 use std::ops::Range;
 
 /// Ids of one slice: wide enough for the matrix products, narrow enough that N x SLICE stays small beside N x D.
@@ -65,45 +65,25 @@ fn finish(rows: &[Row], targets: &[i32], out: Outputs<'_>) {
 /// See the module's contract; sizes have been checked.
 pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
     let (v, d) = (x.weight.rows, x.weight.cols);
-    let scale = 1.0 / x.temperature;
     let rows = row_gradients(&x, &b);
-    let n = rows.len();
-    let mut dz = Slice::new(n, v);
-    let Backward { mut d_hidden, mut d_weight, d_given, .. } = b;
+    let given = x.given.zip(b.d_given).map(|(ids, d_given)| (ids.i32(), d_given.f32()));
+    let (mut d_hidden, mut d_weight) = (b.d_hidden, b.d_weight);
     // A d_hidden of f32 takes the sums itself; a narrower one is rounded from them once, at the end.
-    let narrow = d_hidden.as_ref().is_some_and(|h| h.dtype() != crate::DType::F32);
-    let mut sums = AlignedVec::<f32>::zeros(if narrow { n * d } else { 0 });
+    let narrow = d_hidden.as_ref().is_some_and(|h| h.dtype() != DType::F32);
+    let mut sums = AlignedVec::<f32>::zeros(if narrow { rows.len() * d } else { 0 });
+    let mut dz = Slice::new(rows.len(), v);
     for ids in slices(v) {
         dz.compute(ctx, &x, ids.clone());
-        let ld = dz.ld;
-        cpu.chunks_mut(&mut dz.z, ROWS * ld, |block, z| {
-            for (i, z) in z.chunks_mut(ld).enumerate() {
-                let r = block * ROWS + i;
-                rows[r].apply(&mut z[..ids.len()], scale);
-                if let Some(j) = position(rows[r].target, &ids) {
-                    z[j] += rows[r].d_target;
-                }
-                if let (Some(given), Some(d_given)) = (x.given, d_given) {
-                    let g = d_given.len() / n;
-                    let (given, d_given) = (&given.i32()[r * g..][..g], &d_given.f32()[r * g..][..g]);
-                    for (&id, &dg) in given.iter().zip(d_given) {
-                        if let Some(j) = position(id, &ids) {
-                            z[j] += dg * scale;
-                        }
-                    }
-                }
-            }
-        });
+        dz.differentiate(cpu, &rows, given, 1.0 / x.temperature);
         if let Some(h) = &mut d_hidden {
-            let c = if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() };
-            dz.times_weight(ctx, &x, ids.clone(), c);
+            dz.times_weight(ctx, &x, if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() });
         }
         if let Some(w) = &mut d_weight {
             dz.transposed_times_hidden(ctx, &x, w.reborrow().slice(ids.start * d..ids.end * d));
         }
     }
     if let Some(h) = d_hidden.filter(|_| narrow) {
-        by_dtype!(h.dtype(), T => cpu.chunks_mut(T::of_mut(h), ROWS * d.max(1), |block, h| {
+        by_dtype!(h.dtype(), T => cpu.chunks_mut(T::of_mut(h), ROWS * d, |block, h| {
             let sums = &sums[block * ROWS * d..][..h.len()];
             h.iter_mut().zip(sums).for_each(|(h, s)| *h = T::round(*s));
         }));
@@ -160,21 +140,42 @@ impl Slice {
         );
     }
 
+    /// Logits in, their gradients out. `given` are ids and their gradients, G a row.
+    fn differentiate(&mut self, cpu: &Cpu, rows: &[RowGradient], given: Option<(&[i32], &[f32])>, scale: f32) {
+        let (ids, ld) = (self.ids.clone(), self.ld);
+        cpu.chunks_mut(&mut self.z, ROWS * ld, |block, z| {
+            for (i, z) in z.chunks_mut(ld).enumerate() {
+                let r = block * ROWS + i;
+                rows[r].apply(&mut z[..ids.len()], scale);
+                if let Some(j) = position(rows[r].target, &ids) {
+                    z[j] += rows[r].d_target;
+                }
+                let Some((given, d_given)) = given else { continue };
+                let g = given.len() / rows.len();
+                for (&id, &d) in given[r * g..][..g].iter().zip(&d_given[r * g..]) {
+                    if let Some(j) = position(id, &ids) {
+                        z[j] += d * scale;
+                    }
+                }
+            }
+        });
+    }
+
     /// c[N, D] = dz W[ids], added to what the slices before left there.
-    fn times_weight(&self, ctx: &Ctx, x: &Inputs<'_>, ids: Range<usize>, c: ViewMut<'_>) {
+    fn times_weight(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>) {
         let d = x.weight.cols;
         gemm(
             ctx,
             Gemm {
                 m: self.n,
                 n: d,
-                k: ids.len(),
+                k: self.ids.len(),
                 a: Mat { data: View::F32(&self.z), ld: self.ld },
                 ta: false,
-                b: Mat { data: rows_of(&x.weight, &ids), ld: d },
+                b: Mat { data: rows_of(&x.weight, &self.ids), ld: d },
                 tb: false,
                 c: MatMut { data: c, ld: d },
-                accumulate: ids.start > 0,
+                accumulate: self.ids.start > 0,
             },
         );
     }
@@ -248,36 +249,37 @@ impl Row {
     }
 }
 
-/// The largest element, NaN left out.
-fn largest(x: &[f32]) -> f32 {
-    let mut m = [f32::NEG_INFINITY; LANES];
-    let (blocks, rest) = x.as_chunks::<LANES>();
-    for b in blocks {
-        for l in 0..LANES {
-            m[l] = if b[l] > m[l] { b[l] } else { m[l] };
-        }
+vectorised! {
+    /// The largest element. A NaN may be taken for it, or passed over.
+    fn largest(x: &[f32]) -> f32 {
+        // Floats in ascending order have ascending keys, and a maximum of integers may be taken in any order. Flipping
+        // the lower bits of a negative is its own inverse.
+        let flip = |bits: i32| bits ^ ((bits >> 31) & i32::MAX);
+        let key = x.iter().map(|x| flip(x.to_bits() as i32)).fold(i32::MIN, i32::max);
+        f32::from_bits(flip(key) as u32)
     }
-    rest.iter().chain(&m).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
-/// sum of e^t and of e^t t, with t = x scale - max.
-fn exp_sums(x: &[f32], scale: f32, max: f32) -> (f64, f64) {
-    let (mut sum, mut dot) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let (blocks, rest) = x.as_chunks::<LANES>();
-    let mut add = |l: usize, x: f32| {
-        let t = x * scale - max;
-        let e = exp(t);
-        sum[l] += e;
-        dot[l] += e * t;
-    };
-    for b in blocks {
-        for l in 0..LANES {
-            add(l, b[l]);
+vectorised! {
+    /// sum of e^t and of e^t t, with t = x scale - max.
+    fn exp_sums(x: &[f32], scale: f32, max: f32) -> (f64, f64) {
+        let (mut sum, mut dot) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (blocks, rest) = x.as_chunks::<LANES>();
+        let mut add = |l: usize, x: f32| {
+            let t = x * scale - max;
+            let e = exp(t);
+            sum[l] += e;
+            dot[l] += e * t;
+        };
+        for b in blocks {
+            for l in 0..LANES {
+                add(l, b[l]);
+            }
         }
+        rest.iter().enumerate().for_each(|(l, &x)| add(l, x));
+        let total = |lanes: [f32; LANES]| lanes.iter().fold(0.0, |a, &b| a + f64::from(b));
+        (total(sum), total(dot))
     }
-    rest.iter().enumerate().for_each(|(l, &x)| add(l, x));
-    let total = |lanes: [f32; LANES]| lanes.iter().fold(0.0, |a, &b| a + f64::from(b));
-    (total(sum), total(dot))
 }
 
 /// Writes z of the given ids that lie in this slice.
@@ -372,9 +374,15 @@ impl RowGradient {
             z.fill(0.0);
             return;
         }
+        softmax_gradient(z, scale, self.lse, self.entropy, self.all, self.spread);
+    }
+}
+
+vectorised! {
+    fn softmax_gradient(z: &mut [f32], scale: f32, lse: f32, entropy: f32, all: f32, spread: f32) {
         for z in z {
-            let t = *z * scale - self.lse;
-            *z = exp(t) * (self.all + self.spread * (t + self.entropy));
+            let t = *z * scale - lse;
+            *z = exp(t) * (all + spread * (t + entropy));
         }
     }
 }

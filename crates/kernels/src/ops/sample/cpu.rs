@@ -1,9 +1,9 @@
-//! One row a task. Truncation only finds the rank at which the kept ids end; the draw then walks all ids in ascending
-//! order and passes over what ranks below. Nothing is sorted beyond what is kept.
+//! One row a task. Truncation only finds the id at which the ranking of the kept ends; the draw then walks all ids in
+//! ascending order and passes over what ranks below. The vocabulary is never sorted.
 
 use super::Params;
 use crate::Cpu;
-use crate::math::exp;
+use crate::math::{exp, vectorised};
 use hadal_numerics::{Purpose, Rng};
 use std::cmp::Ordering;
 
@@ -19,14 +19,23 @@ pub(super) fn sample(cpu: &Cpu, logits: &[f32], params: &[Params], tokens: &mut 
 /// The token of row `r` and its log-probability.
 fn row(r: usize, logits: &[f32], p: &Params) -> (usize, f32) {
     let best = most_likely(r, logits);
-    let max = logits[best];
     let greedy = p.temperature == 0.0;
     let temperature = if greedy { 1.0 } else { p.temperature };
-    let scaled: Vec<f32> = logits.iter().map(|l| (l - max) / temperature).collect();
-    let weights: Vec<f32> = scaled.iter().map(|&t| exp(t)).collect();
+    let (mut scaled, mut weights) = (vec![0.0; logits.len()], vec![0.0; logits.len()]);
+    exponentials(logits, logits[best], temperature, &mut scaled, &mut weights);
     let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
-    let id = if greedy { best } else { Ranked { scaled: &scaled, weights: &weights }.draw(p, total) };
+    let id = if greedy { best } else { Row { scaled: &scaled, weights: &weights }.draw(p) };
     (id, (f64::from(scaled[id]) - total.ln()) as f32)
+}
+
+vectorised! {
+    /// scaled = (logits - max) / temperature, weights = e^scaled.
+    fn exponentials(logits: &[f32], max: f32, temperature: f32, scaled: &mut [f32], weights: &mut [f32]) {
+        for ((&l, t), w) in logits.iter().zip(scaled).zip(weights) {
+            *t = (l - max) / temperature;
+            *w = exp(*t);
+        }
+    }
 }
 
 /// The first of the largest logits; panics on a row that has none to draw from.
@@ -43,34 +52,25 @@ fn most_likely(r: usize, logits: &[f32]) -> usize {
     best
 }
 
-/// One row: logits relative to the largest, over the temperature, and their exponentials.
-struct Ranked<'a> {
+/// One row: logits relative to the largest, over the temperature (never above 0), and their exponentials.
+struct Row<'a> {
     scaled: &'a [f32],
     weights: &'a [f32],
 }
 
-impl Ranked<'_> {
-    /// A random id among those that the truncation keeps; `total` is the sum of all weights.
-    fn draw(&self, p: &Params, total: f64) -> usize {
-        let v = self.scaled.len();
+impl Row<'_> {
+    /// A random id among those that the truncation keeps.
+    fn draw(&self, p: &Params) -> usize {
         let mut last = None;
-        let mut kept = total;
-        let mut ids = Vec::new();
-        if (p.top_k > 0 && p.top_k < v) || p.top_p < 1.0 {
-            ids = (0..v as u32).collect();
-        }
-        if p.top_k > 0 && p.top_k < v {
-            ids.select_nth_unstable_by(p.top_k - 1, |&a, &b| self.rank(a, b));
-            ids.truncate(p.top_k);
-            last = ids.iter().copied().max_by(|&a, &b| self.rank(a, b));
-            kept = self.kept(last).map(|(_, w)| w).sum();
+        if p.top_k > 0 && p.top_k < self.scaled.len() {
+            last = Some(self.ranked(p.top_k - 1));
         }
         if p.top_p < 1.0 {
-            last = Some(self.nucleus(&mut ids, f64::from(p.top_p) * kept));
-            kept = self.kept(last).map(|(_, w)| w).sum();
+            last = Some(self.nucleus(last, f64::from(p.top_p) * self.mass(last)));
         }
-        let u = Rng::new(p.seed, Purpose::Sample, p.request).uniform(p.position) * kept;
+        let u = Rng::new(p.seed, Purpose::Sample, p.request).uniform(p.position) * self.mass(last);
         let (mut sum, mut id) = (0.0, 0);
+        // Should rounding keep the sum from exceeding u, the last id that can be drawn is.
         for (j, w) in self.kept(last).filter(|&(_, w)| w > 0.0) {
             (sum, id) = (sum + w, j);
             if sum > u {
@@ -81,39 +81,55 @@ impl Ranked<'_> {
     }
 
     /// The more likely first, then the lower id: a total order, for no value is a NaN.
-    fn rank(&self, a: u32, b: u32) -> Ordering {
-        let of = |id: u32| self.scaled[id as usize];
-        of(b).partial_cmp(&of(a)).unwrap_or(Ordering::Equal).then(a.cmp(&b))
+    fn rank(&self, a: usize, b: usize) -> Ordering {
+        self.scaled[b].partial_cmp(&self.scaled[a]).unwrap_or(Ordering::Equal).then(a.cmp(&b))
+    }
+
+    /// The id that `n` others rank before.
+    fn ranked(&self, n: usize) -> usize {
+        let mut ids: Vec<usize> = (0..self.scaled.len()).collect();
+        *ids.select_nth_unstable_by(n, |&a, &b| self.rank(a, b)).1
     }
 
     /// Ids and weights, ids ascending, of all that rank no lower than `last` (None: all).
-    fn kept(&self, last: Option<u32>) -> impl Iterator<Item = (usize, f64)> {
+    fn kept(&self, last: Option<usize>) -> impl Iterator<Item = (usize, f64)> {
+        let within = move |j: usize| last.is_none_or(|last| self.rank(j, last).is_le());
         let all = self.weights.iter().enumerate();
-        let within = move |j: usize| last.is_none_or(|last| self.rank(j as u32, last) != Ordering::Greater);
         all.filter(move |&(j, _)| within(j)).map(|(j, &w)| (j, f64::from(w)))
     }
 
-    /// The last id, by rank, of the shortest run of the most likely `ids` whose weights add up to `mass`. Sorts ever longer
-    /// beginnings of the ranking, for the run is nearly always a small part of the vocabulary.
-    fn nucleus(&self, ids: &mut [u32], mass: f64) -> u32 {
-        let mut n = 64;
-        loop {
-            n = n.min(ids.len());
-            if n < ids.len() {
-                ids.select_nth_unstable_by(n - 1, |&a, &b| self.rank(a, b));
-            }
-            ids[..n].sort_unstable_by(|&a, &b| self.rank(a, b));
-            let mut sum = 0.0;
-            for &id in &ids[..n] {
-                sum += f64::from(self.weights[id as usize]);
-                if sum >= mass {
-                    return id;
-                }
-            }
-            if n == ids.len() {
-                return ids[n - 1];
-            }
-            n *= 8;
-        }
+    fn mass(&self, last: Option<usize>) -> f64 {
+        self.kept(last).map(|(_, w)| w).sum()
     }
+
+    /// The lowest ranked of the smallest set of the most likely, among those kept up to `last`, whose weights add up to
+    /// `mass`. Only the bucket in which the sum gets there is sorted.
+    fn nucleus(&self, last: Option<usize>, mass: f64) -> usize {
+        let mut buckets = vec![0.0; bucket(f32::NEG_INFINITY) + 1];
+        let mut filled = 0;
+        for (j, w) in self.kept(last) {
+            let b = bucket(self.scaled[j]);
+            buckets[b] += w;
+            filled = b.max(filled);
+        }
+        let mut sum = 0.0;
+        let reached = (0..filled).find(|&b| {
+            let there = sum + buckets[b] >= mass;
+            sum += if there { 0.0 } else { buckets[b] };
+            there
+        });
+        let edge = reached.unwrap_or(filled);
+        let mut ids: Vec<usize> = self.kept(last).map(|(j, _)| j).filter(|&j| bucket(self.scaled[j]) == edge).collect();
+        ids.sort_unstable_by(|&a, &b| self.rank(a, b));
+        let enough = ids.iter().position(|&j| {
+            sum += f64::from(self.weights[j]);
+            sum >= mass
+        });
+        ids[enough.unwrap_or(ids.len() - 1)]
+    }
+}
+
+/// Buckets of values at most 0 in descending order: exponent and the first six bits of the mantissa.
+fn bucket(t: f32) -> usize {
+    (t.abs().to_bits() >> 17) as usize
 }

@@ -1,8 +1,8 @@
 //! Picks the next token from logits. Temperature 0 is greedy (ties to the lowest id). Otherwise: divide by the
 //! temperature; keep the `top_k` most likely (0: all); of these keep the smallest set of the most likely whose
-//! probability among these reaches `top_p` (1: all, and never fewer than one); and draw from what is left with a random number that
-//! is a function of (seed, request, position) alone, taking the first id, in ascending order, at which the cumulative
-//! probability exceeds it. Ties in rank go to the lowest id.
+//! probability among these reaches `top_p` (1: all, and never fewer than one); and draw from what is left with a random
+//! number that is a function of (seed, request, position) alone, taking the first id, in ascending order, at which the
+//! cumulative probability exceeds it. Ties in rank go to the lowest id.
 //!
 //! A logit of minus infinity is a forbidden id. A NaN, plus infinity or a row that forbids everything is a contract
 //! breach: the model upstream has diverged, and a token drawn from it would hide that.

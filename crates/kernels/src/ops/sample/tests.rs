@@ -78,6 +78,10 @@ fn ties_go_to_the_lowest_id() {
         // Half of the probability needs two of the three equal ids.
         assert!([1, 2].contains(&one(&logits, Params { top_p: 0.5, position, ..PLAIN })));
     }
+    // Both zeros are one value.
+    for (position, logits) in (0..200).flat_map(|p| [(p, [0.0, -0.0, 0.0]), (p, [-0.0, -0.0, 0.0])]) {
+        assert_ne!(one(&logits, Params { top_k: 2, position, ..PLAIN }), 2);
+    }
 }
 
 #[test]
