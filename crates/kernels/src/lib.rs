@@ -8,6 +8,7 @@
 mod buffer;
 mod device;
 mod math;
+mod exp;
 pub mod ops;
 #[cfg(test)]
 mod testing;
