@@ -9,8 +9,9 @@
 //! (shorter products are padded with zeros), lanes are packed and padded to whole vectors, and there are at least two rows.
 //! For the same reason the choice of tiles and of the operand that takes the lanes is free to follow the shape.
 
+use super::isa::widest;
 use super::pack::{self, Operand, Part};
-use crate::{AlignedVec, Cpu, Elem, ViewMut, bf16};
+use crate::{AlignedVec, Cpu, Elem, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -93,7 +94,7 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         end = p.c + (p.m - 1) * p.ldc + p.n;
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
-    let tasks = tasks(products);
+    let tasks = tasks(products, accumulate);
     let out = Output::new(out);
     cpu.for_each(tasks.len(), |i| {
         let t = &tasks[i];
@@ -101,11 +102,13 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     });
 }
 
-fn tasks(products: &[Product<'_>]) -> Vec<Task> {
+fn tasks(products: &[Product<'_>], accumulate: bool) -> Vec<Task> {
     let total: usize = products.iter().map(Product::work).sum();
     let work = (total / TASKS).max(LEAST_WORK);
     let mut tasks = Vec::new();
-    for (product, p) in products.iter().enumerate().filter(|(_, p)| p.m > 0 && p.n > 0) {
+    // Adding an empty sum would turn -0 into 0.
+    let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
+    for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
         let (tm, tn) = p.tile(work);
         for j in (0..p.n).step_by(tn) {
             for i in (0..p.m).step_by(tm) {
@@ -152,44 +155,61 @@ fn tile(p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate
     for k0 in (0..p.k).step_by(step) {
         let kc = step.min(p.k - k0);
         let depth = kc.max(K_LEAST);
-        reserve(&mut s.lanes, depth * width);
-        pack::lanes(lane_op, Part { first: lanes.start, count: lanes.len(), k0, kc, depth }, width, &mut s.lanes);
-        let part = Part { first: rows.start, count: rows.len(), k0, kc, depth };
-        let rows = in_place(row_op, part).unwrap_or_else(|| {
-            reserve(&mut s.rows, depth * part.count);
-            let (row, k) = pack::rows(row_op, part, &mut s.rows);
-            Rows { data: &s.rows, row, k }
+        let part = Part { first: lanes.start, count: lanes.len(), k0, kc, depth };
+        let panel = lanes_in_place(lane_op, part, width).unwrap_or_else(|| {
+            reserve(&mut s.lanes, depth * width);
+            pack::lanes(lane_op, part, width, &mut s.lanes);
+            Panel { data: &s.lanes, outer: 1, k: width }
         });
-        multiply(&s.lanes, width, depth, rows, part.count, &mut s.sums, k0 > 0);
+        let part = Part { first: rows.start, count: rows.len(), ..part };
+        let rows = rows_in_place(row_op, part).unwrap_or_else(|| {
+            reserve(&mut s.rows, depth * part.count);
+            let (outer, k) = pack::rows(row_op, part, &mut s.rows);
+            Panel { data: &s.rows, outer, k }
+        });
+        multiply(panel, width, depth, rows, part.count, &mut s.sums, k0 > 0);
     }
-    store(t, &s.sums, width, by_columns, p, out, accumulate);
+    widest(
+        #[inline(always)]
+        || store(t, &s.sums, width, by_columns, p, out, accumulate),
+    );
 }
 
-/// Rows as the kernel reads them: element (r, k) at `r * row + k * k`.
-struct Rows<'a> {
+/// A part of an operand as the kernel reads it: element (o, k) at `o * outer + k * k`.
+#[derive(Clone, Copy)]
+struct Panel<'a> {
     data: &'a [f32],
-    row: usize,
+    outer: usize,
     k: usize,
 }
 
-/// Rows that can be read where they are.
-fn in_place(op: Operand<'_>, p: Part) -> Option<Rows<'_>> {
+/// Lanes that can be read where they are: whole vectors of them.
+fn lanes_in_place(op: Operand<'_>, p: Part, width: usize) -> Option<Panel<'_>> {
     match op.data {
-        crate::View::F32(x) if op.k_contiguous && p.depth == p.kc => {
-            Some(Rows { data: &x[p.first * op.ld + p.k0..], row: op.ld, k: 1 })
+        View::F32(x) if !op.k_contiguous && p.depth == p.kc && p.count == width => {
+            Some(Panel { data: &x[p.k0 * op.ld + p.first..], outer: 1, k: op.ld })
+        }
+        _ => None,
+    }
+}
+
+/// Rows that can be read where they are.
+fn rows_in_place(op: Operand<'_>, p: Part) -> Option<Panel<'_>> {
+    match op.data {
+        View::F32(x) if op.k_contiguous && p.depth == p.kc => {
+            Some(Panel { data: &x[p.first * op.ld + p.k0..], outer: op.ld, k: 1 })
         }
         _ => None,
     }
 }
 
 /// sums[r, lane] (+)= sum over k of rows[r, k] * lanes[k, lane].
-fn multiply(lanes: &[f32], width: usize, depth: usize, rows: Rows<'_>, count: usize, sums: &mut [f32], add: bool) {
-    let (calls, row) = if count == 1 { (2, 0) } else { (count, rows.row) };
-    assert!(
-        lanes.len() >= depth * width && sums.len() >= calls * width && depth >= K_LEAST && width.is_multiple_of(VECTOR)
-    );
+fn multiply(lanes: Panel<'_>, width: usize, depth: usize, rows: Panel<'_>, count: usize, sums: &mut [f32], add: bool) {
+    let (calls, row) = if count == 1 { (2, 0) } else { (count, rows.outer) };
+    assert!(depth >= K_LEAST && width.is_multiple_of(VECTOR) && lanes.outer == 1 && lanes.k >= width);
+    assert!(lanes.data.len() >= (depth - 1) * lanes.k + width && sums.len() >= calls * width);
     assert!(rows.data.len() > (calls - 1) * row + (depth - 1) * rows.k);
-    // SAFETY: the crate reads depth * width lanes, the rows at the strides given and, when adding, the sums, and
+    // SAFETY: the crate reads width lanes and the rows at the strides given and, when adding, the sums, and
     // writes calls * width sums; the asserts above bound all three, and the borrows keep the sums apart from the rest.
     unsafe {
         gemm::gemm(
@@ -200,8 +220,8 @@ fn multiply(lanes: &[f32], width: usize, depth: usize, rows: Rows<'_>, count: us
             width as isize,
             1,
             add,
-            lanes.as_ptr(),
-            width as isize,
+            lanes.data.as_ptr(),
+            lanes.k as isize,
             1,
             rows.data.as_ptr(),
             row as isize,
@@ -217,24 +237,29 @@ fn multiply(lanes: &[f32], width: usize, depth: usize, rows: Rows<'_>, count: us
 }
 
 /// Moves a tile's finished sums to C.
+#[inline(always)]
 fn store(t: &Task, sums: &[f32], width: usize, by_columns: bool, p: &Product<'_>, out: &Output<'_>, accumulate: bool) {
     for (r, i) in t.rows.clone().enumerate() {
         let at = p.c + i * p.ldc + t.cols.start;
         // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
         // partition its rows and columns: no other task touches these elements. The end is asserted by `run` too.
         let c = unsafe { out.segment(at, t.cols.len()) };
-        let sum = |j: usize| if by_columns { sums[r * width + j] } else { sums[j * width + r] };
+        let (first, step) = if by_columns { (r * width, 1) } else { (r, width) };
+        let sums = &sums[first..];
         match c {
-            Segment::F32(c) => finish(c, sum, accumulate),
-            Segment::Bf16(c) => finish(c, sum, accumulate),
+            Segment::F32(c) => finish(c, sums, step, accumulate),
+            Segment::Bf16(c) => finish(c, sums, step, accumulate),
         }
     }
 }
 
 #[inline(always)]
-fn finish<T: Elem>(c: &mut [T], sum: impl Fn(usize) -> f32, accumulate: bool) {
-    for (j, c) in c.iter_mut().enumerate() {
-        *c = T::round(if accumulate { c.f32() + sum(j) } else { sum(j) });
+fn finish<T: Elem>(c: &mut [T], sums: &[f32], step: usize, accumulate: bool) {
+    match (step, accumulate) {
+        (1, false) => c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(*s)),
+        (1, true) => c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(c.f32() + s)),
+        (_, false) => c.iter_mut().zip(sums.iter().step_by(step)).for_each(|(c, s)| *c = T::round(*s)),
+        (_, true) => c.iter_mut().zip(sums.iter().step_by(step)).for_each(|(c, s)| *c = T::round(c.f32() + s)),
     }
 }
 

@@ -8,6 +8,7 @@
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
+mod isa;
 pub(super) mod pack;
 #[cfg(test)]
 mod reference;

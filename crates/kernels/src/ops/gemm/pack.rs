@@ -5,6 +5,7 @@
 //! call has a shape for which the microkernels would sum in another order.
 
 use super::super::by_dtype;
+use super::isa::{SQUARE, transpose, widest};
 use crate::{Elem, View};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
@@ -26,20 +27,14 @@ pub struct Part {
     pub depth: usize,
 }
 
-/// A square of this many lanes and steps is transposed at once, in registers.
-const SQUARE: usize = 16;
-
 /// Writes the lane panel `dst[k * width + lane]`.
 pub fn lanes(op: Operand<'_>, p: Part, width: usize, dst: &mut [f32]) {
     by_dtype!(op.data.dtype(), T => {
         let src = T::of(op.data);
         if op.k_contiguous {
-            transposed(src, op.ld, p, width, dst);
+            widest(#[inline(always)] || transposed(src, op.ld, p, width, dst));
         } else {
-            for (k, out) in dst.chunks_exact_mut(width).take(p.kc).enumerate() {
-                widen(&src[(p.k0 + k) * op.ld + p.first..][..p.count], &mut out[..p.count]);
-                out[p.count..].fill(0.0);
-            }
+            widest(#[inline(always)] || copied(src, op.ld, p, width, dst));
         }
     });
     dst[p.kc * width..p.depth * width].fill(0.0);
@@ -50,55 +45,53 @@ pub fn rows(op: Operand<'_>, p: Part, dst: &mut [f32]) -> (usize, usize) {
     by_dtype!(op.data.dtype(), T => {
         let src = T::of(op.data);
         if op.k_contiguous {
-            for (r, out) in dst.chunks_exact_mut(p.depth).take(p.count).enumerate() {
-                widen(&src[(p.first + r) * op.ld + p.k0..][..p.kc], &mut out[..p.kc]);
-                out[p.kc..].fill(0.0);
-            }
+            // With the roles of k and the rows exchanged: a row per line, filled up to the depth.
+            let turned = Part { first: p.k0, count: p.kc, k0: p.first, kc: p.count, depth: p.count };
+            widest(#[inline(always)] || copied(src, op.ld, turned, p.depth, dst));
             (p.depth, 1)
         } else {
-            for (k, out) in dst.chunks_exact_mut(p.count).take(p.kc).enumerate() {
-                widen(&src[(p.k0 + k) * op.ld + p.first..][..p.count], out);
-            }
+            widest(#[inline(always)] || copied(src, op.ld, p, p.count, dst));
             dst[p.kc * p.count..p.depth * p.count].fill(0.0);
             (1, p.count)
         }
     })
 }
 
-fn widen<T: Elem>(src: &[T], dst: &mut [f32]) {
-    for (o, x) in dst.iter_mut().zip(src) {
-        *o = x.f32();
+/// Copies the `count` elements at each k to lines of `width`, zeros after them.
+#[inline(always)]
+fn copied<T: Elem>(src: &[T], ld: usize, p: Part, width: usize, dst: &mut [f32]) {
+    for (k, out) in dst.chunks_exact_mut(width).take(p.kc).enumerate() {
+        let (out, rest) = out.split_at_mut(p.count);
+        for (o, x) in out.iter_mut().zip(&src[(p.k0 + k) * ld + p.first..][..p.count]) {
+            *o = x.f32();
+        }
+        rest.fill(0.0);
     }
 }
 
-/// The lane panel of an operand whose lanes lie `ld` apart.
+/// Steps of k that are staged at once, and the distance of staged lanes.
+const STAGE: usize = 256;
+const STAGED: usize = STAGE + SQUARE;
+
+/// As `copied`, of an operand whose lanes lie `ld` apart. Sixteen lanes at a time are first copied whole to lines a
+/// little apart: read square by square, lanes whose distance is a power of two would evict one another from the cache.
+#[inline(always)]
 fn transposed<T: Elem>(src: &[T], ld: usize, p: Part, width: usize, dst: &mut [f32]) {
-    for l0 in (0..width).step_by(SQUARE) {
+    let mut stage = [0.0f32; SQUARE * STAGED];
+    for (l0, s0) in (0..width).step_by(SQUARE).flat_map(|l| (0..p.kc).step_by(STAGE).map(move |s| (l, s))) {
+        let len = STAGE.min(p.kc - s0);
         let filled = p.count.saturating_sub(l0).min(SQUARE);
-        let whole = if filled == SQUARE { p.kc / SQUARE * SQUARE } else { 0 };
-        for k0 in (0..whole).step_by(SQUARE) {
-            square(&src[(p.first + l0) * ld + p.k0 + k0..], ld, width, &mut dst[k0 * width + l0..]);
-        }
-        for k in whole..p.kc {
-            let out = &mut dst[k * width + l0..][..SQUARE.min(width - l0)];
-            out.fill(0.0);
-            for (i, o) in out.iter_mut().take(filled).enumerate() {
-                *o = src[(p.first + l0 + i) * ld + p.k0 + k].f32();
+        for (i, line) in stage.chunks_exact_mut(STAGED).enumerate() {
+            if i < filled {
+                let row = &src[(p.first + l0 + i) * ld + p.k0 + s0..][..len];
+                line.iter_mut().zip(row).for_each(|(o, x)| *o = x.f32());
+            } else {
+                line[..len].fill(0.0);
             }
         }
-    }
-}
-
-#[inline]
-fn square<T: Elem>(src: &[T], ld: usize, width: usize, dst: &mut [f32]) {
-    let mut t = [[0.0f32; SQUARE]; SQUARE];
-    for i in 0..SQUARE {
-        let row = &src[i * ld..][..SQUARE];
-        for k in 0..SQUARE {
-            t[k][i] = row[k].f32();
+        for k0 in (0..len).step_by(SQUARE) {
+            let lines = SQUARE.min(len - k0);
+            transpose(&stage[k0..], STAGED, &mut dst[(s0 + k0) * width + l0..], width, lines);
         }
-    }
-    for k in 0..SQUARE {
-        dst[k * width..][..SQUARE].copy_from_slice(&t[k]);
     }
 }
