@@ -99,8 +99,8 @@ impl Step<'_> {
     /// Takes up waiting sequences in order, as long as there is room for all that the running ones may soon ask for.
     fn admit(&mut self) {
         let taken: usize = self.plan.work.iter().map(|w| w.blocks).sum();
-        let mut soon: usize = self.sequences[..self.plan.running].iter().map(State::soon).sum();
-        soon = soon.saturating_sub(taken);
+        // What a sequence takes in a step is part of what it may soon ask for.
+        let mut soon = self.sequences[..self.plan.running].iter().map(State::soon).sum::<usize>() - taken;
         while self.prefill > 0 && self.plan.running < self.sequences.len() {
             let i = self.plan.running;
             let more = self.sequences[i].soon();
