@@ -7,7 +7,7 @@ use hadal_model::ModelConfig;
 
 /// Memory of all layers.
 #[derive(Debug)]
-pub struct LatentCache {
+pub(crate) struct LatentCache {
     /// One per layer.
     pub layers: Vec<Buf>,
 }

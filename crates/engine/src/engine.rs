@@ -3,10 +3,11 @@
 //! and however often the sequence was put back.
 
 use crate::batch::{Span, pack};
+use crate::cache::LatentCache;
 use crate::pool::{Block, BlockPool, blocks_for};
 use crate::request::check_tokens;
 use crate::scheduler::{self, Plan, State};
-use crate::{EngineError, Event, Finish, LatentCache, Request};
+use crate::{EngineError, Event, Finish, Request};
 use hadal_kernels::ops::mla_decode::BLOCK;
 use hadal_kernels::ops::{rows, sample};
 use hadal_kernels::{Buf, Ctx, DType};

@@ -15,7 +15,7 @@ pub mod scheduler;
 #[cfg(test)]
 mod tests;
 
-pub use cache::{LatentCache, block_bytes};
+pub use cache::block_bytes;
 pub use engine::{CacheOptions, Engine, Usage};
 pub use error::EngineError;
 pub use logits::logits_uncached;

@@ -109,7 +109,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+        #![proptest_config(crate::tests::cases(200))]
         #[test]
         fn random_operations_keep_the_invariants(
             total in 0usize..20,

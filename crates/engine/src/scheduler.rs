@@ -156,7 +156,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+        #![proptest_config(crate::tests::cases(300))]
         /// Plays requests (prompt, new tokens) to the end: nothing is lost, no block is promised twice, every step
         /// advances the oldest, a step's prefill stays within its limit.
         #[test]

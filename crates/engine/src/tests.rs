@@ -2,6 +2,7 @@
 //! on other thread counts and with a cache too small for all.
 
 use crate::batch::{Span, pack};
+use crate::cache::LatentCache;
 use crate::pool::{BlockPool, blocks_for};
 use crate::*;
 use hadal_kernels::ops::router::Scoring;
@@ -10,14 +11,21 @@ use hadal_model::{
     Family, FeedForwardIds, Model, ModelConfig, MtpHidden, Params, Precision, Rope, Yarn, decode, heads,
 };
 use hadal_numerics::{Purpose, Rng, Tolerance, close};
+use proptest::test_runner::{Config as ProptestConfig, RngSeed};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// The same `n` cases on every run.
+pub(crate) fn cases(n: u32) -> ProptestConfig {
+    let (rng_seed, failure_persistence) = (RngSeed::Fixed(1), None);
+    ProptestConfig { cases: n, rng_seed, failure_persistence, ..ProptestConfig::default() }
+}
 
 fn ctx(threads: usize) -> Ctx {
     Device::cpu(Some(threads)).unwrap().ctx()
 }
 
-/// Query latent, groups, sigmoid gate with bias.
+/// Query latent, groups, sigmoid gate with bias; an MTP layer, which the engine passes over.
 fn v3() -> ModelConfig {
     ModelConfig {
         family: Family::V3,
@@ -47,7 +55,7 @@ fn v3() -> ModelConfig {
         max_position_embeddings: 512,
         rms_norm_eps: 1e-6,
         initializer_range: 0.3,
-        num_nextn_predict_layers: 0,
+        num_nextn_predict_layers: 1,
         mtp_hidden: MtpHidden::PostNorm,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
@@ -343,6 +351,22 @@ fn answers_depend_on_seed_and_id() {
     assert_eq!(one, tokens(hot(1, 1)));
     assert_ne!(one, tokens(hot(2, 1)));
     assert_ne!(one, tokens(hot(1, 2)));
+    // All tokens equally likely: what differs between positions is the random number alone.
+    let flat = tokens(Request { temperature: 1e9, ..hot(1, 1) });
+    assert!(flat.iter().collect::<std::collections::BTreeSet<_>>().len() > 10, "{flat:?}");
+}
+
+#[test]
+fn an_answer_continues_from_any_part_of_it() {
+    let ctx = ctx(2);
+    let f = Fixture::new(&ctx, v3(), Precision::Bf16);
+    let whole = &f.answers(&ctx, CacheOptions::blocks(2), vec![sampled(1, text(0, 50), 40)])[&1];
+    for part in [1, 14, 39] {
+        let mut prompt = text(0, 50);
+        prompt.extend(whole[..part].iter().map(|e| e.token));
+        let rest = &f.answers(&ctx, CacheOptions::blocks(2), vec![sampled(1, prompt, 40 - part)])[&1];
+        assert_answers(&format!("after {part}"), rest, &whole[part..]);
+    }
 }
 
 #[test]
