@@ -7,7 +7,7 @@
 
 mod buffer;
 mod device;
-mod exp;
+mod math;
 pub mod ops;
 #[cfg(test)]
 mod testing;
