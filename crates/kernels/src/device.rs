@@ -74,7 +74,7 @@ impl Cpu {
         match n {
             0 => {}
             1 => f(0),
-            _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(|i| f(i))),
+            _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(&f)),
         }
     }
 
