@@ -8,7 +8,6 @@
 mod buffer;
 mod device;
 mod math;
-mod exp;
 pub mod ops;
 #[cfg(test)]
 mod testing;

@@ -37,23 +37,33 @@ pub(crate) fn exp(x: f32) -> f32 {
     }
 }
 
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 /// Defines a function whose body is compiled once for every build's baseline and once for each wider vector
 /// instruction set, of which a call takes the widest that the CPU has. The arithmetic is the same, and nothing is
-/// fused or reordered, so all of them give the same bits: what the body sums, it must sum in lanes of its own.
+/// fused or reordered, so all of them give the same bits: what the body sums, it must sum in lanes of its own. One type
+/// parameter is allowed, for the element.
 macro_rules! vectorised {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    (
+        $(#[$meta:meta])* $vis:vis fn $name:ident$(<$elem:ident: $bound:path>)?($($arg:ident: $ty:ty),* $(,)?)
+        $(-> $ret:ty)? $body:block
+    ) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name$(<$elem: $bound>)?($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body$(<$elem: $bound>)?($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                fn avx512$(<$elem: $bound>)?($($arg: $ty),*) $(-> $ret)? {
                     body($($arg),*)
                 }
                 #[target_feature(enable = "avx2")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                fn avx2$(<$elem: $bound>)?($($arg: $ty),*) $(-> $ret)? {
                     body($($arg),*)
                 }
                 if $crate::math::has_avx512() {
@@ -83,7 +93,7 @@ pub(crate) fn has_avx512() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::exp;
+    use super::{exp, sigmoid};
 
     vectorised! {
         fn exp_all(x: &mut [f32]) {
@@ -136,5 +146,12 @@ mod tests {
             assert_eq!(exp(x), f32::INFINITY, "{x}");
         }
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sigmoid_at_its_ends() {
+        assert_eq!((sigmoid(0.0), sigmoid(200.0), sigmoid(-200.0)), (0.5, 1.0, 0.0));
+        assert_eq!((sigmoid(f32::INFINITY), sigmoid(f32::NEG_INFINITY)), (1.0, 0.0));
+        assert!(sigmoid(f32::NAN).is_nan());
     }
 }

@@ -4,11 +4,13 @@
 //! `trunk`, `heads`, `mtp`, `pass` (one training micro-batch), `decode` (the latent cache). Knows tensor names and
 //! safetensors; knows no text, no optimiser, no command line.
 
+pub mod account;
 mod batch;
 pub mod block;
 pub mod config;
 pub mod decode;
 pub mod heads;
+pub mod io;
 pub mod mtp;
 mod params;
 pub mod pass;
@@ -17,7 +19,8 @@ pub mod trunk;
 mod weight_grad;
 
 pub use batch::{Batch, Depth, Sequence};
-pub use config::{Family, ModelConfig, MtpHidden, Rope, Yarn};
+pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Rope, Yarn};
+pub use io::{Checkpoint, IoError, SaveOptions, load_params, save_checkpoint};
 pub use params::{
     AttentionIds, BlockIds, FeedForwardIds, Grads, Kind, Layout, MlpIds, MoeIds, MtpIds, ParamId, Params, Precision,
     Published, Scope, TensorInfo,

@@ -1,5 +1,18 @@
 //! What a model is. One definition drives V2 and V3 families; it is read from a Hugging Face `config.json` (`hf`), from
-//! our own TOML (`toml`) or taken from a preset (`presets`).
+//! our own TOML (`toml`) or taken from a preset (`presets`), and always checked (`validate`).
+
+mod error;
+mod hf;
+mod hf_write;
+mod keys;
+mod presets;
+#[cfg(test)]
+mod tests;
+mod toml;
+mod validate;
+
+pub use error::ConfigError;
+pub use presets::PRESETS;
 
 use hadal_kernels::ops::router::{self, GroupScore, Scoring};
 

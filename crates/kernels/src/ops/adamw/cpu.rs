@@ -1,6 +1,7 @@
 //! AdamW on the cores: one pass over memory in fixed blocks, about 30 bytes moved per element, which is what bounds it.
 
 use super::{AdamW, Segment};
+use crate::math::vectorised;
 use crate::{Cpu, Elem, bf16};
 
 /// Elements of one task: half a megabyte of traffic, far above the cost of handing out a task.
@@ -73,19 +74,21 @@ pub fn step(cpu: &Cpu, a: AdamW<'_>) {
     cpu.chunks_mut(&mut blocks, 1, |_, block| update_block(&constants, &mut block[0]));
 }
 
-fn update_block(c: &Constants, b: &mut Block<'_>) {
-    let decay = if b.decay { c.keep } else { 1.0 };
-    let state = b.master.iter_mut().zip(b.grad).zip(b.m.iter_mut()).zip(b.v.iter_mut());
-    match &mut b.compute {
-        Some(copy) => {
-            for ((((w, g), m), v), copy) in state.zip(copy.iter_mut()) {
-                *w = c.update(decay, *w, *g, m, v);
-                *copy = <bf16 as Elem>::round(*w);
+vectorised! {
+    fn update_block(c: &Constants, b: &mut Block<'_>) {
+        let decay = if b.decay { c.keep } else { 1.0 };
+        let state = b.master.iter_mut().zip(b.grad).zip(b.m.iter_mut()).zip(b.v.iter_mut());
+        match &mut b.compute {
+            Some(copy) => {
+                for ((((w, g), m), v), copy) in state.zip(copy.iter_mut()) {
+                    *w = c.update(decay, *w, *g, m, v);
+                    *copy = <bf16 as Elem>::round(*w);
+                }
             }
-        }
-        None => {
-            for (((w, g), m), v) in state {
-                *w = c.update(decay, *w, *g, m, v);
+            None => {
+                for (((w, g), m), v) in state {
+                    *w = c.update(decay, *w, *g, m, v);
+                }
             }
         }
     }

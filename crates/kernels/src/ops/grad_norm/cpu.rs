@@ -2,6 +2,7 @@
 //! nor its neighbours change its sum.
 
 use crate::Cpu;
+use crate::math::vectorised;
 use std::ops::Range;
 
 const BLOCK: usize = 16_384;
@@ -28,17 +29,19 @@ fn blocks_of(tensor: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<
     tensor.clone().step_by(BLOCK).map(move |start| start..end.min(start + BLOCK))
 }
 
-fn sum_of_squares(x: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            let x = f64::from(x);
-            *lane += x * x;
+vectorised! {
+    fn sum_of_squares(x: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                let x = f64::from(x);
+                *lane += x * x;
+            }
         }
+        for (lane, &x) in lanes.iter_mut().zip(tail) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+        lanes.iter().sum()
     }
-    for (lane, &x) in lanes.iter_mut().zip(tail) {
-        *lane += f64::from(x) * f64::from(x);
-    }
-    lanes.iter().sum()
 }

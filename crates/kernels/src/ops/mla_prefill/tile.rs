@@ -297,6 +297,7 @@ const KEEP: usize = 1 << 18;
 
 /// Hands `f` `len` floats of unspecified content. Small scratch stays with its thread: fresh pages cost as much as the
 /// arithmetic of a short sequence.
+#[inline(always)]
 pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local!(static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) });
     let mut v = SCRATCH.take();
@@ -313,6 +314,7 @@ pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
 }
 
 /// Cuts the next `len` floats off a scratch slice.
+#[inline(always)]
 pub fn cut<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     rest.split_off_mut(..len).expect("scratch was sized for its parts")
 }

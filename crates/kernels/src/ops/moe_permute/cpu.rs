@@ -2,12 +2,13 @@
 //! counting sort over N * K small integers that costs less than handing it out.
 
 use super::Combine;
+use crate::math::vectorised;
 use crate::{Cpu, Elem};
 
 /// Elements of one task, about.
 const BLOCK: usize = 16_384;
 /// Columns summed at a time: the f32 sums stay in the first-level cache.
-const TILE: usize = 1024;
+const TILE: usize = 512;
 /// Independent sums of a dot product.
 const LANES: usize = 16;
 
@@ -58,9 +59,7 @@ pub fn permute_backward<T: Elem>(
     dx: &mut [T],
     accumulate: bool,
 ) {
-    by_token(cpu, dx, dim, |n, at, dx| {
-        let mut sums = [0.0f32; TILE];
-        let sums = &mut sums[..dx.len()];
+    by_token(cpu, dx, dim, |n, at, sums, dx| {
         for &row in &row_of_slot[n * top_k..][..top_k] {
             add(sums, &d_rows[row as usize * dim + at..]);
         }
@@ -76,17 +75,13 @@ pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     let (rows, row_of_slot, weights) = (T::of(a.rows), a.row_of_slot.i32(), a.weights.f32());
     let (base, extra) = (a.base.map(T::of), a.extra.map(T::of));
     let (dim, top_k) = (a.dim, a.top_k);
-    by_token(cpu, T::of_mut(a.y), dim, |n, at, y| {
-        let mut sums = [0.0f32; TILE];
-        let sums = &mut sums[..y.len()];
+    by_token(cpu, T::of_mut(a.y), dim, |n, at, sums, y| {
         if let Some(base) = base {
             add(sums, &base[n * dim + at..]);
         }
         for slot in n * top_k..(n + 1) * top_k {
             let (weight, row) = (weights[slot], row_of_slot[slot] as usize);
-            for (sum, x) in sums.iter_mut().zip(&rows[row * dim + at..]) {
-                *sum += weight * x.f32();
-            }
+            add_weighted(sums, weight, &rows[row * dim + at..]);
         }
         if let Some(extra) = extra {
             add(sums, &extra[n * dim + at..]);
@@ -95,28 +90,47 @@ pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     });
 }
 
-/// Runs `f(n, first column, columns)` for the tiles of each token's row of `out`.
-fn by_token<T: Elem>(cpu: &Cpu, out: &mut [T], dim: usize, f: impl Fn(usize, usize, &mut [T]) + Sync) {
+/// Runs `f(n, first column, sums, columns)` for the tiles of each token's row of `out`; `sums` starts as zeros.
+fn by_token<T: Elem>(cpu: &Cpu, out: &mut [T], dim: usize, f: impl Fn(usize, usize, &mut [f32], &mut [T]) + Sync) {
     let block = block_rows(dim);
     cpu.chunks_mut(out, block * dim, |b, rows| {
+        let mut sums = vec![0.0f32; TILE.min(dim)];
         for (r, row) in rows.chunks_exact_mut(dim).enumerate() {
             for (tile, columns) in row.chunks_mut(TILE).enumerate() {
-                f(b * block + r, tile * TILE, columns);
+                let sums = &mut sums[..columns.len()];
+                sums.fill(0.0);
+                f(b * block + r, tile * TILE, sums, columns);
             }
         }
     });
 }
 
-fn add<T: Elem>(sums: &mut [f32], x: &[T]) {
-    sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.f32());
+vectorised! {
+    fn add<T: Elem>(sums: &mut [f32], x: &[T]) {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.f32());
+    }
 }
 
-fn round<T: Elem>(sums: &[f32], out: &mut [T]) {
-    out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
+vectorised! {
+    fn add_weighted<T: Elem>(sums: &mut [f32], weight: f32, x: &[T]) {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += weight * x.f32());
+    }
 }
 
-/// d_rows[r] = weights[slot] * dy[n]; d_weights[slot] = dy[n] . rows[r]. The dot products are taken in the order of rows,
-/// then put in their slots.
+vectorised! {
+    fn round<T: Elem>(sums: &[f32], out: &mut [T]) {
+        out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
+    }
+}
+
+vectorised! {
+    fn weigh<T: Elem>(out: &mut [T], weight: f32, x: &[T]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(weight * x.f32()));
+    }
+}
+
+/// d_rows[r] = weights[slot] * dy[n]; d_weights[slot] = dy[n] . rows[r]. The dot products are taken in the order of
+/// rows, then put in their slots.
 pub fn combine_backward<T: Elem>(
     cpu: &Cpu,
     dy: &[T],
@@ -135,7 +149,7 @@ pub fn combine_backward<T: Elem>(
             let r = b * block + i;
             let slot = slot_of_row[r] as usize;
             let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
-            d_row.iter_mut().zip(dy).for_each(|(d, dy)| *d = T::round(weight * dy.f32()));
+            weigh(d_row, weight, dy);
             *out = dot(dy, &rows[r * dim..][..dim]);
         }
     });
@@ -144,16 +158,18 @@ pub fn combine_backward<T: Elem>(
     }
 }
 
-fn dot<T: Elem>(a: &[T], b: &[T]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lanes[i] += a[i].f32() * b[i].f32();
+vectorised! {
+    fn dot<T: Elem>(a: &[T], b: &[T]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..LANES {
+                lanes[i] += a[i].f32() * b[i].f32();
+            }
         }
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+            *lane += a.f32() * b.f32();
+        }
+        lanes.iter().sum()
     }
-    for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
-        *lane += a.f32() * b.f32();
-    }
-    lanes.iter().sum()
 }

@@ -1,5 +1,6 @@
 //! Tokens to expert order and back. A slot is `n * K + k`: token n's k-th expert. Rows are sorted by expert, and by slot
-//! within an expert. An expert without tokens has no rows. Sums over a token's experts are taken in slot order k = 0, 1, ..., in f32, never in arrival order.
+//! within an expert. An expert without tokens has no rows. Sums over a token's experts are taken in slot order
+//! k = 0, 1, ..., in f32, never in arrival order.
 
 mod cpu;
 #[cfg(test)]

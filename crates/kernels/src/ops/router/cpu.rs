@@ -3,7 +3,7 @@
 use super::select::Selector;
 use super::{Backward, Config, Forward, Scoring};
 use crate::Cpu;
-use crate::exp::{exp, sigmoid};
+use crate::math::{exp, sigmoid, vectorised};
 
 /// Tokens of one task.
 const BLOCK: usize = 16;
@@ -50,14 +50,16 @@ fn check_indices(name: &str, indices: &[i32], c: &Config) {
     }
 }
 
-fn score(by: Scoring, logits: &[f32], scores: &mut [f32]) {
-    match by {
-        Scoring::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x)),
-        Scoring::Softmax => {
-            let largest = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-            scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
-            let sum: f32 = scores.iter().sum();
-            scores.iter_mut().for_each(|s| *s /= sum);
+vectorised! {
+    fn score(by: Scoring, logits: &[f32], scores: &mut [f32]) {
+        match by {
+            Scoring::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x)),
+            Scoring::Softmax => {
+                let largest = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+                scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
+                let sum: f32 = scores.iter().sum();
+                scores.iter_mut().for_each(|s| *s /= sum);
+            }
         }
     }
 }
@@ -108,13 +110,15 @@ fn add_weight_gradient(c: &Config, scores: &[f32], chosen: &[i32], d_weights: &[
     }
 }
 
-/// Turns d_scores into d_logits, in place.
-fn score_backward(by: Scoring, scores: &[f32], d: &mut [f32]) {
-    match by {
-        Scoring::Sigmoid => d.iter_mut().zip(scores).for_each(|(d, s)| *d *= s * (1.0 - s)),
-        Scoring::Softmax => {
-            let mean: f32 = d.iter().zip(scores).map(|(d, s)| d * s).sum();
-            d.iter_mut().zip(scores).for_each(|(d, s)| *d = s * (*d - mean));
+vectorised! {
+    /// Turns d_scores into d_logits, in place.
+    fn score_backward(by: Scoring, scores: &[f32], d: &mut [f32]) {
+        match by {
+            Scoring::Sigmoid => d.iter_mut().zip(scores).for_each(|(d, s)| *d *= s * (1.0 - s)),
+            Scoring::Softmax => {
+                let mean: f32 = d.iter().zip(scores).map(|(d, s)| d * s).sum();
+                d.iter_mut().zip(scores).for_each(|(d, s)| *d = s * (*d - mean));
+            }
         }
     }
 }

@@ -131,7 +131,7 @@ fn cpu_matches_the_reference() {
             assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
             assert_close("d_logits", &d_both, &both, Tolerance::F32_OP);
             if c.experts == 1 {
-                // One normalised weight is constant: its gradient is zero but for rounding, with no scale to compare by.
+                // One normalised weight is constant: its gradient is zero but for rounding.
                 assert!(d_one.view().f32().iter().all(|d| d.abs() < 1e-6));
             } else {
                 assert_close("d_logits without d_scores", &d_one, &one, Tolerance::F32_OP);

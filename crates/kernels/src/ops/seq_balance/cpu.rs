@@ -3,11 +3,14 @@
 
 use super::SeqBalance;
 use crate::Cpu;
+use crate::math::vectorised;
 use crate::ops::router::top_k;
 use std::ops::Range;
 
 /// Tokens of one task.
 const BLOCK: usize = 64;
+/// Independent sums over a token's experts.
+const LANES: usize = 8;
 
 /// Some tokens of one sequence.
 struct Block {
@@ -22,7 +25,7 @@ pub fn forward_backward(cpu: &Cpu, a: SeqBalance<'_>) {
     let blocks = cut(&cu);
     let (counts, shares) = tally(cpu, scores, experts, a.top_k, &blocks);
     let f = loads(&cu, &blocks, &counts, experts, a.top_k);
-    sum_losses(&cu, &blocks, &shares, &f, a.loss.f32());
+    sum_losses(&cu, &blocks, &shares, &f, experts, a.loss.f32());
     let mut rest = a.d_scores.f32();
     let mut parts = Vec::with_capacity(blocks.len());
     for block in &blocks {
@@ -71,17 +74,45 @@ fn tally(cpu: &Cpu, scores: &[f32], experts: usize, k: usize, blocks: &[Block]) 
             let row = &scores[t * experts..][..experts];
             top_k(row, 0..experts, &mut chosen);
             chosen.iter().for_each(|&e| counts[e as usize] += 1);
-            let inverse = inverse_sum(row);
-            shares.iter_mut().zip(row).for_each(|(share, &s)| *share += f64::from(s) * inverse);
+            add_shares(row, shares);
         }
     });
     (counts, shares)
 }
 
+vectorised! {
+    fn add_shares(row: &[f32], shares: &mut [f64]) {
+        let inverse = inverse_sum(row);
+        shares.iter_mut().zip(row).for_each(|(share, &s)| *share += f64::from(s) * inverse);
+    }
+}
+
 /// 1 / the sum of a token's scores; 0 where all are zero.
+#[inline(always)]
 fn inverse_sum(row: &[f32]) -> f64 {
-    let z: f64 = row.iter().map(|&s| f64::from(s)).sum();
+    let mut lanes = [0.0f64; LANES];
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += f64::from(chunk[i]);
+        }
+    }
+    lanes.iter_mut().zip(tail).for_each(|(lane, &x)| *lane += f64::from(x));
+    let z: f64 = lanes.iter().sum();
     if z == 0.0 { 0.0 } else { 1.0 / z }
+}
+
+#[inline(always)]
+fn dot(f: &[f64], row: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let ((f, f_tail), (row, row_tail)) = (f.as_chunks::<LANES>(), row.as_chunks::<LANES>());
+    for (f, row) in f.iter().zip(row) {
+        for i in 0..LANES {
+            lanes[i] += f[i] * f64::from(row[i]);
+        }
+    }
+    lanes.iter_mut().zip(f_tail.iter().zip(row_tail)).for_each(|(lane, (f, &x))| *lane += f * f64::from(x));
+    lanes.iter().sum()
 }
 
 /// f [S, E].
@@ -101,10 +132,9 @@ fn loads(cu: &[usize], blocks: &[Block], counts: &[u32], experts: usize, k: usiz
 }
 
 /// L_s = sum over its blocks, in order, of f . shares / T.
-fn sum_losses(cu: &[usize], blocks: &[Block], shares: &[f64], f: &[f64], loss: &mut [f32]) {
-    let experts = f.len() / loss.len().max(1);
+fn sum_losses(cu: &[usize], blocks: &[Block], shares: &[f64], f: &[f64], experts: usize, loss: &mut [f32]) {
     let mut sums = vec![0.0f64; loss.len()];
-    for (block, shares) in blocks.iter().zip(shares.chunks_exact(experts.max(1))) {
+    for (block, shares) in blocks.iter().zip(shares.chunks_exact(experts)) {
         let f = &f[block.sequence * experts..][..experts];
         sums[block.sequence] += f.iter().zip(shares).map(|(f, p)| f * p).sum::<f64>();
     }
@@ -113,10 +143,12 @@ fn sum_losses(cu: &[usize], blocks: &[Block], shares: &[f64], f: &[f64], loss: &
     }
 }
 
-/// One token's d_scores = factor (f_j / Z - sum_i f_i s_i / Z^2).
-fn gradient(row: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
-    let inverse = inverse_sum(row);
-    let mean: f64 = f.iter().zip(row).map(|(f, &s)| f * f64::from(s)).sum::<f64>() * inverse;
-    let factor = factor * inverse;
-    d.iter_mut().zip(f).for_each(|(d, f)| *d = (factor * (f - mean)) as f32);
+vectorised! {
+    /// One token's d_scores = factor (f_j / Z - sum_i f_i s_i / Z^2).
+    fn gradient(row: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
+        let inverse = inverse_sum(row);
+        let mean = dot(f, row) * inverse;
+        let factor = factor * inverse;
+        d.iter_mut().zip(f).for_each(|(d, f)| *d = (factor * (f - mean)) as f32);
+    }
 }

@@ -87,7 +87,8 @@ fn known_values() {
     assert_eq!((loss.view().f32(), d.view().f32()), (&[1.0f32][..], &[1.0f32, -1.0][..]));
 }
 
-/// Where every token takes every expert nothing can be balanced: f = 1, the loss is 1, its gradient zero but for rounding.
+/// Where every token takes every expert nothing can be balanced: f = 1, the loss is 1, its gradient zero but for
+/// rounding.
 #[test]
 fn all_experts_chosen() {
     for (experts, tokens) in [(7, 63), (1, 3)] {

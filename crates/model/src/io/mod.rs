@@ -1,0 +1,19 @@
+//! Checkpoints as Hugging Face lays them out: `config.json` beside `model.safetensors` or shards with an index. The table
+//! of [`crate::Layout`] names every tensor; nothing here knows a name that it does not, but for the forms that other
+//! writers use (experts fused into one tensor, MTP's copies of embedding and head).
+//!
+//! Files are read by position in bounded pieces rather than mapped: a file that another process cuts short is then an
+//! error and not a signal, and no unsafe code is needed.
+
+mod checkpoint;
+mod error;
+mod load;
+mod save;
+mod shard;
+#[cfg(test)]
+mod tests;
+
+pub use checkpoint::Checkpoint;
+pub use error::IoError;
+pub use load::load_params;
+pub use save::{SaveOptions, save_checkpoint};
