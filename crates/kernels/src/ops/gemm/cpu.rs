@@ -14,7 +14,7 @@ use super::pack::{self, Operand, Part};
 use crate::{AlignedVec, Cpu, Elem, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// One product of a list: C[m, n] (+)= A[m, k] B[k, n], with C at an offset of the output shared by the list.
 #[derive(Clone, Copy, Debug)]
@@ -46,8 +46,9 @@ const ROWS: Range<usize> = 48..240;
 const TASKS: usize = 32;
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 18;
-/// Up to this many rows of A (decode), A takes the lanes: transposing B would cost as much as the product.
-const FEW: usize = 32;
+/// With both operands k-contiguous, A takes the lanes when its rows about fill one vector, which saves transposing B.
+/// With fewer rows most lanes would be idle; with more, the tile's rows share the cost of transposing.
+const FILLS_A_VECTOR: RangeInclusive<usize> = 9..=VECTOR;
 
 impl Product<'_> {
     fn work(&self) -> usize {
@@ -56,7 +57,7 @@ impl Product<'_> {
 
     /// Whether the lanes run over n. They run over the index that is contiguous in memory if there is one.
     fn lanes_are_columns(&self) -> bool {
-        !self.b.k_contiguous || (self.a.k_contiguous && self.m > FEW)
+        !self.b.k_contiguous || (self.a.k_contiguous && !FILLS_A_VECTOR.contains(&self.m))
     }
 
     /// Rows and columns of a tile when a task should do about `work` multiply-adds.

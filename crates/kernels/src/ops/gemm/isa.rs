@@ -4,6 +4,10 @@
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub const SQUARE: usize = 16;
 
+/// Bytes of a cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
+
 /// Runs `f`, which must be inlinable (`#[inline(always)]` at its definition), compiled for the widest vectors there are.
 #[inline(always)]
 pub fn widest<R>(f: impl FnOnce() -> R) -> R {
@@ -42,6 +46,19 @@ pub fn transpose(src: &[f32], ld: usize, dst: &mut [f32], width: usize, lines: u
         let line = &mut dst[k * width..][..SQUARE];
         line.iter_mut().enumerate().for_each(|(i, o)| *o = src[i * ld + k]);
     }
+}
+
+/// Asks for `x` to be in the cache soon.
+#[inline(always)]
+pub fn prefetch<T>(x: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for x in x.chunks(LINE / size_of::<T>()) {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, of an address within a live slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -5,7 +5,7 @@
 //! call has a shape for which the microkernels would sum in another order.
 
 use super::super::by_dtype;
-use super::isa::{SQUARE, transpose, widest};
+use super::isa::{SQUARE, prefetch, transpose, widest};
 use crate::{Elem, View};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
@@ -83,7 +83,8 @@ fn transposed<T: Elem>(src: &[T], ld: usize, p: Part, width: usize, dst: &mut [f
         let filled = p.count.saturating_sub(l0).min(SQUARE);
         for (i, line) in stage.chunks_exact_mut(STAGED).enumerate() {
             if i < filled {
-                let row = &src[(p.first + l0 + i) * ld + p.k0 + s0..][..len];
+                let (row, next) = src[(p.first + l0 + i) * ld + p.k0 + s0..].split_at(len);
+                prefetch(&next[..len.min(next.len())]);
                 line.iter_mut().zip(row).for_each(|(o, x)| *o = x.f32());
             } else {
                 line[..len].fill(0.0);

@@ -227,6 +227,28 @@ fn a_row_does_not_depend_on_the_batch() {
     }
 }
 
+/// Also where the batch is large enough for the largest tiles, which the microkernels block otherwise.
+#[test]
+fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
+    let ctx = ctx();
+    for (m, n, k, d) in [(2048, 512, 300, F32), (2048, 512, 300, Bf16), (1200, 700, 601, F32)] {
+        for tb in [false, true] {
+            let all = Case::new((m, n, k), (d, d), false, tb);
+            let mut c = ctx.zeros(F32, m * n);
+            all.run(&ctx, &mut c, false);
+            let few = [(0, 1), (m - 1, 1), (m / 2, 7), (m / 3, 12), (239, 40), (200, 100)];
+            for (first, rows) in few {
+                let x = &all.a.view().to_f32()[first * k..(first + rows) * k];
+                let part = Case { m: rows, n, k, a: buf(d, x), b: all.b.clone(), ta: false, tb };
+                let mut found = ctx.zeros(F32, rows * n);
+                part.run(&ctx, &mut found, false);
+                let expected = buf(F32, &c.view().f32()[first * n..(first + rows) * n]);
+                assert_same_bits(&format!("{rows} rows from {first} of {m}, {n}, {k}, tb {tb}"), &found, &expected);
+            }
+        }
+    }
+}
+
 #[test]
 fn linear_and_its_gradients() {
     let ctx = ctx();
