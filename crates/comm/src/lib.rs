@@ -1,1 +1,89 @@
-//! Being written.
+//! What ranks say to each other. Stages know only [`Exchange`]; whether it is the identity, threads of one process or a
+//! network is decided by whoever builds the model.
+
+mod in_process;
+
+pub use in_process::{InProcess, group};
+
+use hadal_kernels::{Buf, Ctx};
+use std::ops::Range;
+
+/// An expert's number in the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct GlobalExpert(pub usize);
+
+/// An expert's slot on the rank that holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LocalExpert(pub usize);
+
+/// How one dispatch went; combine and the backward passes need it to go the same way.
+#[derive(Debug)]
+pub struct Route {
+    /// i32 [local experts + 1]: where each local expert's rows begin on this side.
+    pub offsets: Buf,
+    /// received[source][local expert]: rows.
+    received: Vec<Vec<usize>>,
+    /// sent[destination]: rows.
+    sent: Vec<usize>,
+}
+
+impl Route {
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.offsets.bytes() + 8 * (self.sent.len() + self.received.iter().map(Vec::len).sum::<usize>())
+    }
+}
+
+/// Moves token rows to the ranks that hold their experts and back. Every rank of a group makes the same calls in the
+/// same order. Rows arrive sorted by local expert, then by source rank, then in the source's order, so that two ranks
+/// see what one rank would with both batches one after the other.
+pub trait Exchange: Send + Sync {
+    /// Global ids of the experts held here.
+    fn experts(&self) -> Range<usize>;
+
+    /// `rows` [n, dim], sorted by global expert with `offsets` (i32 [E + 1]), to the experts' ranks: the rows of the
+    /// local experts and the route.
+    fn dispatch(&self, ctx: &Ctx, rows: Buf, offsets: &Buf, dim: usize) -> (Buf, Route);
+
+    /// More rows along a known route, from the tokens' side to the experts' side (backward of combine).
+    fn redispatch(&self, ctx: &Ctx, rows: Buf, route: &Route, dim: usize) -> Buf;
+
+    /// Rows from the experts' side back to the tokens' side, in the order they were sent (also backward of dispatch).
+    fn combine(&self, ctx: &Ctx, rows: Buf, route: &Route, dim: usize) -> Buf;
+
+    /// Sums counts over all ranks.
+    fn sum_counts(&self, counts: &mut [i64]);
+
+    /// The slot of an expert here, if it is held here.
+    fn local(&self, e: GlobalExpert) -> Option<LocalExpert> {
+        let r = self.experts();
+        r.contains(&e.0).then(|| LocalExpert(e.0 - r.start))
+    }
+}
+
+/// One rank that holds all experts: nothing moves.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// E.
+    pub experts: usize,
+}
+
+impl Exchange for Identity {
+    fn experts(&self) -> Range<usize> {
+        0..self.experts
+    }
+
+    fn dispatch(&self, _: &Ctx, rows: Buf, offsets: &Buf, _: usize) -> (Buf, Route) {
+        (rows, Route { offsets: offsets.clone(), received: Vec::new(), sent: Vec::new() })
+    }
+
+    fn redispatch(&self, _: &Ctx, rows: Buf, _: &Route, _: usize) -> Buf {
+        rows
+    }
+
+    fn combine(&self, _: &Ctx, rows: Buf, _: &Route, _: usize) -> Buf {
+        rows
+    }
+
+    fn sum_counts(&self, _: &mut [i64]) {}
+}

@@ -1,1 +1,16 @@
-//! Being written.
+//! Text in, token windows out: the tokenizer (loading, training), the corpus (text files or our generated one), and
+//! packing into the sequences a trainer asks for by number.
+//!
+//! This is the only crate that knows text. It knows nothing of models or devices: what leaves it are token ids and
+//! byte counts. Everything here is a function of its inputs and a seed, whatever the number of threads.
+
+pub mod corpus;
+mod error;
+mod hash;
+pub mod pack;
+pub mod tokenizer;
+
+pub use error::DataError;
+pub use hash::sha256_file;
+pub use pack::{Loader, Split, TokenStream, split};
+pub use tokenizer::Tokenizer;

@@ -62,6 +62,11 @@ impl Cpu {
         self.threads
     }
 
+    /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.
+    pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+
     /// Runs `f(0) .. f(n - 1)` on the workers, in any order and on any worker. How work is cut into tasks must depend
     /// on shapes alone, never on the number of workers: that is what keeps results equal for every thread count.
     pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
@@ -69,7 +74,7 @@ impl Cpu {
         match n {
             0 => {}
             1 => f(0),
-            _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(|i| f(i))),
+            _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(&f)),
         }
     }
 

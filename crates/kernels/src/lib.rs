@@ -7,6 +7,7 @@
 
 mod buffer;
 mod device;
+mod math;
 pub mod ops;
 #[cfg(test)]
 mod testing;

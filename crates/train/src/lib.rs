@@ -1,1 +1,67 @@
-//! Being written.
+//! Training: one step loop, its optimiser and schedule, data to loss, validation, checkpoints. It prints nothing: whoever
+//! runs it watches through [`Observer`].
+
+mod config;
+mod evaluate;
+mod metrics;
+mod optimizer;
+mod pretrain;
+mod record;
+mod schedule;
+mod step;
+
+pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
+pub use evaluate::{Evaluation, Held, evaluate};
+pub use metrics::Metrics;
+pub use optimizer::{AdamW, Load, Optimizer};
+pub use pretrain::{Observer, Run, Start, pretrain};
+pub use schedule::Schedule;
+pub use step::{Objective, StepReport, Trainer};
+
+use std::path::Path;
+
+/// Why a run cannot start or go on; one line each.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A setting that cannot be.
+    #[error("{what}")]
+    Config {
+        /// Which, what was expected and found.
+        what: String,
+    },
+    /// A file that cannot be read or written.
+    #[error("{path}: {what}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What happened.
+        what: String,
+    },
+    /// The text or the tokenizer.
+    #[error(transparent)]
+    Data(#[from] hadal_data::DataError),
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] hadal_model::io::IoError),
+    /// A model's configuration.
+    #[error(transparent)]
+    Model(#[from] hadal_model::config::ConfigError),
+    /// The loss is no number any more.
+    #[error("step {step}: the loss is {loss}; the last checkpoint is untouched (a lower train.lr may help)")]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+    },
+}
+
+impl TrainError {
+    fn read(path: &Path, e: &std::io::Error) -> Self {
+        Self::Io { path: path.display().to_string(), what: format!("cannot read: {e}") }
+    }
+
+    fn write(path: &Path, e: &std::io::Error) -> Self {
+        Self::Io { path: path.display().to_string(), what: format!("cannot write: {e}") }
+    }
+}

@@ -16,6 +16,7 @@ pub mod moe_permute;
 pub mod rmsnorm;
 pub mod rope;
 pub mod router;
+pub mod rows;
 pub mod sample;
 pub mod seq_balance;
 pub mod swiglu;

@@ -2,8 +2,16 @@
 //! written in the same pass. Clipping by global norm is folded in: g' = g * min(1, clip / (norm + 1e-6)), as PyTorch does.
 //! m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2; w -= lr (wd w) for decayed tensors, then
 //! w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+//! Every element is on its own: the bits depend on no split of the arena. A norm that is NaN makes every updated element
+//! NaN, as in PyTorch, so that a broken step cannot pass unseen; with an infinite clip the norm is not used at all.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut};
 use std::ops::Range;
 
 /// A run of elements treated alike. Elements outside every segment stay as they are.
@@ -28,7 +36,7 @@ pub struct AdamW<'a> {
     pub v: ViewMut<'a>,
     /// bf16 [P]: the masters rounded; absent when the masters are the compute weights.
     pub compute: Option<ViewMut<'a>>,
-    /// Which elements to update.
+    /// Which elements to update; they may come in any order but not overlap.
     pub segments: &'a [Segment],
     /// f32 [1], on the device: the gradient's norm.
     pub norm: View<'a>,
@@ -50,5 +58,19 @@ pub struct AdamW<'a> {
 
 /// One update.
 pub fn step(ctx: &Ctx, a: AdamW<'_>) {
-    todo!()
+    let p = a.master.len();
+    assert!(
+        a.grad.len() == p && a.m.len() == p && a.v.len() == p && a.compute.as_ref().is_none_or(|c| c.len() == p),
+        "adamw: masters {p}, gradients {}, m {}, v {}, compute {:?}: expected one length",
+        a.grad.len(),
+        a.m.len(),
+        a.v.len(),
+        a.compute.as_ref().map(ViewMut::len)
+    );
+    assert_eq!(a.norm.len(), 1, "adamw: the norm is one number");
+    assert!(a.t > 0, "adamw: the first update is t = 1");
+    assert!(a.clip > 0.0, "adamw: clip {}", a.clip);
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::step(cpu, a),
+    }
 }

@@ -1,18 +1,40 @@
 //! Elementwise sums and conversion, in f32, rounded once.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use super::by_dtype;
+use crate::{Ctx, Device, View, ViewMut};
 
 /// out = a + b (any float dtypes of equal length).
 pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
-    todo!()
+    assert!(a.len() == out.len() && b.len() == out.len(), "{} + {} to {}", a.len(), b.len(), out.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(b.dtype(), B => by_dtype!(out.dtype(), T => {
+            cpu::add::<A, B, T>(cpu, a, b, out)
+        }))),
+    }
 }
 
 /// out += a.
 pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
-    todo!()
+    assert_eq!(a.len(), out.len(), "adding {} elements to {}", a.len(), out.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
+            cpu::accumulate::<A, T>(cpu, a, out)
+        })),
+    }
 }
 
 /// out = a in out's dtype.
 pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
-    todo!()
+    assert_eq!(a.len(), out.len(), "converting {} elements to {}", a.len(), out.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
+            cpu::convert::<A, T>(cpu, a, out)
+        })),
+    }
 }

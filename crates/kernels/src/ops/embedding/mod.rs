@@ -1,14 +1,37 @@
 //! Token embedding: y[n] = table[ids[n]].
 
-use crate::{Ctx, View, ViewMut, Weight};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use super::by_dtype;
+use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// y[N, D] = table[ids]. ids i32 [N], table [V, D] in y's dtype or f32 (then rounded). An id outside 0..V is a
 /// contract breach (callers check their tokens first).
 pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
-    todo!()
+    let (v, d) = (table.rows, table.cols);
+    assert!(table.experts == 1 && table.data.len() == v * d, "table [{v}, {d}] in {}", table.data.len());
+    assert_eq!(y.len(), ids.len() * d, "y [{}, {d}]", ids.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(table.data.dtype(), W => by_dtype!(y.dtype(), T => {
+            cpu::forward::<W, T>(cpu, ids.i32(), table, y)
+        })),
+    }
 }
 
-/// dtable[V, D] (f32) += sum of dy[n] over the positions n that hold each id, in order of n.
+/// dtable[V, D] (f32) += sum of dy[n] over the positions n that hold each id, in order of n. The sum is complete before
+/// it is added.
 pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
-    todo!()
+    let n = ids.len();
+    if n == 0 {
+        return;
+    }
+    let d = dy.len() / n;
+    assert!(d > 0 && dy.len() == n * d && dtable.len().is_multiple_of(d), "dy [{n}, {d}] to {}", dtable.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => cpu::backward::<T>(cpu, ids.i32(), dy, d, dtable)),
+    }
 }

@@ -7,7 +7,15 @@
 //! add as if each had been computed alone.
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
-use crate::{Ctx, View, ViewMut, Weight};
+pub(super) mod cpu;
+mod isa;
+pub(super) mod pack;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// A row-major matrix in a view: element (r, c) at `r * ld + c`.
 #[derive(Clone, Copy, Debug)]
@@ -52,12 +60,30 @@ pub struct Gemm<'a> {
 
 /// C (+)= op(A) op(B). See the module's contract.
 pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
-    todo!()
+    let (m, n, k) = (g.m, g.n, g.k);
+    let fits = |rows: usize, cols: usize, ld: usize, len: usize| {
+        rows == 0 || cols == 0 || (ld >= cols && len >= (rows - 1) * ld + cols)
+    };
+    let (ra, ca) = if g.ta { (k, m) } else { (m, k) };
+    let (rb, cb) = if g.tb { (n, k) } else { (k, n) };
+    assert!(fits(ra, ca, g.a.ld, g.a.data.len()), "A [{ra}, {ca}] with ld {} in {}", g.a.ld, g.a.data.len());
+    assert!(fits(rb, cb, g.b.ld, g.b.data.len()), "B [{rb}, {cb}] with ld {} in {}", g.b.ld, g.b.data.len());
+    assert!(fits(m, n, g.c.ld, g.c.data.len()), "C [{m}, {n}] with ld {} in {}", g.c.ld, g.c.data.len());
+    let a = pack::Operand { data: g.a.data, ld: g.a.ld, k_contiguous: !g.ta };
+    let b = pack::Operand { data: g.b.data, ld: g.b.ld, k_contiguous: g.tb };
+    match &ctx.device {
+        Device::Cpu(cpu) => {
+            let product = cpu::Product { m, n, k, a, b, c: 0, ldc: g.c.ld };
+            cpu::run(cpu, &[product], g.c.data, g.accumulate);
+        }
+    }
 }
 
 /// y[N, out] = x[N, in] W^T (W [out, in]).
 pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
-    let n = x.len() / w.cols;
+    let n = rows_of(x.len(), w.cols, "x");
+    assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
+    assert_eq!(y.len(), n * w.rows, "y of x [{n}, {}] and W [{}, {}]", w.cols, w.rows, w.cols);
     gemm(
         ctx,
         Gemm {
@@ -76,7 +102,9 @@ pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
 
 /// dx[N, in] (+)= dy[N, out] W.
 pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
-    let n = dy.len() / w.rows;
+    let n = rows_of(dy.len(), w.rows, "dy");
+    assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
+    assert_eq!(dx.len(), n * w.cols, "dx of dy [{n}, {}] and W [{}, {}]", w.rows, w.rows, w.cols);
     gemm(
         ctx,
         Gemm {
@@ -95,7 +123,9 @@ pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMu
 
 /// dW[out, in] += dy[N, out]^T x[N, in]; dW is f32.
 pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: ViewMut<'_>) {
-    let n = x.len() / cols;
+    let n = rows_of(x.len(), cols, "x");
+    assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");
+    assert_eq!(dw.len(), rows * cols, "dW [{rows}, {cols}]");
     gemm(
         ctx,
         Gemm {
@@ -110,4 +140,10 @@ pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize,
             accumulate: true,
         },
     );
+}
+
+/// Rows of a dense matrix with `cols` columns.
+fn rows_of(len: usize, cols: usize, name: &str) -> usize {
+    assert!(cols > 0 && len.is_multiple_of(cols), "{name}: {len} elements in rows of {cols}");
+    len / cols
 }

@@ -3,16 +3,28 @@
 //! offsets[E] rows; rows beyond it are neither read nor written. Precision and batch invariance as in `gemm`: the bits
 //! of a row do not depend on how many rows its expert got. An expert with no rows gets nothing; its dW is unchanged.
 
-use crate::{Ctx, View, ViewMut, Weight};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// y[row, out] = x[row, in] W_e^T for the rows of each expert e. x [cap, in], y [cap, out], W [E, out, in].
 pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
-    todo!()
+    assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::forward(cpu, x, offsets.i32(), w, y),
+    }
 }
 
 /// dx[row, in] = dy[row, out] W_e (overwrites the rows below offsets[E]).
 pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
-    todo!()
+    assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::backward_input(cpu, dy, offsets.i32(), w, dx),
+    }
 }
 
 /// dW_e[out, in] += dy[rows of e]^T x[rows of e]; dW f32 [E, out, in].
@@ -25,5 +37,8 @@ pub fn grouped_backward_weight(
     cols: usize,
     dw: ViewMut<'_>,
 ) {
-    todo!()
+    assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw),
+    }
 }

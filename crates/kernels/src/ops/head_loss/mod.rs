@@ -6,7 +6,13 @@
 //! The backward pass takes the gradient of each output, so that a loss is a weighted sum chosen by the caller:
 //! dz_j = d_logp (1[j = target] - p_j) - d_entropy p_j (z_j - lse + entropy) + sum_g d_given_g (1[j = given_g] - p_j).
 
-use crate::{Ctx, View, ViewMut, Weight};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// What both directions read.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +46,24 @@ pub struct Outputs<'a> {
 
 /// Log-probabilities, entropy and top-k without ever forming all logits.
 pub fn forward(ctx: &Ctx, x: Inputs<'_>, out: Outputs<'_>) {
-    todo!()
+    let n = x.check();
+    let v = x.weight.rows;
+    for (name, len) in [("lse", out.lse.len()), ("logp", out.logp.len()), ("entropy", out.entropy.len())] {
+        assert_eq!(len, n, "head_loss forward: {name} of {len} elements, expected N = {n}");
+    }
+    let (given, picked) = (x.given.map(|g| g.len()), out.given_logp.as_ref().map(|g| g.len()));
+    assert_eq!(given, picked, "head_loss forward: given ids and given_logp differ in size (N = {n})");
+    if let Some((ids, logp)) = &out.top {
+        let k = per_row("top", ids.len(), n);
+        assert_eq!(ids.len(), logp.len(), "head_loss forward: top ids and top logp differ in size (N = {n})");
+        assert!(k <= v, "head_loss forward: the {k} most likely of {v} ids");
+    }
+    if n == 0 {
+        return;
+    }
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::forward(ctx, cpu, x, out),
+    }
 }
 
 /// What backward reads and writes. The weight's gradient may be computed later and apart from the input's
@@ -65,5 +88,68 @@ pub struct Backward<'a> {
 
 /// Gradients of hidden and weight; logits are recomputed slice by slice.
 pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
-    todo!()
+    let n = x.check();
+    let (v, d) = (x.weight.rows, x.weight.cols);
+    for (name, len) in [("lse", b.lse.len()), ("d_logp", b.d_logp.len())] {
+        assert_eq!(len, n, "head_loss backward: {name} of {len} elements, expected N = {n}");
+    }
+    if let Some(de) = b.d_entropy {
+        let (e, de) = (b.entropy.len(), de.len());
+        assert!(e == n && de == n, "head_loss backward: entropy of {e}, d_entropy of {de} elements, expected N = {n}");
+    }
+    if let Some(dg) = b.d_given {
+        let g = x.given.map(|g| g.len());
+        assert_eq!(Some(dg.len()), g, "head_loss backward: d_given and given ids differ in size (N = {n})");
+    }
+    if let Some(h) = &b.d_hidden {
+        assert_eq!(h.len(), n * d, "head_loss backward: d_hidden of {} elements, expected [{n}, {d}]", h.len());
+    }
+    if let Some(w) = &b.d_weight {
+        assert_eq!(w.len(), v * d, "head_loss backward: d_weight of {} elements, expected [{v}, {d}]", w.len());
+    }
+    if n == 0 || (b.d_hidden.is_none() && b.d_weight.is_none()) {
+        return;
+    }
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::backward(ctx, cpu, x, b),
+    }
+}
+
+impl Inputs<'_> {
+    /// Panics unless sizes fit and ids are in range; returns N.
+    #[track_caller]
+    fn check(&self) -> usize {
+        let (n, v, d) = (self.targets.len(), self.weight.rows, self.weight.cols);
+        assert_eq!(self.weight.experts, 1, "head_loss: a stack of {} weights", self.weight.experts);
+        assert!(v > 0 && d > 0, "head_loss: weight [{v}, {d}]");
+        assert_eq!(
+            self.hidden.len(),
+            n * d,
+            "head_loss: hidden of {} elements, expected [{n}, {d}]",
+            self.hidden.len()
+        );
+        let t = self.temperature;
+        assert!(t > 0.0 && t.is_finite(), "head_loss: temperature {t}, expected a finite positive number");
+        check_ids("target", self.targets.i32(), -1, v);
+        if let Some(given) = self.given {
+            per_row("given ids", given.len(), n);
+            check_ids("given id", given.i32(), 0, v);
+        }
+        n
+    }
+}
+
+/// Columns of a buffer of `len` elements in `n` rows.
+#[track_caller]
+fn per_row(name: &str, len: usize, n: usize) -> usize {
+    let k = len.checked_div(n).unwrap_or(0);
+    assert_eq!(k * n, len, "head_loss: {name} of {len} elements is not a matrix of N = {n} rows");
+    k
+}
+
+#[track_caller]
+fn check_ids(name: &str, ids: &[i32], lowest: i32, v: usize) {
+    if let Some(i) = ids.iter().position(|&id| id < lowest || id as i64 >= v as i64) {
+        panic!("head_loss: {name} [{i}] is {}, expected {lowest}..{v}", ids[i]);
+    }
 }

@@ -1,6 +1,13 @@
 //! Writes new tokens into the latent cache: normalised c_kv, then rotated k_pe, one slot per token.
+//! All three buffers have one dtype; a copy rounds nothing.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Arguments of [`store`].
 #[derive(Debug)]
@@ -23,5 +30,17 @@ pub struct Store<'a> {
 
 /// cache[slot] = [c_kv | k_pe]. A slot beyond the cache is a contract breach.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
-    todo!()
+    let (n, c, r) = (a.slots.len(), a.latent, a.rope);
+    assert_eq!(a.c_kv.len(), n * c, "c_kv of {n} tokens x {c}");
+    assert!(a.k_pe_stride >= r, "k_pe: rows of {r}, {} apart", a.k_pe_stride);
+    let need = if n == 0 { 0 } else { (n - 1) * a.k_pe_stride + r };
+    assert!(a.k_pe.len() >= need, "k_pe holds {} elements, {n} tokens need {need}", a.k_pe.len());
+    assert!(
+        c + r > 0 && a.cache.len().is_multiple_of(c + r),
+        "a cache of {} elements, rows of {c} + {r}",
+        a.cache.len()
+    );
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.cache.dtype(), T => cpu::store::<T>(cpu, a)),
+    }
 }

@@ -2,8 +2,15 @@
 //! one value of C). Queries come with kv_b_proj's key part already absorbed; the caller applies its value part to the
 //! output. Several query tokens per sequence are allowed (prefill in chunks, speculation), causal and aligned at the
 //! end. Keys are walked in tiles of one block in order, so a token's bits depend on its own sequence alone.
+//! q, cache and out have one dtype. A query that sees no key gets zeros and a log-sum-exp of -inf.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Tokens per cache block.
 pub const BLOCK: usize = 64;
@@ -37,5 +44,39 @@ pub struct Decode<'a> {
 
 /// out = softmax(q . cache^T * scale) cache[.., ..C].
 pub fn forward(ctx: &Ctx, a: Decode<'_>) {
-    todo!()
+    check(&a);
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.q.dtype(), T => cpu::forward::<T>(cpu, a)),
+    }
+}
+
+fn check(a: &Decode<'_>) {
+    let (h, c, width) = (a.heads, a.latent, a.latent + a.rope);
+    let (cu_q, lengths, table) = (a.cu_q.i32(), a.lengths.i32(), a.block_table.i32());
+    assert!(h > 0 && c > 0, "attention of {h} heads over latents of {c}");
+    assert_eq!(cu_q.len(), lengths.len() + 1, "cumulative query lengths of {} sequences", lengths.len());
+    assert!(cu_q[0] == 0 && cu_q.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu_q:?}");
+    let nq = cu_q[lengths.len()] as usize;
+    assert_eq!(a.q.len(), nq * h * width, "q of {nq} queries x {h} heads x {width}");
+    assert_eq!(a.out.len(), nq * h * c, "out of {nq} queries x {h} heads x {c}");
+    assert_eq!(a.lse.len(), nq * h, "lse of {nq} queries x {h} heads");
+    assert!(a.cache.len().is_multiple_of(BLOCK * width), "a cache of {} elements, rows of {width}", a.cache.len());
+    let blocks = a.cache.len() / (BLOCK * width);
+    if lengths.is_empty() {
+        return;
+    }
+    assert!(
+        table.len().is_multiple_of(lengths.len()),
+        "a block table of {} for {} sequences",
+        table.len(),
+        lengths.len()
+    );
+    let max_blocks = table.len() / lengths.len();
+    for (s, &keys) in lengths.iter().enumerate() {
+        let held = usize::try_from(keys).unwrap_or_else(|_| panic!("sequence {s} has {keys} keys")).div_ceil(BLOCK);
+        assert!(held <= max_blocks, "sequence {s}: {keys} keys, a table of {max_blocks} blocks");
+        for &b in &table[s * max_blocks..s * max_blocks + held] {
+            assert!(usize::try_from(b).is_ok_and(|b| b < blocks), "sequence {s}: block {b} of {blocks}");
+        }
+    }
 }

@@ -4,7 +4,15 @@
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
 //! others, to the bit.
 
-use crate::{Ctx, View, ViewMut};
+mod backward;
+mod cpu;
+#[cfg(test)]
+pub(super) mod reference;
+#[cfg(test)]
+mod tests;
+pub(super) mod tile;
+
+use crate::{Ctx, Device, Elem, View, ViewMut, ops::by_dtype};
 
 /// Sizes shared by forward and backward.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +50,15 @@ pub struct Inputs<'a> {
 /// out [Nq, H, W] and lse f32 [Nq, H] (natural log of the sum of exp of the scaled scores). A query that sees no key
 /// gets zeros and -inf.
 pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: ViewMut<'_>) {
-    todo!()
+    let (nq, _) = check(&shape, &x);
+    let (h, w) = (shape.heads, shape.v);
+    assert_eq!(out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
+    assert_eq!(lse.len(), nq * h, "lse of {nq} queries x {h} heads");
+    match &ctx.device {
+        Device::Cpu(cpu) => {
+            by_dtype!(x.q.dtype(), T => cpu::forward::<T>(cpu, &Problem::new(shape, &x), T::of_mut(out), lse.f32()))
+        }
+    }
 }
 
 /// What backward reads beside the inputs, and what it writes.
@@ -66,5 +82,65 @@ pub struct Backward<'a> {
 
 /// Gradients of q, kv_up and k_pe; deterministic.
 pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
-    todo!()
+    let (nq, nk) = check(&shape, &x);
+    let Shape { heads: h, nope: p, rope: r, v: w, .. } = shape;
+    assert_eq!(b.out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
+    assert_eq!(b.dout.len(), nq * h * w, "dout of {nq} queries x {h} heads x {w}");
+    assert_eq!(b.lse.len(), nq * h, "lse of {nq} queries x {h} heads");
+    assert_eq!(b.dq.len(), nq * h * (p + r), "dq of {nq} queries x {h} heads x {p} + {r}");
+    assert_eq!(b.dkv_up.len(), nk * h * (p + w), "dkv_up of {nk} keys x {h} heads x {p} + {w}");
+    check_rows("dk_pe", b.dk_pe.len(), nk, r, b.dk_pe_stride);
+    match &ctx.device {
+        Device::Cpu(cpu) => {
+            by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
+        }
+    }
+}
+
+/// The inputs of one call, typed.
+struct Problem<'a, T> {
+    shape: Shape,
+    q: &'a [T],
+    kv_up: &'a [T],
+    k_pe: &'a [T],
+    cu_q: &'a [i32],
+    cu_k: &'a [i32],
+}
+
+impl<'a, T: Elem> Problem<'a, T> {
+    fn new(shape: Shape, x: &Inputs<'a>) -> Self {
+        Self {
+            shape,
+            q: T::of(x.q),
+            kv_up: T::of(x.kv_up),
+            k_pe: T::of(x.k_pe),
+            cu_q: x.cu_q.i32(),
+            cu_k: x.cu_k.i32(),
+        }
+    }
+}
+
+/// Asserts what both directions need of their inputs; returns Nq and Nk.
+fn check(shape: &Shape, x: &Inputs<'_>) -> (usize, usize) {
+    let Shape { heads: h, nope: p, rope: r, v: w, .. } = *shape;
+    assert!(h > 0 && p + r > 0 && w > 0, "attention of {h} heads of {p} + {r} and {w}");
+    let (cu_q, cu_k) = (x.cu_q.i32(), x.cu_k.i32());
+    assert_eq!(cu_q.len(), cu_k.len(), "cumulative lengths of queries and keys");
+    for cu in [cu_q, cu_k] {
+        assert!(cu.first() == Some(&0) && cu.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu:?}");
+    }
+    let (nq, nk) = (cu_q[cu_q.len() - 1] as usize, cu_k[cu_k.len() - 1] as usize);
+    assert_eq!(x.q.len(), nq * h * (p + r), "q of {nq} queries x {h} heads x {p} + {r}");
+    assert_eq!(x.kv_up.len(), nk * h * (p + w), "kv_up of {nk} keys x {h} heads x {p} + {w}");
+    check_rows("k_pe", x.k_pe.len(), nk, r, shape.k_pe_stride);
+    (nq, nk)
+}
+
+/// Asserts that `len` elements hold `n` rows of `width` that lie `stride` apart.
+fn check_rows(name: &str, len: usize, n: usize, width: usize, stride: usize) {
+    assert!(stride >= width, "{name}: rows of {width}, {stride} apart");
+    assert!(
+        n == 0 || len >= (n - 1) * stride + width,
+        "{name}: {len} elements for {n} rows of {width}, {stride} apart"
+    );
 }

@@ -1,7 +1,15 @@
 //! Tokens to expert order and back. A slot is `n * K + k`: token n's k-th expert. Rows are sorted by expert, and by slot
-//! within an expert. Sums over a token's experts are taken in slot order k = 0, 1, ..., in f32, never in arrival order.
+//! within an expert. An expert without tokens has no rows. Sums over a token's experts are taken in slot order
+//! k = 0, 1, ..., in f32, never in arrival order.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use super::by_dtype;
+use crate::{Ctx, Device, Elem, View, ViewMut};
 
 /// From the choice i32 [N, K]: `offsets` i32 [E + 1] (rows of each expert), `row_of_slot` i32 [N * K] and its inverse
 /// `slot_of_row` i32 [N * K].
@@ -13,12 +21,28 @@ pub fn plan(
     row_of_slot: ViewMut<'_>,
     slot_of_row: ViewMut<'_>,
 ) {
-    todo!()
+    let slots = indices.len();
+    assert!(
+        offsets.len() == experts + 1 && row_of_slot.len() == slots && slot_of_row.len() == slots,
+        "moe_permute: {slots} slots and {experts} experts, but offsets {}, row_of_slot {}, slot_of_row {}",
+        offsets.len(),
+        row_of_slot.len(),
+        slot_of_row.len()
+    );
+    assert!(i32::try_from(slots).is_ok(), "moe_permute: {slots} slots do not fit an i32");
+    match &ctx.device {
+        Device::Cpu(_) => cpu::plan(indices.i32(), offsets.i32(), row_of_slot.i32(), slot_of_row.i32()),
+    }
 }
 
 /// rows[r, D] = x[slot_of_row[r] / K].
 pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: View<'_>, rows: ViewMut<'_>) {
-    todo!()
+    check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(rows.dtype(), T => {
+            cpu::permute::<T>(cpu, T::of(x), dim, top_k, slot_of_row.i32(), T::of_mut(rows))
+        }),
+    }
 }
 
 /// dx[n, D] (+)= sum over k of d_rows[row_of_slot[n * K + k]].
@@ -31,7 +55,12 @@ pub fn permute_backward(
     dx: ViewMut<'_>,
     accumulate: bool,
 ) {
-    todo!()
+    check(row_of_slot.len(), top_k, dim, d_rows.len(), dx.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(dx.dtype(), T => {
+            cpu::permute_backward::<T>(cpu, T::of(d_rows), dim, top_k, row_of_slot.i32(), T::of_mut(dx), accumulate)
+        }),
+    }
 }
 
 /// y[n, D] = base[n] + sum over k of weights[n, k] * rows[row_of_slot[n * K + k]] + extra[n], in f32 in that order
@@ -58,7 +87,18 @@ pub struct Combine<'a> {
 
 /// See [`Combine`].
 pub fn combine(ctx: &Ctx, a: Combine<'_>) {
-    todo!()
+    check(a.row_of_slot.len(), a.top_k, a.dim, a.rows.len(), a.y.len());
+    let (y, slots) = (a.y.len(), a.row_of_slot.len());
+    assert!(
+        a.weights.len() == slots && [a.base, a.extra].iter().flatten().all(|v| v.len() == y),
+        "moe_permute: y {y}, but base {:?}, extra {:?}; {slots} slots, but {} weights",
+        a.base.map(|v| v.len()),
+        a.extra.map(|v| v.len()),
+        a.weights.len()
+    );
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.y.dtype(), T => cpu::combine::<T>(cpu, a)),
+    }
 }
 
 /// d_rows[r] = weights[slot] * dy[n] and d_weights[slot] = dy[n] . rows[r] with slot = slot_of_row[r], n = slot / K.
@@ -73,5 +113,29 @@ pub fn combine_backward(
     d_rows: ViewMut<'_>,
     d_weights: ViewMut<'_>,
 ) {
-    todo!()
+    check(slot_of_row.len(), top_k, dim, rows.len(), dy.len());
+    assert!(
+        d_rows.len() == rows.len() && weights.len() == slot_of_row.len() && d_weights.len() == slot_of_row.len(),
+        "moe_permute: rows {}, d_rows {}; {} slots, but weights {}, d_weights {}",
+        rows.len(),
+        d_rows.len(),
+        slot_of_row.len(),
+        weights.len(),
+        d_weights.len()
+    );
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => {
+            let (slot_of_row, weights) = (slot_of_row.i32(), weights.f32());
+            let (dy, rows, d_rows, d_weights) = (T::of(dy), T::of(rows), T::of_mut(d_rows), d_weights.f32());
+            cpu::combine_backward::<T>(cpu, dy, dim, top_k, slot_of_row, weights, rows, d_rows, d_weights)
+        }),
+    }
+}
+
+/// `rows` and `tokens` are the elements of a [N * K, D] and of a [N, D] buffer.
+fn check(slots: usize, top_k: usize, dim: usize, rows: usize, tokens: usize) {
+    assert!(
+        top_k > 0 && dim > 0 && slots.is_multiple_of(top_k) && rows == slots * dim && tokens == slots / top_k * dim,
+        "moe_permute: {slots} slots of top {top_k}, D {dim}: {rows} elements in expert order, {tokens} in token order"
+    );
 }

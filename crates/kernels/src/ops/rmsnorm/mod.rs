@@ -2,7 +2,14 @@
 //! rstd = (mean(x^2) + eps)^-1/2, eps inside the root. Rows of x lie `x_stride` apart, so that a norm can read part of
 //! a wider projection (the latent of kv_a_proj_with_mqa).
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use super::by_dtype;
+use crate::{Ctx, Device, View, ViewMut};
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
@@ -23,7 +30,12 @@ pub struct Forward<'a> {
 
 /// y = RMSNorm(x) * w. N = rstd.len().
 pub fn forward(ctx: &Ctx, a: Forward<'_>) {
-    todo!()
+    let (n, d) = (a.rstd.len(), a.weight.len());
+    assert_rows("x", n, d, a.x_stride, a.x.len());
+    assert_eq!(a.y.len(), n * d, "y [{n}, {d}]");
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::forward::<T>(cpu, a)),
+    }
 }
 
 /// Arguments of [`backward_input`].
@@ -49,10 +61,27 @@ pub struct BackwardInput<'a> {
 
 /// dx (+)= gradient of the norm's input.
 pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
-    todo!()
+    let (n, d) = (a.rstd.len(), a.weight.len());
+    assert_rows("x", n, d, a.x_stride, a.x.len());
+    assert_rows("dx", n, d, a.dx_stride, a.dx.len());
+    assert_eq!(a.dy.len(), n * d, "dy [{n}, {d}]");
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::backward_input::<T>(cpu, a)),
+    }
 }
 
-/// dw[D] (f32) += sum over n of dy[n] * x[n] * rstd[n], in a fixed order.
+/// dw[D] (f32) += sum over n of dy[n] * x[n] * rstd[n], in a fixed order; the sum is complete before it is added.
 pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, dw: ViewMut<'_>) {
-    todo!()
+    let (n, d) = (rstd.len(), dw.len());
+    assert_rows("x", n, d, x_stride, x.len());
+    assert_eq!(dy.len(), n * d, "dy [{n}, {d}]");
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(x.dtype(), T => cpu::backward_weight::<T>(cpu, dy, x, x_stride, rstd, dw)),
+    }
+}
+
+/// Rows of `d` elements `stride` apart fit in `len`.
+fn assert_rows(name: &str, n: usize, d: usize, stride: usize, len: usize) {
+    assert!(d > 0 && stride >= d, "{name}: rows of {d} elements, {stride} apart");
+    assert!(n == 0 || len >= (n - 1) * stride + d, "{name}: {n} rows of {d}, {stride} apart, in {len}");
 }

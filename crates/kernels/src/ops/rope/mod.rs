@@ -1,8 +1,14 @@
 //! Decoupled rotary embedding, in place, in f32, rounded once. Pair i is (2i, 2i + 1) when interleaved (published
 //! V2 and V3 checkpoints) and (i, i + R/2) otherwise. Pairs stay where they are: dumps agree with DeepSeek's and V2's
-//! order, and scores do not care.
+//! order, and scores do not care. Angles, cosines and sines are taken in f64, so that long contexts lose nothing.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Arguments of [`apply`]. Token n's head h begins at `n * token_stride + offset + h * head_stride`.
 #[derive(Debug)]
@@ -31,5 +37,16 @@ pub struct Rope<'a> {
 
 /// Rotates x by position. The backward pass is the same call with `inverse` on the gradient.
 pub fn apply(ctx: &Ctx, a: Rope<'_>) {
-    todo!()
+    let (n, width) = (a.positions.len(), 2 * a.inv_freq.len());
+    if n > 0 && a.heads > 0 {
+        let end = a.offset + (a.heads - 1) * a.head_stride + width;
+        let (heads, stride) = (a.heads, a.head_stride);
+        assert!(heads == 1 || stride >= width, "{heads} heads of {width} overlap: {stride} apart");
+        assert!(end <= a.token_stride, "a token's heads end at {end}, the next token begins at {}", a.token_stride);
+        let need = (n - 1) * a.token_stride + end;
+        assert!(a.x.len() >= need, "x holds {} elements, {n} tokens need {need}", a.x.len());
+    }
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::apply::<T>(cpu, a)),
+    }
 }

@@ -5,8 +5,18 @@
 //! choices within them are chosen, written in descending order of choice. Ties go to the lowest index, of groups as of
 //! experts. weight = score at the chosen, divided by (their sum + 1e-20) if `norm_topk_prob`, times `scale`.
 //! A given choice replaces selection only: weights and gradients come from the current scores.
+//! A NaN choice loses to every number, so that even a broken token gets K distinct experts.
 
-use crate::{Ctx, View, ViewMut};
+mod cpu;
+#[cfg(test)]
+mod reference;
+mod select;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use select::top_k;
+
+use crate::{Ctx, Device, View, ViewMut};
 
 /// How logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +76,28 @@ pub struct Forward<'a> {
 
 /// Scores, choice and weights of each token.
 pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
-    todo!()
+    c.check();
+    let n = c.tokens(a.logits.len());
+    assert!(
+        a.scores.len() == n * c.experts && a.indices.len() == n * c.top_k && a.weights.len() == n * c.top_k,
+        "router: logits [{n}, {}], but scores {}, indices {}, weights {} for top {}",
+        c.experts,
+        a.scores.len(),
+        a.indices.len(),
+        a.weights.len(),
+        c.top_k
+    );
+    assert!(
+        a.bias.is_none_or(|b| b.len() == c.experts),
+        "router: {:?} biases of {} experts",
+        a.bias.map(|b| b.len()),
+        c.experts
+    );
+    let given = a.given.map(|g| g.len());
+    assert!(given.is_none_or(|g| g == n * c.top_k), "router: {given:?} given indices, expected {n} * {}", c.top_k);
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::forward(cpu, c, a),
+    }
 }
 
 /// Arguments of [`backward`].
@@ -86,5 +117,45 @@ pub struct Backward<'a> {
 
 /// Gradient of the logits. The choice itself has none.
 pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
-    todo!()
+    c.check();
+    let n = c.tokens(a.scores.len());
+    assert!(
+        a.indices.len() == n * c.top_k
+            && a.d_weights.len() == n * c.top_k
+            && a.d_scores.is_none_or(|d| d.len() == n * c.experts)
+            && a.d_logits.len() == n * c.experts,
+        "router: scores [{n}, {}], but indices {}, d_weights {}, d_scores {:?}, d_logits {} for top {}",
+        c.experts,
+        a.indices.len(),
+        a.d_weights.len(),
+        a.d_scores.map(|d| d.len()),
+        a.d_logits.len(),
+        c.top_k
+    );
+    match &ctx.device {
+        Device::Cpu(cpu) => cpu::backward(cpu, c, a),
+    }
+}
+
+impl Config {
+    fn check(&self) {
+        assert!(
+            self.n_group > 0 && self.experts.is_multiple_of(self.n_group) && self.topk_group <= self.n_group,
+            "router: {self:?}: groups do not fit"
+        );
+        let per_group = self.experts / self.n_group;
+        assert!(
+            self.top_k > 0 && self.top_k <= self.topk_group * per_group,
+            "router: {self:?}: too few experts for the choice"
+        );
+        assert!(
+            self.n_group == 1 || self.group_score == GroupScore::Max || per_group >= 2,
+            "router: {self:?}: the two best of one expert"
+        );
+    }
+
+    fn tokens(&self, scores: usize) -> usize {
+        assert!(scores.is_multiple_of(self.experts), "router: {scores} scores are not rows of {}", self.experts);
+        scores / self.experts
+    }
 }

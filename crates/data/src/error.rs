@@ -1,0 +1,114 @@
+//! What can be wrong with data that comes from outside: one line each, naming the path, the expected and the found.
+
+use std::path::{Path, PathBuf};
+
+/// An input that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file cannot be opened or read.
+    #[error("{path}: cannot be read: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The file cannot be created or written.
+    #[error("{path}: cannot be written: {source}", path = path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The path is a directory or a device where a text file belongs.
+    #[error("{path}: expected a regular text file, found {found}; name the files themselves", path = path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What lies there.
+        found: &'static str,
+    },
+    /// The file is not UTF-8.
+    #[error("{path}: expected UTF-8 text, found an invalid byte 0x{byte:02x} at byte offset {offset}", path = path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Where the first invalid sequence starts.
+        offset: usize,
+        /// The byte there.
+        byte: u8,
+    },
+    /// The file has no text.
+    #[error("{path}: expected text, found {bytes} bytes of nothing but white space", path = path.display())]
+    EmptyFile {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: usize,
+    },
+    /// No documents at all.
+    #[error("the corpus is empty: expected at least one document, found none")]
+    EmptyCorpus,
+    /// Nothing could be held out for validation, or nothing would be left to train on.
+    #[error("the corpus has one document: expected at least 2, one to train on and one to hold out")]
+    OneDocument,
+    /// The held-out fraction is not a proper fraction.
+    #[error("held-out fraction: expected more than 0 and less than 1, found {0}")]
+    Fraction(f64),
+    /// The corpus is shorter than one training sequence.
+    #[error("the corpus is shorter than one sequence: expected at least {expected} tokens, found {found}")]
+    TooShort {
+        /// Sequence length plus the last target.
+        expected: usize,
+        /// Tokens there are.
+        found: usize,
+    },
+    /// A tokenizer file that is not one, or not one of our kind.
+    #[error("{path}: not a usable tokenizer: {reason}", path = path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The vocabulary does not hold the byte alphabet and the special tokens.
+    #[error("vocabulary size: expected at least {expected} ids (256 bytes and the special tokens), found {found}")]
+    VocabTooSmall {
+        /// Fewest ids possible.
+        expected: usize,
+        /// Ids asked for.
+        found: usize,
+    },
+    /// The corpus has too few repeated pieces for the vocabulary asked for.
+    #[error("vocabulary size: expected {expected} ids, but this corpus repeats only enough text for {found}")]
+    VocabTooLarge {
+        /// Ids asked for.
+        expected: usize,
+        /// Ids the corpus supports.
+        found: usize,
+    },
+    /// Packing needs a token that ends a document.
+    #[error("the tokenizer names no end-of-sentence token: expected eos_token in tokenizer_config.json")]
+    NoEos,
+    /// A token file that is not one.
+    #[error("{path}: expected {expected}, found {found}", path = path.display())]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What a token file has there.
+        expected: String,
+        /// What this one has.
+        found: String,
+    },
+}
+
+impl DataError {
+    pub(crate) fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Write { path: path.to_owned(), source }
+    }
+}

@@ -1,0 +1,195 @@
+use std::collections::HashMap;
+use std::path::Path;
+
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+use super::*;
+
+/// Texts and their pieces as the published tokenizer of DeepSeek-V3 cuts them (computed with the Python `tokenizers`
+/// package and the published file).
+#[rustfmt::skip]
+const PIECES: &[(&str, &[&str])] = &[
+    ("Hello world", &["Hello", " world"]),
+    ("I'm sure they've said it's John's", &["I", "'m", " sure", " they", "'ve", " said", " it", "'s", " John", "'s"]),
+    ("1234567 and 12 plus 3.14159", &["123", "456", "7", " and", " ", "12", " plus", " ", "3", ".", "141", "59"]),
+    ("价格是12345元", &["价格是", "123", "45", "元"]),
+    ("今天天气很好，我们去公园。", &["今天天气很好", "，", "我们去公园", "。"]),
+    ("東京タワーとカメラ", &["東京タワーとカメラ"]),
+    ("  two  spaces\tand tab ", &[" ", " two", " ", " spaces", "\tand", " tab", " "]),
+    ("line one\nline two\r\n\r\n  indented", &["line", " one", "\n", "line", " two", "\r\n\r\n", " ", " indented"]),
+    ("a\n\n\nb   \n  c", &["a", "\n\n\n", "b", "   \n", " ", " c"]),
+    ("def f(x_1, y):\n    return x_1 + y*2\n", &["def", " f", "(x", "_", "1", ",", " y", "):\n", "   ", " return", " x", "_", "1", " +", " y", "*", "2", "\n"]),
+    ("fn main() { println!(\"{}\", a[0]); }", &["fn", " main", "()", " {", " println", "!(\"{}\",", " a", "[", "0", "]);", " }"]),
+    ("x=-1;y+=2", &["x", "=-", "1", ";y", "+=", "2"]),
+    ("_private __init__ don't DON'T", &["_private", " __", "init", "__", " don", "'t", " DON", "'T"]),
+    ("naïve café Ω≈ç résumé", &["naïve", " café", " Ω", "≈", "ç", " résumé"]),
+    ("😀 ok👍🏽!", &["😀", " ok", "👍🏽!"]),
+    ("你好world你好", &["你好", "world", "你好"]),
+    ("   ", &["   "]),
+    ("\n", &["\n"]),
+    ("...wait—what?!\n\nNo.", &["...", "wait", "—", "what", "?!\n\n", "No", "."]),
+    ("½ ² ٣٤٥٦ Ⅷ", &["½", " ", "²", " ", "٣٤٥", "٦", " ", "Ⅷ"]),
+    ("한국어 텍스트", &["한국어", " 텍스트"]),
+    ("a\u{a0}b\u{3000}c", &["a", "\u{a0}b", "\u{3000}c"]),
+    ("e\u{301}te\u{301}", &["e\u{301}te\u{301}"]),
+    ("<think>no</think>", &["<think", ">no", "</", "think", ">"]),
+    ("100%$5,000.00 #1", &["100", "%$", "5", ",", "000", ".", "00", " #", "1"]),
+    ("path/to/file.rs:42", &["path", "/to", "/file", ".rs", ":", "42"]),
+    ("Привет, мир!", &["Привет", ",", " мир", "!"]),
+    ("\t\tif a<b:\n\t\t\tpass", &["\t", "\tif", " a", "<b", ":\n", "\t\t", "\tpass"]),
+    ("https://example.com/a?b=c&d=1", &["https", "://", "example", ".com", "/a", "?b", "=c", "&d", "=", "1"]),
+    ("~/.bashrc && ls -la | wc", &["~/.", "bashrc", " &&", " ls", " -", "la", " |", " wc"]),
+];
+
+fn sample() -> Vec<String> {
+    let lines = [
+        "the singer is singing a song in the ring, bringing things along",
+        "今天天气很好，我们去公园。今天我们在公园唱歌。",
+        "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n",
+        "12 + 34 = 46, 123 + 456 = 579; 1000000 is a million",
+    ];
+    (0..40).map(|i| format!("{} {i}", lines[i % 4])).collect()
+}
+
+fn trained() -> Tokenizer {
+    Tokenizer::train(&sample(), 320).unwrap()
+}
+
+#[test]
+fn pieces_are_those_of_the_published_tokenizer() {
+    let tokenizer = trained();
+    let splitter = tokenizer.inner.get_pre_tokenizer().unwrap();
+    for (text, expected) in PIECES {
+        let mut pieces = PreTokenizedString::from(*text);
+        splitter.pre_tokenize(&mut pieces).unwrap();
+        let found = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let found: Vec<&str> = found.into_iter().map(|(_, (a, b), _)| &text[a..b]).collect();
+        assert_eq!(&found, expected, "{text:?}");
+    }
+}
+
+#[test]
+fn any_text_comes_back() {
+    let tokenizer = trained();
+    for (text, _) in PIECES {
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text), false), *text);
+    }
+    assert!(tokenizer.encode("").is_empty());
+    assert_eq!(tokenizer.decode(&[], true), "");
+    // Ids beyond the vocabulary pad the embedding and stand for nothing.
+    assert_eq!(tokenizer.decode(&[5000], false), "");
+}
+
+#[test]
+fn vocabulary_has_the_asked_size_and_layout() {
+    let tokenizer = trained();
+    assert_eq!(tokenizer.vocab_size(), 320);
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (Some(0), Some(1), Some(2)));
+    let all: HashMap<u32, String> = tokenizer.inner.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
+    assert_eq!(all.len(), 320);
+    for (id, token) in SPECIAL_TOKENS.iter().enumerate() {
+        assert_eq!(all[&(id as u32)], token.content);
+        assert_eq!(tokenizer.encode(&format!("a{}b", token.content))[1], id as u32);
+    }
+}
+
+#[test]
+fn byte_lengths_add_up_to_the_text() {
+    let tokenizer = trained();
+    let lengths = tokenizer.token_byte_lengths();
+    assert_eq!(lengths[..3], [0, 0, 0]);
+    for (text, _) in PIECES {
+        let sum: u32 = tokenizer.encode(text).iter().map(|&id| lengths[id as usize]).sum();
+        assert_eq!(sum as usize, text.len(), "{text:?}");
+    }
+    assert_eq!(lengths[tokenizer.eos().unwrap() as usize], 0);
+}
+
+#[test]
+fn special_tokens_are_left_out_on_request() {
+    let tokenizer = trained();
+    let ids = tokenizer.encode("<｜begin▁of▁sentence｜>hi<think>x</think><｜end▁of▁sentence｜>");
+    assert_eq!(tokenizer.decode(&ids, true), "hi<think>x</think>");
+}
+
+/// Merges found by hand: counts of "aab" x 3 and "ab" x 1 are ab 4, aa 3; after ab the words are a|ab and ab.
+#[test]
+fn merges_are_those_worked_by_hand() {
+    let documents = ["aab\naab", "aab\nab"];
+    let tokenizer = Tokenizer::train(&documents, 268).unwrap();
+    let (a, b) = (tokenizer.token_id("a").unwrap(), tokenizer.token_id("b").unwrap());
+    assert!(a < b && b < 266);
+    assert_eq!(tokenizer.token_id("ab"), Some(266));
+    assert_eq!(tokenizer.token_id("aab"), Some(267));
+    assert_eq!(tokenizer.encode("aabb"), [267, b]);
+}
+
+#[test]
+fn ties_go_to_the_lowest_ids() {
+    let tokenizer = Tokenizer::train(&["xy\nzw\nab\nxy\nzw\nab"], 269).unwrap();
+    assert_eq!(["ab", "xy", "zw"].map(|t| tokenizer.token_id(t)), [Some(266), Some(267), Some(268)]);
+}
+
+#[test]
+fn training_gives_the_same_bytes_on_any_number_of_threads() {
+    let documents = crate::corpus::builtin::documents(3, 60_000);
+    let train = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        pool.install(|| Tokenizer::train(&documents, 700)).unwrap().save(dir.path()).unwrap();
+        std::fs::read(dir.path().join("tokenizer.json")).unwrap()
+    };
+    let one = train(1);
+    for threads in [2, 5, 1, 3] {
+        assert!(train(threads) == one, "{threads} threads gave another file");
+    }
+}
+
+#[test]
+fn saved_files_load_again_from_either_path() {
+    let tokenizer = trained();
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("made/here");
+    tokenizer.save(&target).unwrap();
+    for path in [target.clone(), target.join("tokenizer.json")] {
+        let loaded = Tokenizer::load(&path).unwrap();
+        assert_eq!((loaded.bos(), loaded.eos(), loaded.pad()), (Some(0), Some(1), Some(2)));
+        assert_eq!(loaded.token_byte_lengths(), tokenizer.token_byte_lengths());
+        for (text, _) in PIECES {
+            assert_eq!(loaded.encode(text), tokenizer.encode(text));
+        }
+    }
+    std::fs::remove_file(target.join("tokenizer_config.json")).unwrap();
+    assert_eq!(Tokenizer::load(&target).unwrap().eos(), None);
+    let named = r#"{"eos_token": {"content": "<think>"}, "bos_token": null}"#;
+    std::fs::write(target.join("tokenizer_config.json"), named).unwrap();
+    let loaded = Tokenizer::load(&target).unwrap();
+    assert_eq!((loaded.bos(), loaded.eos()), (None, Some(5)));
+}
+
+fn load_error(path: &Path) -> String {
+    Tokenizer::load(path).err().expect("must not load").to_string()
+}
+
+#[test]
+fn errors_name_the_path_and_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(load_error(dir.path()).contains("tokenizer.json: cannot be read"));
+    let file = dir.path().join("tokenizer.json");
+    std::fs::write(&file, "{}").unwrap();
+    assert!(load_error(&file).contains("tokenizer.json: not a usable tokenizer"));
+    let json = layout::file(&["a".into()], &[]).to_string();
+    std::fs::write(&file, json).unwrap();
+    assert!(load_error(&file).contains("expected all 256 bytes in the vocabulary, found 1"));
+    trained().save(dir.path()).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "nope"}"#).unwrap();
+    assert!(load_error(dir.path()).contains("tokenizer_config.json: not a usable tokenizer: eos_token"));
+}
+
+#[test]
+fn impossible_sizes_are_errors() {
+    let error = |documents: &[&str], size| Tokenizer::train(documents, size).err().unwrap().to_string();
+    assert!(error(&["some text"], 100).contains("expected at least 266 ids"));
+    assert!(error(&["abc abc"], 1000).contains("expected 1000 ids, but this corpus repeats only enough text for 26"));
+    assert!(error(&[], 300).contains("the corpus is empty"));
+}

@@ -1,0 +1,78 @@
+use super::*;
+use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, normals, op_tolerance};
+use crate::{Buf, DType, DType::Bf16, DType::F32};
+
+const LENGTHS: [usize; 6] = [0, 1, 7, 1000, 16384, 40001];
+const DTYPES: [DType; 2] = [F32, Bf16];
+
+fn wide(b: &Buf) -> Vec<f64> {
+    b.view().to_f32().into_iter().map(f64::from).collect()
+}
+
+#[test]
+fn matches_reference_in_every_dtype() {
+    let ctx = ctx();
+    for n in LENGTHS {
+        for (da, db) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+            let (a, b) = (buf(da, &normals(1, n, 1.0)), buf(db, &normals(2, n, 1.0)));
+            let expected = reference::add(&wide(&a), &wide(&b));
+            for d in DTYPES {
+                let mut out = buf(d, &vec![9.0; n]);
+                add(&ctx, a.view(), b.view(), out.view_mut());
+                assert_close("add", &out, &expected, op_tolerance(d));
+            }
+            let mut out = b.clone();
+            accumulate(&ctx, a.view(), out.view_mut());
+            assert_close("accumulate", &out, &expected, op_tolerance(db));
+        }
+    }
+}
+
+/// One rounding of the f32 sum, not a sum of rounded terms: both give the same bits as add.
+#[test]
+fn accumulate_is_add_in_place() {
+    let ctx = ctx();
+    let (a, b) = (buf(F32, &normals(1, 5000, 1.0)), buf(Bf16, &normals(2, 5000, 1.0)));
+    let mut sum = ctx.zeros(Bf16, 5000);
+    add(&ctx, b.view(), a.view(), sum.view_mut());
+    let mut out = b.clone();
+    accumulate(&ctx, a.view(), out.view_mut());
+    assert_same_bits("accumulate", &out, &sum);
+}
+
+#[test]
+fn convert_rounds_once_and_widens_exactly() {
+    let ctx = ctx();
+    for n in LENGTHS {
+        let x = normals(3, n, 1.0);
+        for (from, to) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+            let a = buf(from, &x);
+            let mut out = ctx.zeros(to, n);
+            convert(&ctx, a.view(), out.view_mut());
+            assert_same_bits("convert", &out, &buf(to, &a.view().to_f32()));
+        }
+    }
+}
+
+#[test]
+fn same_bits_for_every_thread_count() {
+    let (a, b) = (buf(Bf16, &normals(1, 50000, 1.0)), buf(F32, &normals(2, 50000, 1.0)));
+    let run = |ctx: &Ctx| {
+        let mut out = ctx.zeros(F32, 50000);
+        add(ctx, a.view(), b.view(), out.view_mut());
+        out
+    };
+    let contexts = contexts();
+    let first = run(&contexts[0]);
+    for ctx in &contexts[1..] {
+        assert_same_bits("threads", &first, &run(ctx));
+    }
+}
+
+#[test]
+#[should_panic(expected = "3 + 4 to 4")]
+fn unequal_lengths_are_refused() {
+    let ctx = ctx();
+    let (a, b, mut out) = (ctx.zeros(F32, 3), ctx.zeros(F32, 4), ctx.zeros(F32, 4));
+    add(&ctx, a.view(), b.view(), out.view_mut());
+}

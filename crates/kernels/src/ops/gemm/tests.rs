@@ -1,0 +1,261 @@
+use super::*;
+use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::{Buf, DType, DType::Bf16, DType::F32};
+
+/// (m, n, k): the small model's, ragged, one, one past a tile or a piece of k, empty.
+const SHAPES: [(usize, usize, usize); 18] = [
+    (128, 256, 128),
+    (300, 96, 257),
+    (1, 1, 1),
+    (1, 7, 2),
+    (2, 1, 3),
+    (5, 3, 4),
+    (16, 64, 256),
+    (17, 65, 258),
+    (33, 16, 511),
+    (241, 257, 33),
+    (32, 300, 64),
+    (7, 513, 129),
+    (130, 1, 600),
+    (1, 130, 513),
+    (64, 48, 1025),
+    (0, 5, 4),
+    (5, 0, 4),
+    (6, 9, 0),
+];
+
+fn wide(b: &Buf) -> Vec<f64> {
+    b.view().to_f32().into_iter().map(f64::from).collect()
+}
+
+/// Dense [rows, cols] placed with `ld`; the gaps hold NaN, which would show up if they were read.
+fn strided(dense: &Buf, rows: usize, cols: usize, ld: usize) -> Buf {
+    let x = dense.view().to_f32();
+    let mut v = vec![f32::NAN; rows * ld];
+    for r in 0..rows {
+        v[r * ld..][..cols].copy_from_slice(&x[r * cols..][..cols]);
+    }
+    buf(dense.dtype(), &v)
+}
+
+struct Case {
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Buf,
+    b: Buf,
+    ta: bool,
+    tb: bool,
+}
+
+impl Case {
+    fn new((m, n, k): (usize, usize, usize), (da, db): (DType, DType), ta: bool, tb: bool) -> Self {
+        let a = buf(da, &normals(1, m * k, 1.0));
+        let b = buf(db, &normals(2, k * n, 1.0));
+        Self { m, n, k, a, b, ta, tb }
+    }
+
+    fn expected(&self) -> Vec<f64> {
+        reference::product(self.m, self.n, self.k, &wide(&self.a), self.ta, &wide(&self.b), self.tb)
+    }
+
+    fn run(&self, ctx: &Ctx, c: &mut Buf, accumulate: bool) {
+        let lda = if self.ta { self.m } else { self.k };
+        let ldb = if self.tb { self.k } else { self.n };
+        gemm(
+            ctx,
+            Gemm {
+                m: self.m,
+                n: self.n,
+                k: self.k,
+                a: Mat { data: self.a.view(), ld: lda },
+                ta: self.ta,
+                b: Mat { data: self.b.view(), ld: ldb },
+                tb: self.tb,
+                c: MatMut { data: c.view_mut(), ld: self.n },
+                accumulate,
+            },
+        );
+    }
+}
+
+const TRANSPOSES: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
+
+#[test]
+fn reference_gradients() {
+    let (n, rows, cols) = (5, 4, 7);
+    let wide = |s, len| normals(s, len, 1.0).into_iter().map(f64::from).collect::<Vec<f64>>();
+    let (x, w, dy) = (wide(1, n * cols), wide(2, rows * cols), wide(3, n * rows));
+    let loss = |y: &[f64]| y.iter().zip(&dy).map(|(a, b)| a * b).sum::<f64>();
+    let (dx, dw) = reference::linear_backward(&x, &w, &dy, rows, cols);
+    finite_difference("dx", &x, &dx, |x| loss(&reference::linear(x, &w, rows, cols)));
+    finite_difference("dw", &w, &dw, |w| loss(&reference::linear(&x, w, rows, cols)));
+}
+
+#[test]
+fn matches_reference_in_every_layout_and_dtype() {
+    let ctx = ctx();
+    for shape in SHAPES {
+        for (ta, tb) in TRANSPOSES {
+            for (da, db, dc) in
+                [(F32, F32, F32), (Bf16, Bf16, Bf16), (F32, Bf16, F32), (Bf16, F32, Bf16), (Bf16, Bf16, F32)]
+            {
+                let case = Case::new(shape, (da, db), ta, tb);
+                let mut c = buf(dc, &vec![7.0; case.m * case.n]);
+                case.run(&ctx, &mut c, false);
+                assert_close(&format!("{shape:?} {ta} {tb} {da:?} {db:?}"), &c, &case.expected(), op_tolerance(dc));
+            }
+        }
+    }
+}
+
+#[test]
+fn accumulating_adds_the_finished_product() {
+    let ctx = ctx();
+    for shape in SHAPES {
+        for dc in [F32, Bf16] {
+            let case = Case::new(shape, (F32, Bf16), false, true);
+            let old = buf(dc, &normals(3, case.m * case.n, 100.0));
+            let mut product = ctx.zeros(F32, case.m * case.n);
+            case.run(&ctx, &mut product, false);
+            let mut c = old.clone();
+            case.run(&ctx, &mut c, true);
+            let sums: Vec<f32> =
+                old.view().to_f32().iter().zip(product.view().f32()).map(|(old, new)| old + new).collect();
+            assert_same_bits(&format!("{shape:?}"), &c, &buf(dc, &sums));
+        }
+    }
+}
+
+#[test]
+fn strides_are_respected() {
+    let ctx = ctx();
+    for (m, n, k) in [(9, 33, 20), (70, 65, 300), (1, 5, 3)] {
+        for (ta, tb) in TRANSPOSES {
+            for d in [F32, Bf16] {
+                let case = Case::new((m, n, k), (d, d), ta, tb);
+                let (ra, ca) = if ta { (k, m) } else { (m, k) };
+                let (rb, cb) = if tb { (n, k) } else { (k, n) };
+                let (a, b) = (strided(&case.a, ra, ca, ca + 3), strided(&case.b, rb, cb, cb + 5));
+                let mut c = buf(d, &vec![-3.0; m * (n + 2)]);
+                let g = Gemm {
+                    m,
+                    n,
+                    k,
+                    a: Mat { data: a.view(), ld: ca + 3 },
+                    ta,
+                    b: Mat { data: b.view(), ld: cb + 5 },
+                    tb,
+                    c: MatMut { data: c.view_mut(), ld: n + 2 },
+                    accumulate: false,
+                };
+                gemm(&ctx, g);
+                let mut dense = ctx.zeros(d, m * n);
+                case.run(&ctx, &mut dense, false);
+                let (c, dense) = (c.view().to_f32(), dense.view().to_f32());
+                for i in 0..m {
+                    assert_eq!(c[i * (n + 2)..][..n], dense[i * n..][..n], "row {i}");
+                    assert_eq!(c[i * (n + 2) + n..][..2], [-3.0, -3.0], "gap after row {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn same_bits_for_every_thread_count() {
+    let contexts = contexts();
+    for shape in [(300, 200, 257), (16, 300, 600), (241, 65, 100)] {
+        for (ta, tb) in TRANSPOSES {
+            let case = Case::new(shape, (F32, Bf16), ta, tb);
+            let run = |ctx: &Ctx| {
+                let mut c = buf(F32, &normals(4, case.m * case.n, 1.0));
+                case.run(ctx, &mut c, true);
+                c
+            };
+            let first = run(&contexts[0]);
+            for ctx in &contexts[1..] {
+                assert_same_bits("threads", &first, &run(ctx));
+            }
+        }
+    }
+}
+
+/// Every row alone, and in batches of 2 to 130 rows that begin anywhere, has the bits it has among all.
+#[test]
+fn a_row_does_not_depend_on_the_batch() {
+    let ctx = ctx();
+    const M: usize = 130;
+    let columns_and_depths =
+        [(1, 1), (1, 300), (3, 2), (5, 3), (16, 16), (15, 257), (17, 40), (64, 256), (65, 258), (100, 513), (300, 77)];
+    for (n, k) in columns_and_depths {
+        for d in [F32, Bf16] {
+            for tb in [false, true] {
+                // Negative zeros and exact zeros too: a sum's sign of zero is part of its bits.
+                let mut x = normals(5, M * k, 1.0);
+                x.iter_mut().step_by(3).for_each(|x| *x *= 0.0);
+                let b = buf(d, &normals(6, k * n, 1.0));
+                let a = buf(d, &x);
+                let rows = |first: usize, m: usize| {
+                    let mut c = ctx.zeros(F32, m * n);
+                    let g = Gemm {
+                        m,
+                        n,
+                        k,
+                        a: Mat { data: a.view().slice(first * k..(first + m) * k), ld: k },
+                        ta: false,
+                        b: Mat { data: b.view(), ld: if tb { k } else { n } },
+                        tb,
+                        c: MatMut { data: c.view_mut(), ld: n },
+                        accumulate: false,
+                    };
+                    gemm(&ctx, g);
+                    c
+                };
+                let all = rows(0, M);
+                for m in 1..=M {
+                    let firsts = if m == 1 { (0..M).collect() } else { vec![(m * 37) % (M - m + 1)] };
+                    for first in firsts {
+                        let part = rows(first, m);
+                        let (found, expected) = (part.view().f32(), &all.view().f32()[first * n..][..m * n]);
+                        let same = found.iter().zip(expected).all(|(x, y)| x.to_bits() == y.to_bits());
+                        assert!(same, "{m} rows from {first}, n {n}, k {k}, {d:?}, tb {tb}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_and_its_gradients() {
+    let ctx = ctx();
+    for (n, rows, cols) in [(1, 40, 64), (70, 33, 100), (0, 5, 6), (300, 128, 48)] {
+        for d in [F32, Bf16] {
+            let (x, w) = (buf(d, &normals(7, n * cols, 1.0)), buf(d, &normals(8, rows * cols, 0.1)));
+            let dy = buf(d, &normals(9, n * rows, 1.0));
+            let weight = Weight { data: w.view(), experts: 1, rows, cols };
+            let mut y = ctx.zeros(d, n * rows);
+            linear(&ctx, x.view(), &weight, y.view_mut());
+            assert_close("y", &y, &reference::linear(&wide(&x), &wide(&w), rows, cols), op_tolerance(d));
+            let (ex, ew) = reference::linear_backward(&wide(&x), &wide(&w), &wide(&dy), rows, cols);
+            let mut dx = ctx.zeros(d, n * cols);
+            linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false);
+            assert_close("dx", &dx, &ex, op_tolerance(d));
+            let mut dw = buf(F32, &vec![1.0; rows * cols]);
+            linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, dw.view_mut());
+            let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
+            assert_close("dw", &dw, &ew, op_tolerance(F32));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "B [3, 4] with ld 4 in 11")]
+fn a_short_operand_is_refused() {
+    let ctx = ctx();
+    let (a, b, mut c) = (ctx.zeros(F32, 6), ctx.zeros(F32, 11), ctx.zeros(F32, 8));
+    let (a, b) = (Mat { data: a.view(), ld: 3 }, Mat { data: b.view(), ld: 4 });
+    let c = MatMut { data: c.view_mut(), ld: 4 };
+    gemm(&ctx, Gemm { m: 2, n: 4, k: 3, a, ta: false, b, tb: false, c, accumulate: false });
+}

@@ -1,0 +1,356 @@
+use super::{Backward, Inputs, Shape, backward, forward, reference};
+use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::{Buf, Ctx, DType};
+use hadal_numerics::Tolerance;
+
+/// A batch in buffers, and what the reference makes of the same (rounded) numbers.
+struct Case {
+    name: String,
+    shape: Shape,
+    q: Buf,
+    kv_up: Buf,
+    k_pe: Buf,
+    dout: Buf,
+    cu_q: Buf,
+    cu_k: Buf,
+}
+
+struct Results {
+    out: Buf,
+    lse: Buf,
+    dq: Buf,
+    dkv_up: Buf,
+    dk_pe: Buf,
+}
+
+fn shape(heads: usize, nope: usize, rope: usize, v: usize) -> Shape {
+    Shape { heads, nope, rope, v, k_pe_stride: rope + 5, scale: ((nope + rope) as f32).powf(-0.5) * 1.2 }
+}
+
+fn ints(values: &[i32]) -> Buf {
+    ctx().from_i32(values)
+}
+
+fn cumulative(lengths: impl Iterator<Item = usize>) -> Vec<i32> {
+    let mut cu = vec![0];
+    for n in lengths {
+        cu.push(cu[cu.len() - 1] + n as i32);
+    }
+    cu
+}
+
+impl Case {
+    /// Sequences of (queries, keys).
+    fn new(dtype: DType, shape: Shape, sequences: &[(usize, usize)]) -> Self {
+        let cu_q = cumulative(sequences.iter().map(|s| s.0));
+        let cu_k = cumulative(sequences.iter().map(|s| s.1));
+        let (nq, nk) = (cu_q[sequences.len()] as usize, cu_k[sequences.len()] as usize);
+        let h = shape.heads;
+        Self {
+            name: format!("{dtype:?} {shape:?} {sequences:?}"),
+            shape,
+            q: buf(dtype, &normals(1, nq * h * (shape.nope + shape.rope), 1.0)),
+            kv_up: buf(dtype, &normals(2, nk * h * (shape.nope + shape.v), 1.0)),
+            k_pe: buf(dtype, &normals(3, nk * shape.k_pe_stride, 1.0)),
+            dout: buf(dtype, &normals(4, nq * h * shape.v, 1.0)),
+            cu_q: ints(&cu_q),
+            cu_k: ints(&cu_k),
+        }
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            q: self.q.view(),
+            kv_up: self.kv_up.view(),
+            k_pe: self.k_pe.view(),
+            cu_q: self.cu_q.view(),
+            cu_k: self.cu_k.view(),
+        }
+    }
+
+    fn reference(&self) -> reference::Inputs {
+        reference::Inputs {
+            q: f64s(&self.q),
+            kv_up: f64s(&self.kv_up),
+            k_pe: f64s(&self.k_pe),
+            cu_q: self.cu_q.view().i32().to_vec(),
+            cu_k: self.cu_k.view().i32().to_vec(),
+        }
+    }
+
+    fn run(&self, ctx: &Ctx) -> Results {
+        let (dtype, s) = (self.q.dtype(), self.shape);
+        let mut r = Results {
+            out: ctx.zeros(dtype, self.dout.len()),
+            lse: ctx.zeros(DType::F32, self.dout.len() / s.v),
+            dq: ctx.zeros(dtype, self.q.len()),
+            dkv_up: ctx.zeros(dtype, self.kv_up.len()),
+            dk_pe: buf(dtype, &vec![7.0; self.k_pe.len()]),
+        };
+        forward(ctx, s, self.inputs(), r.out.view_mut(), r.lse.view_mut());
+        let b = Backward {
+            out: r.out.view(),
+            lse: r.lse.view(),
+            dout: self.dout.view(),
+            dq: r.dq.view_mut(),
+            dkv_up: r.dkv_up.view_mut(),
+            dk_pe: r.dk_pe.view_mut(),
+            dk_pe_stride: s.k_pe_stride,
+        };
+        backward(ctx, s, self.inputs(), b);
+        r
+    }
+
+    /// Runs and compares everything with the reference.
+    fn check(&self) {
+        let (s, name, tol) = (&self.shape, &self.name, op_tolerance(self.q.dtype()));
+        let r = self.run(&ctx());
+        let x = self.reference();
+        let (out, lse) = reference::forward(s, &x);
+        let g = reference::backward(s, &x, &f64s(&r.out), &f64s(&self.dout));
+        assert_close(&format!("out, {name}"), &r.out, &out, tol);
+        assert_close(&format!("lse, {name}"), &r.lse, &lse, Tolerance::F32_OP);
+        assert_close(&format!("dq, {name}"), &r.dq, &g.dq, tol);
+        assert_close(&format!("dkv_up, {name}"), &r.dkv_up, &g.dkv_up, tol);
+        let all = r.dk_pe.view().to_f32();
+        let rows = || all.chunks(s.k_pe_stride);
+        let dk_pe: Vec<f32> = rows().flat_map(|row| row[..s.rope].to_vec()).collect();
+        assert_close(&format!("dk_pe, {name}"), &buf(DType::F32, &dk_pe), &g.dk_pe, tol);
+        assert!(rows().all(|row| row[s.rope..].iter().all(|&x| x == 7.0)), "what lies between dk_pe's rows: {name}");
+    }
+}
+
+fn f64s(b: &Buf) -> Vec<f64> {
+    b.view().to_f32().into_iter().map(f64::from).collect()
+}
+
+/// V3's head (128 + 64, 128) scaled down, ragged widths, no nope part, no rope part.
+fn shapes() -> Vec<Shape> {
+    vec![shape(2, 16, 8, 16), shape(3, 7, 3, 5), shape(1, 0, 4, 18), shape(2, 9, 0, 33)]
+}
+
+#[test]
+fn reference_backward_is_the_derivative() {
+    for sequences in [&[(3, 3), (2, 4)][..], &[(4, 2), (1, 1)]] {
+        let s = Shape { k_pe_stride: 3, ..shape(2, 3, 2, 4) };
+        let case = Case::new(DType::F32, s, sequences);
+        let (x, dout) = (case.reference(), f64s(&case.dout));
+        let loss =
+            |x: &reference::Inputs| -> f64 { reference::forward(&s, x).0.iter().zip(&dout).map(|(o, g)| o * g).sum() };
+        let g = reference::backward(&s, &x, &reference::forward(&s, &x).0, &dout);
+        finite_difference("dq", &x.q, &g.dq, |q| loss(&reference::Inputs { q: q.to_vec(), ..x.clone() }));
+        finite_difference("dkv_up", &x.kv_up, &g.dkv_up, |kv| {
+            loss(&reference::Inputs { kv_up: kv.to_vec(), ..x.clone() })
+        });
+        // The gradient's rows are dense, the input's are not.
+        let nk = x.k_pe.len() / 3;
+        let strided: Vec<f64> = (0..nk).flat_map(|k| [g.dk_pe[2 * k], g.dk_pe[2 * k + 1], 0.0]).collect();
+        finite_difference("dk_pe", &x.k_pe, &strided, |pe| loss(&reference::Inputs { k_pe: pe.to_vec(), ..x.clone() }));
+    }
+}
+
+#[test]
+fn agrees_with_the_reference() {
+    let batches: [&[(usize, usize)]; 4] = [
+        &[],
+        &[(0, 0), (1, 1), (5, 5), (0, 3), (2, 0)],
+        &[(63, 63), (64, 64), (65, 65)],
+        &[(1, 130), (70, 129), (80, 70)],
+    ];
+    for dtype in [DType::F32, DType::Bf16] {
+        for shape in shapes() {
+            for batch in batches {
+                Case::new(dtype, shape, batch).check();
+            }
+        }
+        Case::new(dtype, shape(1, 128, 64, 128), &[(66, 66)]).check();
+        Case::new(dtype, shape(1, 8, 4, 8), &[(300, 300)]).check();
+    }
+}
+
+/// Scores in the hundreds: exp of them overflows unless the maximum is taken off. Gradients are only asked to be
+/// finite, since an f32 score of 500 leaves the probabilities themselves 3e-5 uncertain.
+#[test]
+fn large_scores_neither_overflow_nor_vanish() {
+    let mut case = Case::new(DType::F32, shape(2, 6, 2, 4), &[(100, 100)]);
+    case.q = buf(DType::F32, &normals(1, case.q.len(), 100.0));
+    let r = case.run(&ctx());
+    let (out, lse) = reference::forward(&case.shape, &case.reference());
+    assert!(lse.iter().any(|x| *x > 300.0), "the scores are not large");
+    assert_close("lse", &r.lse, &lse, Tolerance::F32_OP);
+    let worst = out.iter().zip(f64s(&r.out)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(worst < 1e-3, "out is off by {worst}");
+    for b in [&r.dq, &r.dkv_up] {
+        assert!(b.view().f32().iter().all(|x| x.is_finite()) && b.view().f32().iter().any(|x| *x != 0.0));
+    }
+}
+
+#[test]
+fn a_query_without_keys_gets_zeros() {
+    let case = Case::new(DType::F32, shape(2, 4, 4, 6), &[(70, 3)]);
+    let r = case.run(&ctx());
+    assert!(r.lse.view().f32()[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));
+    assert!(r.out.view().f32()[..67 * 2 * 6].iter().all(|&x| x == 0.0));
+    assert!(r.dq.view().f32()[..67 * 2 * 8].iter().all(|&x| x == 0.0));
+    assert!(r.lse.view().f32()[67 * 2..].iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn thread_count_changes_no_bit() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let case = Case::new(dtype, shape(3, 12, 6, 10), &[(70, 70), (3, 90), (140, 140)]);
+        let runs: Vec<Results> = contexts().iter().map(|c| case.run(c)).collect();
+        for r in &runs[1..] {
+            for (name, a, b) in [
+                ("out", &runs[0].out, &r.out),
+                ("lse", &runs[0].lse, &r.lse),
+                ("dq", &runs[0].dq, &r.dq),
+                ("dkv_up", &runs[0].dkv_up, &r.dkv_up),
+                ("dk_pe", &runs[0].dk_pe, &r.dk_pe),
+            ] {
+                assert_same_bits(name, a, b);
+            }
+        }
+    }
+}
+
+/// A buffer's elements from `at * width` on, `n * width` of them.
+fn rows(b: &Buf, at: usize, n: usize, width: usize) -> Buf {
+    buf(b.dtype(), &b.view().to_f32()[at * width..(at + n) * width])
+}
+
+#[test]
+fn a_sequence_alone_equals_itself_among_others() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let s = shape(2, 12, 6, 10);
+        let sequences = [(67, 67), (130, 130), (5, 100), (1, 1)];
+        let all = Case::new(dtype, s, &sequences);
+        let r = all.run(&ctx());
+        let (mut q0, mut k0) = (0, 0);
+        let (d, up) = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.v));
+        for (nq, nk) in sequences {
+            let mut one = Case::new(dtype, s, &[(nq, nk)]);
+            one.q = rows(&all.q, q0, nq, d);
+            one.kv_up = rows(&all.kv_up, k0, nk, up);
+            one.k_pe = rows(&all.k_pe, k0, nk, s.k_pe_stride);
+            one.dout = rows(&all.dout, q0, nq, s.heads * s.v);
+            let alone = one.run(&ctx());
+            assert_same_bits("out", &rows(&r.out, q0, nq, s.heads * s.v), &alone.out);
+            assert_same_bits("lse", &rows(&r.lse, q0, nq, s.heads), &alone.lse);
+            assert_same_bits("dq", &rows(&r.dq, q0, nq, d), &alone.dq);
+            assert_same_bits("dkv_up", &rows(&r.dkv_up, k0, nk, up), &alone.dkv_up);
+            assert_same_bits("dk_pe", &rows(&r.dk_pe, k0, nk, s.k_pe_stride), &alone.dk_pe);
+            (q0, k0) = (q0 + nq, k0 + nk);
+        }
+    }
+}
+
+/// A prompt prefilled in chunks gives each token the bits that the whole prompt gives it.
+#[test]
+fn chunks_equal_the_whole() {
+    let (s, n) = (shape(2, 12, 6, 10), 150);
+    let whole = Case::new(DType::F32, s, &[(n, n)]);
+    let r = whole.run(&ctx());
+    for (from, to) in [(0, 37), (37, 101), (101, 102), (102, 150)] {
+        let mut part = Case::new(DType::F32, s, &[(to - from, to)]);
+        part.q = rows(&whole.q, from, to - from, s.heads * (s.nope + s.rope));
+        part.kv_up = rows(&whole.kv_up, 0, to, s.heads * (s.nope + s.v));
+        part.k_pe = rows(&whole.k_pe, 0, to, s.k_pe_stride);
+        let p = part.run(&ctx());
+        assert_same_bits("out", &rows(&r.out, from, to - from, s.heads * s.v), &p.out);
+        assert_same_bits("lse", &rows(&r.lse, from, to - from, s.heads), &p.lse);
+    }
+}
+
+#[test]
+#[should_panic(expected = "kv_up of 4 keys x 2 heads x 16 + 16")]
+fn a_wrong_size_is_named() {
+    let mut case = Case::new(DType::F32, shape(2, 16, 8, 16), &[(4, 4)]);
+    case.kv_up = buf(DType::F32, &[0.0; 7]);
+    case.run(&ctx());
+}
+
+mod tiles {
+    use super::super::tile::{self, Job, Lanes, PAD, Portable, Product, TILE};
+    use crate::testing::normals;
+
+    struct Exp<'a>(&'a mut [f32]);
+    impl Job for Exp<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            self.0.iter_mut().for_each(|x| *x = tile::exp::<V>(*x));
+        }
+    }
+
+    fn check_exp(run: impl Fn(Exp<'_>)) {
+        let x: Vec<f32> = (-86_990..88_000).map(|i| i as f32 * 1e-3).collect();
+        let mut y = x.clone();
+        run(Exp(&mut y));
+        for (x, y) in x.iter().zip(&y) {
+            let e = f64::from(*x).exp();
+            assert!((f64::from(*y) - e).abs() <= 2e-7 * e, "exp({x}) = {y}, expected {e}");
+        }
+        let mut y = [f32::NEG_INFINITY, -1e30, -87.1, 0.0, -0.0, f32::NAN, 1e9];
+        run(Exp(&mut y));
+        assert_eq!(y[..5], [0.0, 0.0, 0.0, 1.0, 1.0]);
+        assert!(y[5].is_nan() && y[6] > 1e38, "{y:?}");
+    }
+
+    /// A job on AVX2, where the CPU has it: there the best ISA may be another.
+    #[cfg(target_arch = "x86_64")]
+    fn on_avx2(job: impl Job) {
+        if tile::x86::has_avx2() {
+            // SAFETY: the CPU has what the function is compiled for.
+            unsafe { tile::x86::run_avx2(job) }
+        } else {
+            job.run::<Portable>();
+        }
+    }
+
+    #[test]
+    fn exp_on_this_cpu_and_without_extensions() {
+        check_exp(|job| tile::run(job));
+        check_exp(|job| job.run::<Portable>());
+        #[cfg(target_arch = "x86_64")]
+        check_exp(|job| on_avx2(job));
+    }
+
+    struct Multiply<'a>(Product<'a>, &'a mut [f32]);
+    impl Job for Multiply<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            self.0.write::<V>(self.1);
+        }
+    }
+
+    fn check_product(run: impl Fn(Multiply<'_>)) {
+        for (m, n, k) in [(1, PAD, 1), (7, 2 * PAD, 3), (64, 3 * PAD, 50), (19, 4 * PAD, 64), (5, PAD, 0)] {
+            for (a_row, a_col) in [(k + 2, 1), (1, TILE)] {
+                for add in [false, true] {
+                    let a = normals(1, TILE * TILE.max(k + 2), 1.0);
+                    let b = normals(2, k.max(1) * (n + 3), 1.0);
+                    let before = normals(3, m * (n + 1), 1.0);
+                    let mut c = before.clone();
+                    let (b_row, c_row) = (n + 3, n + 1);
+                    run(Multiply(Product { m, n, k, a: &a, a_row, a_col, b: &b, b_row, c_row, add }, &mut c));
+                    for (i, (&c, &old)) in c.iter().zip(&before).enumerate() {
+                        let (i, j) = (i / c_row, i % c_row);
+                        let mut e = if add || j == n { f64::from(old) } else { 0.0 };
+                        for l in (0..k).filter(|_| j < n) {
+                            e += f64::from(a[i * a_row + l * a_col]) * f64::from(b[l * b_row + j]);
+                        }
+                        assert!((f64::from(c) - e).abs() < 2e-5, "{m} {n} {k} {add} at {i}, {j}: {c}, expected {e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_on_this_cpu_and_without_extensions() {
+        check_product(|job| tile::run(job));
+        check_product(|job| job.run::<Portable>());
+        #[cfg(target_arch = "x86_64")]
+        check_product(|job| on_avx2(job));
+    }
+}

@@ -1,0 +1,460 @@
+//! Tile arithmetic shared by prefill and decode: a register-blocked f32 product over small dense tiles, the online
+//! softmax on a tile, and `exp`. One algorithm; the ISA enters as thin vector types chosen at run time.
+//!
+//! Every element of a product is one sum over k in ascending order, whatever the block it is computed in. A row's bits
+//! therefore depend neither on how many rows stand beside it nor on where it lies in its tile: batch invariance and
+//! "decode equals prefill in chunks" rest on this.
+
+use crate::Elem;
+use std::cell::Cell;
+
+/// Queries, and keys, per tile.
+pub const TILE: usize = 64;
+
+/// Columns are padded to a multiple of this in every tile.
+pub const PAD: usize = 16;
+
+/// The padded number of columns.
+pub fn padded(n: usize) -> usize {
+    n.next_multiple_of(PAD)
+}
+
+/// A vector of f32 of one ISA.
+///
+/// # Safety
+/// An implementor may be used only inside a function compiled for its ISA (see [`run`]), and `load` and `store` reach
+/// `N` elements from the pointer.
+pub unsafe trait Lanes: Copy {
+    /// Lanes.
+    const N: usize;
+    /// Multiply-add rounds once (and is an instruction).
+    const FMA: bool;
+    /// All lanes x.
+    unsafe fn splat(x: f32) -> Self;
+    /// N elements, unaligned.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Writes N elements, unaligned.
+    unsafe fn store(self, p: *mut f32);
+    /// self * b + c.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The product, in the register blocks that suit this ISA.
+    unsafe fn blocks(t: &Product<'_>, c: &mut [f32]);
+}
+
+/// Work that is compiled once per ISA. `run` must be `#[inline(always)]`, as must all it calls.
+pub trait Job {
+    /// Does it.
+    fn run<V: Lanes>(self);
+}
+
+/// Runs the job on the best ISA this CPU has.
+pub fn run<J: Job>(job: J) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if x86::has_avx512() {
+            // SAFETY: the CPU has the features that the function is compiled for.
+            return unsafe { x86::run_avx512(job) };
+        }
+        if x86::has_avx2() {
+            // SAFETY: the CPU has the features that the function is compiled for.
+            return unsafe { x86::run_avx2(job) };
+        }
+    }
+    job.run::<Portable>();
+}
+
+/// C[m, n] (+)= A[m, k] B[k, n]; A is read element by element at any strides, B and C by rows.
+pub struct Product<'a> {
+    /// Rows of C.
+    pub m: usize,
+    /// Columns of C, a multiple of [`PAD`].
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+    /// A's elements.
+    pub a: &'a [f32],
+    /// From one row of A to the next.
+    pub a_row: usize,
+    /// From one column of A to the next.
+    pub a_col: usize,
+    /// B's elements.
+    pub b: &'a [f32],
+    /// From one row of B to the next.
+    pub b_row: usize,
+    /// From one row of C to the next.
+    pub c_row: usize,
+    /// Continue the sums that are in C, instead of starting from zero.
+    pub add: bool,
+}
+
+impl Product<'_> {
+    /// Computes it into c.
+    #[inline(always)]
+    pub fn write<V: Lanes>(&self, c: &mut [f32]) {
+        if self.m == 0 || self.n == 0 {
+            return;
+        }
+        assert!(self.n.is_multiple_of(PAD) && (self.m - 1) * self.c_row + self.n <= c.len(), "C is too short");
+        if self.k > 0 {
+            assert!((self.m - 1) * self.a_row + (self.k - 1) * self.a_col < self.a.len(), "A is too short");
+            assert!((self.k - 1) * self.b_row + self.n <= self.b.len(), "B is too short");
+        }
+        // SAFETY: V is used inside a function compiled for it, and the asserts above bound every access of a block.
+        unsafe { V::blocks(self, c) }
+    }
+
+    /// All rows of the columns j .. j + NV * N, MR rows at a time, then one at a time.
+    #[inline(always)]
+    unsafe fn columns<V: Lanes, const MR: usize, const NV: usize>(&self, c: &mut [f32], j: usize) {
+        let mut i = 0;
+        while i + MR <= self.m {
+            // SAFETY: passed on from the caller.
+            unsafe { self.block::<V, MR, NV>(c, i, j) };
+            i += MR;
+        }
+        while i < self.m {
+            // SAFETY: passed on from the caller.
+            unsafe { self.block::<V, 1, NV>(c, i, j) };
+            i += 1;
+        }
+    }
+
+    /// Rows i .. i + MR, columns j .. j + NV * N, with the sums in registers.
+    #[inline(always)]
+    unsafe fn block<V: Lanes, const MR: usize, const NV: usize>(&self, c: &mut [f32], i: usize, j: usize) {
+        debug_assert!(i + MR <= self.m && j + NV * V::N <= self.n);
+        // SAFETY: `write` checked that rows below m, columns below n and sums of length k stay inside a, b and c, and
+        // this block's rows and columns are below m and n.
+        unsafe {
+            let a = self.a.as_ptr().add(i * self.a_row);
+            let b = self.b.as_ptr().add(j);
+            let c = c.as_mut_ptr().add(i * self.c_row + j);
+            let mut sum = [[V::splat(0.0); NV]; MR];
+            if self.add {
+                for (r, row) in sum.iter_mut().enumerate() {
+                    for (v, s) in row.iter_mut().enumerate() {
+                        *s = V::load(c.add(r * self.c_row + v * V::N));
+                    }
+                }
+            }
+            for k in 0..self.k {
+                let mut right = [V::splat(0.0); NV];
+                for (v, x) in right.iter_mut().enumerate() {
+                    *x = V::load(b.add(k * self.b_row + v * V::N));
+                }
+                for (r, row) in sum.iter_mut().enumerate() {
+                    let left = V::splat(*a.add(r * self.a_row + k * self.a_col));
+                    for (s, x) in row.iter_mut().zip(right) {
+                        *s = left.mul_add(x, *s);
+                    }
+                }
+            }
+            for (r, row) in sum.iter().enumerate() {
+                for (v, s) in row.iter().enumerate() {
+                    s.store(c.add(r * self.c_row + v * V::N));
+                }
+            }
+        }
+    }
+}
+
+/// e^x for x <= 88; below -87 the result is 0 (no denormals), so that a masked score of -inf weighs exactly nothing.
+/// NaN stays NaN. Relative error below 2e-7.
+#[inline(always)]
+pub fn exp<V: Lanes>(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+    const MAGIC: f32 = 12_582_912.0;
+    let x = if x > 88.0 { 88.0 } else { x };
+    let t = fma::<V>(x, std::f32::consts::LOG2_E, MAGIC);
+    let n = t - MAGIC;
+    // ln 2 in two parts, the first exact in few bits (Cody and Waite).
+    let r = fma::<V>(n, -0.693_359_4, x);
+    let r = fma::<V>(n, 2.121_944_4e-4, r);
+    // The minimax polynomial of Cephes' expf.
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = fma::<V>(p, r, c);
+    }
+    let p = fma::<V>(p * r, r, r) + 1.0;
+    let two_n = f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < -87.0 { 0.0 } else { p * two_n }
+}
+
+/// a * b + c, fused where the ISA fuses (a call into libm elsewhere would be many times slower).
+#[inline(always)]
+pub fn fma<V: Lanes>(a: f32, b: f32, c: f32) -> f32 {
+    if V::FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// The state of the online softmax of up to [`TILE`] rows, one column of the transposed score tile each.
+pub struct Softmax {
+    /// Largest scaled score so far.
+    pub max: [f32; TILE],
+    /// Sum of exp(score - max) so far.
+    pub sum: [f32; TILE],
+    /// What sums of earlier tiles are to be multiplied by, since the maximum grew.
+    pub alpha: [f32; TILE],
+}
+
+impl Softmax {
+    /// No keys seen.
+    pub fn new() -> Self {
+        Self { max: [f32::NEG_INFINITY; TILE], sum: [0.0; TILE], alpha: [0.0; TILE] }
+    }
+
+    /// Turns the raw scores of one tile into exp(score * scale - max), updating the state. Scores lie as [keys][TILE],
+    /// the first `columns` in use; column q sees the keys before `visible[q]`.
+    #[inline(always)]
+    pub fn tile<V: Lanes>(&mut self, scores: &mut [f32], columns: usize, scale: f32, visible: &[i32; TILE]) {
+        let (keys, _) = scores.as_chunks_mut::<TILE>();
+        let mut max = self.max;
+        for (j, row) in keys.iter_mut().enumerate() {
+            for q in 0..columns {
+                let s = if (j as i32) < visible[q] { row[q] * scale } else { f32::NEG_INFINITY };
+                row[q] = s;
+                max[q] = if s > max[q] { s } else { max[q] };
+            }
+        }
+        // A column that has seen no key keeps its maximum of -inf; measuring from 0 there gives weights of 0, not NaN.
+        let mut base = [0.0; TILE];
+        for q in 0..columns {
+            base[q] = if max[q] == f32::NEG_INFINITY { 0.0 } else { max[q] };
+            self.alpha[q] = exp::<V>(self.max[q] - base[q]);
+        }
+        let mut sum = [0.0; TILE];
+        for row in keys.iter_mut() {
+            for q in 0..columns {
+                row[q] = exp::<V>(row[q] - base[q]);
+                sum[q] += row[q];
+            }
+        }
+        for q in 0..columns {
+            self.sum[q] = fma::<V>(self.sum[q], self.alpha[q], sum[q]);
+        }
+        self.max = max;
+    }
+
+    /// What column q's sum of weighted values is to be multiplied by, and its log-sum-exp: 0 and -inf without keys.
+    #[inline(always)]
+    pub fn finish(&self, q: usize) -> (f32, f32) {
+        if self.sum[q] == 0.0 {
+            return (0.0, f32::NEG_INFINITY);
+        }
+        (1.0 / self.sum[q], self.max[q] + self.sum[q].ln())
+    }
+}
+
+/// Widens a row.
+#[inline(always)]
+pub fn widen<T: Elem>(from: &[T], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len());
+    for (o, x) in to.iter_mut().zip(from) {
+        *o = x.f32();
+    }
+}
+
+/// Rounds a row times a factor.
+#[inline(always)]
+pub fn round_scaled<T: Elem>(from: &[f32], factor: f32, to: &mut [T]) {
+    assert_eq!(from.len(), to.len());
+    for (o, x) in to.iter_mut().zip(from) {
+        *o = T::round(x * factor);
+    }
+}
+
+/// a . b in 16 partial sums, added in order.
+#[inline(always)]
+pub fn dot<T: Elem>(a: &[T], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (a_full, a_rest) = a.as_chunks::<16>();
+    let (b_full, b_rest) = b.as_chunks::<16>();
+    for (a, b) in a_full.iter().zip(b_full) {
+        for i in 0..16 {
+            sums[i] += a[i].f32() * b[i];
+        }
+    }
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[i] += a.f32() * b;
+    }
+    sums.iter().sum()
+}
+
+/// out[c][r] = rows[r][c] for r < `n` rows of `ld` elements; out's rows are [`TILE`] long, and its columns from n up to
+/// the padded n become 0.
+#[inline(always)]
+pub fn transpose(rows: &[f32], n: usize, ld: usize, out: &mut [f32]) {
+    let (out, _) = out.as_chunks_mut::<TILE>();
+    for (c, o) in out.iter_mut().enumerate().take(ld) {
+        for r in 0..n {
+            o[r] = rows[r * ld + c];
+        }
+        o[n..padded(n)].fill(0.0);
+    }
+}
+
+/// Scratch above this size is freed after use instead of kept with its thread.
+const KEEP: usize = 1 << 18;
+
+/// Hands `f` `len` floats of unspecified content. Small scratch stays with its thread: fresh pages cost as much as the
+/// arithmetic of a short sequence.
+#[inline(always)]
+pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local!(static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) });
+    let mut v = SCRATCH.take();
+    if v.len() < len {
+        // Dropped first, so that two generations never coexist.
+        drop(std::mem::take(&mut v));
+        v = vec![0.0; len];
+    }
+    let r = f(&mut v[..len]);
+    if v.len() <= KEEP {
+        SCRATCH.set(v);
+    }
+    r
+}
+
+/// Cuts the next `len` floats off a scratch slice.
+#[inline(always)]
+pub fn cut<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    rest.split_off_mut(..len).expect("scratch was sized for its parts")
+}
+
+/// Four floats without any ISA extension: what remains on an old x86, and NEON where the compiler sees fit.
+#[derive(Clone, Copy)]
+pub struct Portable([f32; 4]);
+
+// SAFETY: no ISA beyond the build's own is needed.
+unsafe impl Lanes for Portable {
+    const N: usize = 4;
+    const FMA: bool = cfg!(target_arch = "aarch64");
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller vouches for four elements.
+        Self(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Self(std::array::from_fn(|i| fma::<Self>(self.0[i], b.0[i], c.0[i])))
+    }
+    #[inline(always)]
+    unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
+        for j in (0..t.n).step_by(16) {
+            // SAFETY: passed on from the caller; n is a multiple of 16.
+            unsafe { t.columns::<Self, 2, 4>(c, j) };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub mod x86 {
+    use super::{Job, Lanes, Product};
+    use std::arch::x86_64::*;
+
+    pub fn has_avx512() -> bool {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && has_avx2()
+    }
+
+    pub fn has_avx2() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub fn run_avx512<J: Job>(job: J) {
+        job.run::<Avx512>();
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn run_avx2<J: Job>(job: J) {
+        job.run::<Avx2>();
+    }
+
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    // SAFETY: reached only through `run_avx512`.
+    unsafe impl Lanes for Avx512 {
+        const N: usize = 16;
+        const FMA: bool = true;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller is compiled for AVX512F.
+            Self(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and the caller vouches for 16 elements.
+            Self(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above, and the caller vouches for 16 elements.
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: the caller is compiled for AVX512F.
+            Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+        }
+        #[inline(always)]
+        unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
+            let wide = t.n / 32 * 32;
+            for j in (0..wide).step_by(32) {
+                // SAFETY: passed on from the caller.
+                unsafe { t.columns::<Self, 8, 2>(c, j) };
+            }
+            if wide < t.n {
+                // SAFETY: passed on from the caller; n is a multiple of 16.
+                unsafe { t.columns::<Self, 8, 1>(c, wide) };
+            }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256);
+
+    // SAFETY: reached only through `run_avx2`.
+    unsafe impl Lanes for Avx2 {
+        const N: usize = 8;
+        const FMA: bool = true;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller is compiled for AVX2.
+            Self(unsafe { _mm256_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and the caller vouches for 8 elements.
+            Self(unsafe { _mm256_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above, and the caller vouches for 8 elements.
+            unsafe { _mm256_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: the caller is compiled for FMA.
+            Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+        }
+        #[inline(always)]
+        unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
+            for j in (0..t.n).step_by(16) {
+                // SAFETY: passed on from the caller; n is a multiple of 16.
+                unsafe { t.columns::<Self, 4, 2>(c, j) };
+            }
+        }
+    }
+}

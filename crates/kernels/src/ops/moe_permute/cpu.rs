@@ -1,0 +1,175 @@
+//! Permutation on the cores, in fixed blocks of rows or tokens. All of it is bound by memory; only `plan` is serial, a
+//! counting sort over N * K small integers that costs less than handing it out.
+
+use super::Combine;
+use crate::math::vectorised;
+use crate::{Cpu, Elem};
+
+/// Elements of one task, about.
+const BLOCK: usize = 16_384;
+/// Columns summed at a time: the f32 sums stay in the first-level cache.
+const TILE: usize = 512;
+/// Independent sums of a dot product.
+const LANES: usize = 16;
+
+fn block_rows(dim: usize) -> usize {
+    (BLOCK / dim).max(1)
+}
+
+/// Stable counting sort of the slots by expert.
+pub fn plan(indices: &[i32], offsets: &mut [i32], row_of_slot: &mut [i32], slot_of_row: &mut [i32]) {
+    let experts = offsets.len() - 1;
+    offsets.fill(0);
+    for (slot, &e) in indices.iter().enumerate() {
+        assert!(
+            e >= 0 && (e as usize) < experts,
+            "moe_permute: slot {slot} chose {e}, expected one of {experts} experts"
+        );
+        offsets[e as usize + 1] += 1;
+    }
+    for e in 0..experts {
+        offsets[e + 1] += offsets[e];
+    }
+    let mut next = offsets[..experts].to_vec();
+    for (slot, &e) in indices.iter().enumerate() {
+        let row = next[e as usize];
+        next[e as usize] += 1;
+        row_of_slot[slot] = row;
+        slot_of_row[row as usize] = slot as i32;
+    }
+}
+
+/// rows[r] = x[slot_of_row[r] / K].
+pub fn permute<T: Elem>(cpu: &Cpu, x: &[T], dim: usize, top_k: usize, slot_of_row: &[i32], rows: &mut [T]) {
+    let block = block_rows(dim);
+    cpu.chunks_mut(rows, block * dim, |b, rows| {
+        for (row, &slot) in rows.chunks_exact_mut(dim).zip(&slot_of_row[b * block..]) {
+            row.copy_from_slice(&x[slot as usize / top_k * dim..][..dim]);
+        }
+    });
+}
+
+/// dx[n] (+)= sum over k of d_rows[row_of_slot[n * K + k]].
+pub fn permute_backward<T: Elem>(
+    cpu: &Cpu,
+    d_rows: &[T],
+    dim: usize,
+    top_k: usize,
+    row_of_slot: &[i32],
+    dx: &mut [T],
+    accumulate: bool,
+) {
+    by_token(cpu, dx, dim, |n, at, sums, dx| {
+        for &row in &row_of_slot[n * top_k..][..top_k] {
+            add(sums, &d_rows[row as usize * dim + at..]);
+        }
+        if accumulate {
+            add(sums, dx);
+        }
+        round(sums, dx);
+    });
+}
+
+/// y[n] = base[n] + sum over k of weights[n, k] * rows[row_of_slot[n * K + k]] + extra[n].
+pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
+    let (rows, row_of_slot, weights) = (T::of(a.rows), a.row_of_slot.i32(), a.weights.f32());
+    let (base, extra) = (a.base.map(T::of), a.extra.map(T::of));
+    let (dim, top_k) = (a.dim, a.top_k);
+    by_token(cpu, T::of_mut(a.y), dim, |n, at, sums, y| {
+        if let Some(base) = base {
+            add(sums, &base[n * dim + at..]);
+        }
+        for slot in n * top_k..(n + 1) * top_k {
+            let (weight, row) = (weights[slot], row_of_slot[slot] as usize);
+            add_weighted(sums, weight, &rows[row * dim + at..]);
+        }
+        if let Some(extra) = extra {
+            add(sums, &extra[n * dim + at..]);
+        }
+        round(sums, y);
+    });
+}
+
+/// Runs `f(n, first column, sums, columns)` for the tiles of each token's row of `out`; `sums` starts as zeros.
+fn by_token<T: Elem>(cpu: &Cpu, out: &mut [T], dim: usize, f: impl Fn(usize, usize, &mut [f32], &mut [T]) + Sync) {
+    let block = block_rows(dim);
+    cpu.chunks_mut(out, block * dim, |b, rows| {
+        let mut sums = vec![0.0f32; TILE.min(dim)];
+        for (r, row) in rows.chunks_exact_mut(dim).enumerate() {
+            for (tile, columns) in row.chunks_mut(TILE).enumerate() {
+                let sums = &mut sums[..columns.len()];
+                sums.fill(0.0);
+                f(b * block + r, tile * TILE, sums, columns);
+            }
+        }
+    });
+}
+
+vectorised! {
+    fn add<T: Elem>(sums: &mut [f32], x: &[T]) {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.f32());
+    }
+}
+
+vectorised! {
+    fn add_weighted<T: Elem>(sums: &mut [f32], weight: f32, x: &[T]) {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += weight * x.f32());
+    }
+}
+
+vectorised! {
+    fn round<T: Elem>(sums: &[f32], out: &mut [T]) {
+        out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
+    }
+}
+
+vectorised! {
+    fn weigh<T: Elem>(out: &mut [T], weight: f32, x: &[T]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(weight * x.f32()));
+    }
+}
+
+/// d_rows[r] = weights[slot] * dy[n]; d_weights[slot] = dy[n] . rows[r]. The dot products are taken in the order of
+/// rows, then put in their slots.
+pub fn combine_backward<T: Elem>(
+    cpu: &Cpu,
+    dy: &[T],
+    dim: usize,
+    top_k: usize,
+    slot_of_row: &[i32],
+    weights: &[f32],
+    rows: &[T],
+    d_rows: &mut [T],
+    d_weights: &mut [f32],
+) {
+    let block = block_rows(dim);
+    let mut dots = vec![0.0f32; slot_of_row.len()];
+    cpu.chunks2_mut((d_rows, block * dim), (&mut dots, block), |b, d_rows, dots| {
+        for (i, (d_row, out)) in d_rows.chunks_exact_mut(dim).zip(dots).enumerate() {
+            let r = b * block + i;
+            let slot = slot_of_row[r] as usize;
+            let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
+            weigh(d_row, weight, dy);
+            *out = dot(dy, &rows[r * dim..][..dim]);
+        }
+    });
+    for (&slot, dot) in slot_of_row.iter().zip(dots) {
+        d_weights[slot as usize] = dot;
+    }
+}
+
+vectorised! {
+    fn dot<T: Elem>(a: &[T], b: &[T]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..LANES {
+                lanes[i] += a[i].f32() * b[i].f32();
+            }
+        }
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+            *lane += a.f32() * b.f32();
+        }
+        lanes.iter().sum()
+    }
+}

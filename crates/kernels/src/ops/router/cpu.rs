@@ -1,0 +1,124 @@
+//! The gate on the cores, in fixed blocks of tokens; a token's result depends on its own row alone.
+
+use super::select::Selector;
+use super::{Backward, Config, Forward, Scoring};
+use crate::Cpu;
+use crate::math::{exp, sigmoid, vectorised};
+
+/// Tokens of one task.
+const BLOCK: usize = 16;
+/// Added to the chosen scores' sum, as the published models do.
+const NORM_EPS: f32 = 1e-20;
+
+/// Scores, choice and weights.
+pub fn forward(cpu: &Cpu, c: &Config, a: Forward<'_>) {
+    let (experts, k) = (c.experts, c.top_k);
+    let (logits, bias, given) = (a.logits.f32(), a.bias.map(|b| b.f32()), a.given.map(|g| g.i32()));
+    if let Some(given) = given {
+        check_indices("given", given, c);
+    }
+    let mut blocks: Vec<_> = (a.scores.f32().chunks_mut(BLOCK * experts))
+        .zip(a.indices.i32().chunks_mut(BLOCK * k))
+        .zip(a.weights.f32().chunks_mut(BLOCK * k))
+        .collect();
+    cpu.chunks_mut(&mut blocks, 1, |b, block| {
+        let ((scores, indices), weights) = &mut block[0];
+        let mut selector = Selector::new(c);
+        let first = b * BLOCK;
+        for r in 0..indices.len() / k {
+            let (n, chosen, weights) = (first + r, &mut indices[r * k..][..k], &mut weights[r * k..][..k]);
+            let scores = &mut scores[r * experts..][..experts];
+            score(c.scoring, &logits[n * experts..][..experts], scores);
+            match given {
+                Some(given) => chosen.copy_from_slice(&given[n * k..][..k]),
+                None => selector.select(c, scores, bias, chosen),
+            }
+            weigh(c, scores, chosen, weights);
+        }
+    });
+}
+
+fn check_indices(name: &str, indices: &[i32], c: &Config) {
+    for (slot, &e) in indices.iter().enumerate() {
+        assert!(
+            e >= 0 && (e as usize) < c.experts,
+            "router: {name} index [{}, {}] is {e}, expected one of {} experts",
+            slot / c.top_k,
+            slot % c.top_k,
+            c.experts
+        );
+    }
+}
+
+vectorised! {
+    fn score(by: Scoring, logits: &[f32], scores: &mut [f32]) {
+        match by {
+            Scoring::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x)),
+            Scoring::Softmax => {
+                let largest = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+                scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
+                let sum: f32 = scores.iter().sum();
+                scores.iter_mut().for_each(|s| *s /= sum);
+            }
+        }
+    }
+}
+
+/// What the chosen scores are divided by.
+fn normaliser(c: &Config, scores: &[f32], chosen: &[i32]) -> f32 {
+    if c.norm_topk_prob { chosen.iter().map(|&e| scores[e as usize]).sum::<f32>() + NORM_EPS } else { 1.0 }
+}
+
+fn weigh(c: &Config, scores: &[f32], chosen: &[i32], weights: &mut [f32]) {
+    let z = normaliser(c, scores, chosen);
+    for (w, &e) in weights.iter_mut().zip(chosen) {
+        *w = scores[e as usize] / z * c.scale;
+    }
+}
+
+/// Gradient of the logits.
+pub fn backward(cpu: &Cpu, c: &Config, a: Backward<'_>) {
+    let (experts, k) = (c.experts, c.top_k);
+    let (scores, indices, d_weights) = (a.scores.f32(), a.indices.i32(), a.d_weights.f32());
+    let d_scores = a.d_scores.map(|d| d.f32());
+    check_indices("forward's", indices, c);
+    cpu.chunks_mut(a.d_logits.f32(), BLOCK * experts, |b, block| {
+        for (r, d) in block.chunks_exact_mut(experts).enumerate() {
+            let n = b * BLOCK + r;
+            match d_scores {
+                Some(d_scores) => d.copy_from_slice(&d_scores[n * experts..][..experts]),
+                None => d.fill(0.0),
+            }
+            let scores = &scores[n * experts..][..experts];
+            add_weight_gradient(c, scores, &indices[n * k..][..k], &d_weights[n * k..][..k], d);
+            score_backward(c.scoring, scores, d);
+        }
+    });
+}
+
+/// d_scores += the gradient through the weights. With w_k = scale s_k / Z and Z the sum of the chosen scores:
+/// ds_k = scale / Z (dw_k - sum_j dw_j s_j / Z).
+fn add_weight_gradient(c: &Config, scores: &[f32], chosen: &[i32], d_weights: &[f32], d_scores: &mut [f32]) {
+    let z = normaliser(c, scores, chosen);
+    let through_z = if c.norm_topk_prob {
+        chosen.iter().zip(d_weights).map(|(&e, dw)| dw * (scores[e as usize] / z)).sum()
+    } else {
+        0.0
+    };
+    for (&e, dw) in chosen.iter().zip(d_weights) {
+        d_scores[e as usize] += c.scale / z * (dw - through_z);
+    }
+}
+
+vectorised! {
+    /// Turns d_scores into d_logits, in place.
+    fn score_backward(by: Scoring, scores: &[f32], d: &mut [f32]) {
+        match by {
+            Scoring::Sigmoid => d.iter_mut().zip(scores).for_each(|(d, s)| *d *= s * (1.0 - s)),
+            Scoring::Softmax => {
+                let mean: f32 = d.iter().zip(scores).map(|(d, s)| d * s).sum();
+                d.iter_mut().zip(scores).for_each(|(d, s)| *d = s * (*d - mean));
+            }
+        }
+    }
+}

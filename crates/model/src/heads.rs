@@ -1,0 +1,120 @@
+//! What reads the trunk: the final norm and the language-model head. Trunk and heads are separate objects, so that other
+//! heads (MTP, scalar) attach the same way.
+
+use crate::stages::Norm;
+use crate::weight_grad::{HeadJob, Shared, WeightGrads};
+use crate::{Model, ParamId, Params};
+use hadal_kernels::ops::{gemm, head_loss};
+use hadal_kernels::{Buf, Ctx, DType};
+use std::sync::Arc;
+
+/// Final norm [n, D] to [n, D].
+pub fn final_norm(ctx: &Ctx, model: &Model, params: &Params, h: &Shared) -> (Shared, Norm) {
+    let Some(id) = model.layout.norm else { panic!("this part of the model has no head") };
+    norm(ctx, model, params, id, h)
+}
+
+/// A norm of the residual stream.
+pub(crate) fn norm(ctx: &Ctx, model: &Model, params: &Params, id: ParamId, h: &Shared) -> (Shared, Norm) {
+    let d = model.config.hidden_size;
+    Norm::forward(ctx, params, id, (h, d), h.len() / d, model.config.rms_norm_eps as f32)
+}
+
+/// What a loss wants to know of each position.
+pub struct Request {
+    /// i32 [n], -1 for none.
+    pub targets: Shared,
+    /// Logits are divided by this.
+    pub temperature: f32,
+    /// i32 [n, G]: ids whose log-probabilities are wanted.
+    pub given: Option<Shared>,
+}
+
+/// Each position's answer, and what backward needs.
+pub struct HeadOutput {
+    hidden: Shared,
+    request: Request,
+    /// Which use of the head: 0 main, k the MTP layer of depth k.
+    n: usize,
+    lse: Shared,
+    /// f32 [n]: log-probability of the target.
+    pub logp: Buf,
+    /// f32 [n], nats.
+    pub entropy: Shared,
+    /// f32 [n, G].
+    pub given_logp: Option<Buf>,
+}
+
+/// Gradients of a loss.
+pub struct HeadGradient {
+    /// f32 [n].
+    pub d_logp: Shared,
+    /// f32 [n].
+    pub d_entropy: Option<Shared>,
+    /// f32 [n, G].
+    pub d_given: Option<Shared>,
+}
+
+/// The head over normed states [n, D]; `n` names the use of the shared head.
+pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, request: Request, n: usize) -> HeadOutput {
+    let tokens = request.targets.len();
+    let mut lse = ctx.zeros(DType::F32, tokens);
+    let (mut logp, mut entropy) = (ctx.zeros(DType::F32, tokens), ctx.zeros(DType::F32, tokens));
+    let mut given_logp = request.given.as_ref().map(|g| ctx.zeros(DType::F32, g.len()));
+    let inputs = head_loss::Inputs {
+        hidden: hidden.view(),
+        weight: params.weight(head_id(model)),
+        targets: request.targets.view(),
+        temperature: request.temperature,
+        given: request.given.as_ref().map(|g| g.view()),
+    };
+    let outputs = head_loss::Outputs {
+        lse: lse.view_mut(),
+        logp: logp.view_mut(),
+        entropy: entropy.view_mut(),
+        given_logp: given_logp.as_mut().map(Buf::view_mut),
+        top: None,
+    };
+    head_loss::forward(ctx, inputs, outputs);
+    HeadOutput { hidden: hidden.clone(), request, n, lse: Arc::new(lse), logp, entropy: Arc::new(entropy), given_logp }
+}
+
+fn head_id(model: &Model) -> ParamId {
+    model.layout.head.unwrap_or_else(|| panic!("this part of the model has no head"))
+}
+
+/// Gradient of the normed states [n, D]; the head's own is queued.
+pub fn backward(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    output: HeadOutput,
+    g: HeadGradient,
+    jobs: &mut WeightGrads,
+) -> Buf {
+    let job = HeadJob {
+        id: head_id(model),
+        n: output.n,
+        targets: output.request.targets,
+        temperature: output.request.temperature,
+        given: output.request.given,
+        lse: output.lse,
+        entropy: output.entropy,
+        d_logp: g.d_logp,
+        d_entropy: g.d_entropy,
+        d_given: g.d_given,
+        hidden: output.hidden,
+    };
+    let mut d_hidden = ctx.zeros(job.hidden.dtype(), job.hidden.len());
+    job.backward(ctx, params, Some(d_hidden.view_mut()), None);
+    jobs.head(job);
+    d_hidden
+}
+
+/// Logits f32 [n, V] of normed states [n, D]: for inference and for files; training never forms them.
+pub fn logits(ctx: &Ctx, model: &Model, params: &Params, hidden: &Buf) -> Buf {
+    let w = params.weight(head_id(model));
+    let mut z = ctx.zeros(DType::F32, hidden.len() / w.cols * w.rows);
+    gemm::linear(ctx, hidden.view(), &w, z.view_mut());
+    z
+}

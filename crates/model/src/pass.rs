@@ -1,0 +1,158 @@
+//! One micro-batch through the whole training objective: cross-entropy, MTP, balance (V3 report, eq. 17, 24, 25).
+//! Every loss is a weighted sum whose weights the caller has normalised over the global batch.
+
+use crate::heads::{self, HeadGradient, HeadOutput, Request};
+use crate::stages::Norm;
+use crate::trunk::{self, Input, LayerTrace, Options, Routing};
+use crate::weight_grad::{Shared, WeightGrads};
+use crate::{Batch, Depth, Model, MtpHidden, Params, mtp};
+use hadal_kernels::{Buf, Ctx};
+use std::sync::Arc;
+
+/// Weight of each part of the loss.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossWeights {
+    /// Of each predicted token: 1 / (predicted tokens of the global batch).
+    pub token: f32,
+    /// Of each token predicted by an MTP layer: lambda / depth * `token`.
+    pub mtp: f32,
+    /// Of each sequence's balance loss in each MoE layer, by depth: alpha / (sequences of the global batch at that
+    /// depth). Empty leaves the loss out.
+    pub balance: Vec<f32>,
+}
+
+/// Weighted sums over the micro-batch; the loss is their sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Cross-entropy.
+    pub main: f64,
+    /// MTP.
+    pub mtp: f64,
+    /// Sequence-wise balance.
+    pub balance: f64,
+}
+
+impl Losses {
+    /// What is minimised.
+    pub fn total(&self) -> f64 {
+        self.main + self.mtp + self.balance
+    }
+}
+
+/// A finished forward pass, ready for backward.
+pub struct Forward {
+    trunk: trunk::Saved,
+    norm: Norm,
+    head: (HeadOutput, Shared),
+    mtp: Vec<(mtp::Saved, HeadOutput, Shared)>,
+    /// Parts of the loss.
+    pub losses: Losses,
+    /// Routing of every MoE layer, MTP layers last.
+    pub traces: Vec<LayerTrace>,
+}
+
+impl Forward {
+    /// Bytes kept until backward (the head's few vectors left out).
+    pub fn bytes(&self) -> usize {
+        self.trunk.bytes() + self.mtp.iter().map(|(s, ..)| s.bytes()).sum::<usize>()
+    }
+}
+
+/// Runs a head on a depth: its output, d_logp, and the weighted loss.
+fn predict(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    (k, depth): (usize, &Depth),
+    hidden: &Shared,
+    weight: f32,
+) -> (HeadOutput, Shared, f64) {
+    let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None };
+    let out = heads::forward(ctx, model, params, hidden, request, k);
+    let d: Vec<f32> = depth.host_targets.iter().map(|&t| if t >= 0 { -weight } else { 0.0 }).collect();
+    // logp is 0 where there is no target.
+    let sum: f64 = out.logp.view().f32().iter().map(|&l| f64::from(l)).sum();
+    (out, Arc::new(ctx.from_f32(&d)), -f64::from(weight) * sum)
+}
+
+/// f32 [S]: the balance weight of every sequence of a depth.
+fn balance_weights(ctx: &Ctx, depth: &Depth, weights: &LossWeights, k: usize) -> Option<Buf> {
+    weights.balance.get(k).map(|&w| ctx.from_f32(&vec![w; depth.cu.len() - 1]))
+}
+
+fn balance_loss(traces: &[LayerTrace], weight: Option<f32>) -> f64 {
+    let sum = |t: &LayerTrace| -> f64 {
+        t.balance.as_ref().map_or(0.0, |b| b.view().f32().iter().map(|&l| f64::from(l)).sum())
+    };
+    traces.iter().map(sum).sum::<f64>() * weight.map_or(0.0, f64::from)
+}
+
+/// Forward of a whole model over one micro-batch.
+pub fn forward(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    batch: &Batch,
+    weights: &LossWeights,
+    routing: Option<&Routing>,
+) -> Forward {
+    let depth = &batch.depths[0];
+    let balance = balance_weights(ctx, depth, weights, 0);
+    let options = Options { routing, balance: balance.as_ref() };
+    let (h, trunk, traces) = trunk::forward(ctx, model, params, depth, Input::Tokens, options);
+    tail(ctx, model, params, batch, weights, routing, h, trunk, traces)
+}
+
+/// Final norm, head and MTP over a trunk's output: what the last pipeline stage does.
+pub fn tail(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    batch: &Batch,
+    weights: &LossWeights,
+    routing: Option<&Routing>,
+    h: Shared,
+    trunk: trunk::Saved,
+    mut traces: Vec<LayerTrace>,
+) -> Forward {
+    let (normed, norm) = heads::final_norm(ctx, model, params, &h);
+    let (out, d, main) = predict(ctx, model, params, (0, &batch.depths[0]), &normed, weights.token);
+    let mut losses = Losses { main, balance: balance_loss(&traces, weights.balance.first().copied()), mtp: 0.0 };
+    let mut feed = match model.config.mtp_hidden {
+        MtpHidden::PostNorm => normed,
+        MtpHidden::PreNorm => h,
+    };
+    let mut saved = Vec::new();
+    for k in 1..=model.layout.mtp.len() {
+        let depth = &batch.depths[k];
+        let balance = balance_weights(ctx, depth, weights, k);
+        let options = Options { routing, balance: balance.as_ref() };
+        let o = mtp::forward(ctx, model, params, k, depth, &feed, options);
+        let (head, d, loss) = predict(ctx, model, params, (k, depth), &o.normed, weights.mtp);
+        losses.mtp += loss;
+        losses.balance += balance_loss(o.trace.as_slice(), weights.balance.get(k).copied());
+        traces.extend(o.trace);
+        saved.push((o.saved, head, d));
+        feed = o.feed;
+    }
+    Forward { trunk, norm, head: (out, d), mtp: saved, losses, traces }
+}
+
+/// Backward of a whole model: all weight gradients as jobs, in the order they must run.
+pub fn backward(ctx: &Ctx, model: &Model, params: &Params, forward: Forward) -> WeightGrads {
+    backward_input(ctx, model, params, forward).1
+}
+
+/// As [`backward`], with the gradient of the trunk's input [n, D] for an earlier stage.
+pub fn backward_input(ctx: &Ctx, model: &Model, params: &Params, f: Forward) -> (Shared, WeightGrads) {
+    let mut jobs = WeightGrads::default();
+    let gradient = |d_logp| HeadGradient { d_logp, d_entropy: None, d_given: None };
+    let mut d_feed = None;
+    for (i, (saved, head, d)) in f.mtp.into_iter().enumerate().rev() {
+        let d_normed = heads::backward(ctx, model, params, head, gradient(d), &mut jobs);
+        d_feed = Some(mtp::backward(ctx, model, params, i + 1, saved, d_normed, d_feed, &mut jobs));
+    }
+    let d_normed = heads::backward(ctx, model, params, f.head.0, gradient(f.head.1), &mut jobs);
+    let dh = mtp::norm_backward(ctx, model, params, &f.norm, d_normed, d_feed, &mut jobs);
+    (trunk::backward(ctx, model, params, f.trunk, dh, &mut jobs), jobs)
+}

@@ -1,0 +1,208 @@
+//! Weight gradients as work that can wait. A backward pass for the input leaves jobs that own what they need; running
+//! them later, in the same order, gives the same bits (V3 report 3.2.1: backward split into input and weight parts).
+
+use crate::{Grads, ParamId, Params};
+use hadal_kernels::ops::gemm::{self, Gemm, Mat, MatMut};
+use hadal_kernels::ops::{embedding, gemm_grouped, head_loss, rmsnorm};
+use hadal_kernels::{Buf, Ctx, View, ViewMut};
+use std::sync::Arc;
+
+/// An activation that both a pass and queued jobs may hold.
+pub type Shared = Arc<Buf>;
+
+enum Job {
+    /// dW[.., first ..] += dy^T x, into `cols` columns of a wider matrix.
+    Linear { id: ParamId, first: usize, cols: usize, x: Shared, dy: Shared },
+    /// dw += sum dy * x * rstd.
+    Norm { id: ParamId, x: Shared, x_stride: usize, rstd: Shared, dy: Shared },
+    /// dW_e += dy_e^T x_e.
+    Grouped { id: ParamId, offsets: Shared, x: Shared, dy: Shared },
+    /// Rows of the table, use `n`.
+    Embedding { id: ParamId, n: usize, tokens: Shared, dy: Shared },
+    /// The output head, use `n`.
+    Head(HeadJob),
+}
+
+/// What the output head's weight gradient needs.
+pub(crate) struct HeadJob {
+    pub id: ParamId,
+    /// Which use of the shared head: 0 main, k the MTP layer of depth k.
+    pub n: usize,
+    pub hidden: Shared,
+    pub targets: Shared,
+    pub temperature: f32,
+    pub given: Option<Shared>,
+    pub lse: Shared,
+    pub entropy: Shared,
+    pub d_logp: Shared,
+    pub d_entropy: Option<Shared>,
+    pub d_given: Option<Shared>,
+}
+
+/// Queued weight gradients, in the order they must run.
+#[derive(Default)]
+pub struct WeightGrads {
+    jobs: Vec<Job>,
+}
+
+impl WeightGrads {
+    pub(crate) fn linear(&mut self, id: ParamId, cols: usize, x: &Shared, dy: &Shared) {
+        self.columns(id, 0, cols, x, dy);
+    }
+
+    pub(crate) fn columns(&mut self, id: ParamId, first: usize, cols: usize, x: &Shared, dy: &Shared) {
+        self.jobs.push(Job::Linear { id, first, cols, x: x.clone(), dy: dy.clone() });
+    }
+
+    pub(crate) fn norm(&mut self, id: ParamId, x: &Shared, x_stride: usize, rstd: &Shared, dy: &Shared) {
+        self.jobs.push(Job::Norm { id, x: x.clone(), x_stride, rstd: rstd.clone(), dy: dy.clone() });
+    }
+
+    pub(crate) fn grouped(&mut self, id: ParamId, offsets: &Shared, x: &Shared, dy: &Shared) {
+        self.jobs.push(Job::Grouped { id, offsets: offsets.clone(), x: x.clone(), dy: dy.clone() });
+    }
+
+    pub(crate) fn embedding(&mut self, id: ParamId, n: usize, tokens: &Shared, dy: &Shared) {
+        self.jobs.push(Job::Embedding { id, n, tokens: tokens.clone(), dy: dy.clone() });
+    }
+
+    pub(crate) fn head(&mut self, job: HeadJob) {
+        self.jobs.push(Job::Head(job));
+    }
+
+    /// Appends later jobs.
+    pub fn append(&mut self, mut later: WeightGrads) {
+        self.jobs.append(&mut later.jobs);
+    }
+
+    /// Number of jobs waiting.
+    pub fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// True when nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    /// Bytes of activations that the queue keeps alive (each counted once).
+    pub fn bytes(&self) -> usize {
+        let mut seen = std::collections::HashMap::new();
+        for job in &self.jobs {
+            for b in job.held() {
+                seen.insert(Arc::as_ptr(b), b.bytes());
+            }
+        }
+        seen.values().sum()
+    }
+
+    /// Runs all jobs in order, accumulating into `grads`. The weights must be those of the forward pass.
+    pub fn run(self, ctx: &Ctx, params: &Params, grads: &mut Grads) {
+        for job in self.jobs {
+            job.run(ctx, params, grads);
+        }
+    }
+}
+
+impl Job {
+    fn held(&self) -> Vec<&Shared> {
+        match self {
+            Job::Linear { x, dy, .. } => vec![x, dy],
+            Job::Norm { x, rstd, dy, .. } => vec![x, rstd, dy],
+            Job::Grouped { offsets, x, dy, .. } => vec![offsets, x, dy],
+            Job::Embedding { tokens, dy, .. } => vec![tokens, dy],
+            Job::Head(h) => {
+                let optional = [&h.given, &h.d_entropy, &h.d_given].into_iter().flatten();
+                [&h.hidden, &h.targets, &h.lse, &h.entropy, &h.d_logp].into_iter().chain(optional).collect()
+            }
+        }
+    }
+
+    fn run(self, ctx: &Ctx, params: &Params, grads: &mut Grads) {
+        match self {
+            Job::Linear { id, first, cols, x, dy } => {
+                let ld = params.layout.info(id).cols;
+                let rows = params.layout.info(id).rows;
+                linear(ctx, (rows, cols), (first, ld), x.view(), dy.view(), grads.of(id));
+            }
+            Job::Norm { id, x, x_stride, rstd, dy } => {
+                rmsnorm::backward_weight(ctx, dy.view(), x.view(), x_stride, rstd.view(), grads.of(id));
+            }
+            Job::Grouped { id, offsets, x, dy } => {
+                let t = params.layout.info(id);
+                let (rows, cols) = (t.rows, t.cols);
+                gemm_grouped::grouped_backward_weight(
+                    ctx,
+                    x.view(),
+                    dy.view(),
+                    offsets.view(),
+                    rows,
+                    cols,
+                    grads.of(id),
+                );
+            }
+            Job::Embedding { id, n, tokens, dy } => {
+                embedding::backward(ctx, tokens.view(), dy.view(), grads.of_use(id, n));
+            }
+            Job::Head(h) => {
+                let d_weight = Some(grads.of_use(h.id, h.n));
+                h.backward(ctx, params, None, d_weight);
+            }
+        }
+    }
+}
+
+impl HeadJob {
+    /// One or both gradients of the head.
+    pub(crate) fn backward(
+        &self,
+        ctx: &Ctx,
+        params: &Params,
+        d_hidden: Option<ViewMut<'_>>,
+        d_weight: Option<ViewMut<'_>>,
+    ) {
+        let inputs = head_loss::Inputs {
+            hidden: self.hidden.view(),
+            weight: params.weight(self.id),
+            targets: self.targets.view(),
+            temperature: self.temperature,
+            given: self.given.as_ref().map(|b| b.view()),
+        };
+        let backward = head_loss::Backward {
+            lse: self.lse.view(),
+            entropy: self.entropy.view(),
+            d_logp: self.d_logp.view(),
+            d_entropy: self.d_entropy.as_ref().map(|b| b.view()),
+            d_given: self.d_given.as_ref().map(|b| b.view()),
+            d_hidden,
+            d_weight,
+        };
+        head_loss::backward(ctx, inputs, backward);
+    }
+}
+
+/// dW[rows, first .. first + cols] += dy[N, rows]^T x[N, cols].
+fn linear(
+    ctx: &Ctx,
+    (rows, cols): (usize, usize),
+    (first, ld): (usize, usize),
+    x: View<'_>,
+    dy: View<'_>,
+    dw: ViewMut<'_>,
+) {
+    let end = dw.len();
+    gemm::gemm(
+        ctx,
+        Gemm {
+            m: rows,
+            n: cols,
+            k: x.len() / cols,
+            a: Mat { data: dy, ld: rows },
+            ta: true,
+            b: Mat { data: x, ld: cols },
+            tb: false,
+            c: MatMut { data: dw.slice(first..end), ld },
+            accumulate: true,
+        },
+    );
+}

@@ -1,0 +1,264 @@
+//! A run's settings. A TOML file and the command line fill the same table of optional keys (`Settings`); resolving it
+//! gives every value, and refuses keys that would have no effect.
+
+use crate::optimizer::AdamW;
+use crate::schedule::Schedule;
+use crate::step::Objective;
+use crate::TrainError;
+use hadal_model::{ModelConfig, Precision};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// A run file: `[model]`, `[data]`, `[train]`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunFile {
+    /// Preset and overriding keys of the model.
+    pub model: Option<toml::Table>,
+    /// Where the text is.
+    #[serde(default)]
+    pub data: DataSettings,
+    /// How to train.
+    #[serde(default)]
+    pub train: Settings,
+}
+
+impl RunFile {
+    /// Reads a file.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path).map_err(|e| TrainError::read(path, &e))?;
+        toml::from_str(&text).map_err(|e| {
+            let line = e.span().map_or(0, |s| text[..s.start].lines().count().max(1));
+            TrainError::Config { what: format!("{}:{line}: {}", path.display(), e.message().replace('\n', " ")) }
+        })
+    }
+}
+
+/// `[data]`.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct DataSettings {
+    /// Text files; none takes the built-in corpus.
+    pub paths: Option<Vec<PathBuf>>,
+    /// A tokenizer.json or a directory with one; none trains one on the text.
+    pub tokenizer: Option<PathBuf>,
+    /// Share of the documents held out for validation.
+    pub valid_fraction: Option<f64>,
+}
+
+/// `[train]`, every key optional.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Optimiser steps.
+    pub steps: Option<u64>,
+    /// Sequences a step.
+    pub batch: Option<usize>,
+    /// Sequences in flight at once; divides `batch`.
+    pub micro_batch: Option<usize>,
+    /// Tokens a sequence.
+    pub seq: Option<usize>,
+    /// "bf16" or "fp32".
+    pub dtype: Option<String>,
+    /// Seed of weights, order of data and split.
+    pub seed: Option<u64>,
+    /// Peak learning rate.
+    pub lr: Option<f64>,
+    /// Learning rate at the end.
+    pub min_lr: Option<f64>,
+    /// Steps of warm-up.
+    pub warmup: Option<u64>,
+    /// Steps at the peak.
+    pub constant: Option<u64>,
+    /// AdamW.
+    pub beta1: Option<f32>,
+    /// AdamW.
+    pub beta2: Option<f32>,
+    /// AdamW.
+    pub eps: Option<f32>,
+    /// AdamW.
+    pub weight_decay: Option<f32>,
+    /// Largest gradient norm.
+    pub clip: Option<f32>,
+    /// lambda of the MTP loss.
+    pub mtp_lambda: Option<f32>,
+    /// alpha of the sequence-wise balance loss.
+    pub balance_alpha: Option<f32>,
+    /// gamma of the bias update.
+    pub bias_gamma: Option<f32>,
+    /// Steps between validations.
+    pub eval_every: Option<u64>,
+    /// Validate on at most this many tokens.
+    pub eval_tokens: Option<usize>,
+    /// Steps between checkpoints; the last step always writes one.
+    pub checkpoint_every: Option<u64>,
+    /// Write the initial weights as step-000000.
+    pub save_initial: Option<bool>,
+    /// Record the tokens of every step in this safetensors file.
+    pub record_batches: Option<PathBuf>,
+}
+
+macro_rules! overlay {
+    ($a:expr, $b:expr, $($field:ident),+ $(,)?) => { $( if $b.$field.is_some() { $a.$field = $b.$field; } )+ };
+}
+
+impl Settings {
+    /// Keys set in `over` win.
+    pub fn overlay(mut self, over: Settings) -> Self {
+        overlay!(
+            self, over, steps, batch, micro_batch, seq, dtype, seed, lr, min_lr, warmup, constant, beta1, beta2, eps,
+            weight_decay, clip, mtp_lambda, balance_alpha, bias_gamma, eval_every, eval_tokens, checkpoint_every,
+            save_initial, record_batches
+        );
+        self
+    }
+}
+
+/// Every value of a run.
+#[derive(Clone, Debug)]
+pub struct TrainConfig {
+    /// Sequences a step.
+    pub batch: usize,
+    /// Sequences in flight at once.
+    pub micro_batch: usize,
+    /// Tokens a sequence.
+    pub seq: usize,
+    /// Numbers the model computes in.
+    pub precision: Precision,
+    /// Seed of weights, order of data and split.
+    pub seed: u64,
+    /// Learning rate; holds the number of steps.
+    pub schedule: Schedule,
+    /// Optimiser constants.
+    pub adamw: AdamW,
+    /// Objective beside cross-entropy.
+    pub objective: Objective,
+    /// Steps between validations.
+    pub eval_every: u64,
+    /// Validate on at most this many tokens.
+    pub eval_tokens: usize,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Write the initial weights.
+    pub save_initial: bool,
+    /// Where to record tokens.
+    pub record_batches: Option<PathBuf>,
+}
+
+/// Reads "bf16" or "fp32".
+pub fn precision(name: &str) -> Result<Precision, TrainError> {
+    match name {
+        "bf16" => Ok(Precision::Bf16),
+        "fp32" => Ok(Precision::Fp32),
+        other => Err(TrainError::Config { what: format!("dtype \"{other}\": expected bf16 or fp32") }),
+    }
+}
+
+fn refuse(cond: bool, what: impl FnOnce() -> String) -> Result<(), TrainError> {
+    if cond { Err(TrainError::Config { what: what() }) } else { Ok(()) }
+}
+
+impl TrainConfig {
+    /// Defaults suit small models from scratch; betas, decay, clip, lambda, alpha and gamma are the V3 report's.
+    pub fn resolve(s: Settings, model: &ModelConfig) -> Result<Self, TrainError> {
+        let steps = s.steps.unwrap_or(400);
+        let batch = s.batch.unwrap_or(8);
+        let peak = s.lr.unwrap_or(3e-3);
+        // Sequences are 256 tokens unless the model reads fewer.
+        let seq = s.seq.unwrap_or(256.min(model.max_position_embeddings));
+        let warmup = s.warmup.unwrap_or((steps / 20).min(2000));
+        let constant = s.constant.unwrap_or(steps * 6 / 10);
+        let moe = (0..model.num_hidden_layers + model.num_nextn_predict_layers).any(|i| model.is_moe(i));
+        refuse(s.mtp_lambda.is_some() && model.num_nextn_predict_layers == 0, || {
+            "train.mtp_lambda has no effect: the model has no MTP layer (num_nextn_predict_layers = 0)".into()
+        })?;
+        refuse(s.balance_alpha.is_some_and(|a| a > 0.0) && !moe, || {
+            "train.balance_alpha has no effect: the model has no MoE layer".into()
+        })?;
+        refuse(s.bias_gamma.is_some_and(|g| g > 0.0) && !(moe && model.correction_bias), || {
+            "train.bias_gamma has no effect: the model's gates have no correction bias".into()
+        })?;
+        let c = Self {
+            batch,
+            micro_batch: s.micro_batch.unwrap_or(batch),
+            seq,
+            precision: precision(s.dtype.as_deref().unwrap_or("bf16"))?,
+            seed: s.seed.unwrap_or(0),
+            schedule: Schedule { peak, floor: s.min_lr.unwrap_or(peak / 10.0), warmup, constant, steps },
+            adamw: AdamW {
+                beta1: s.beta1.unwrap_or(0.9),
+                beta2: s.beta2.unwrap_or(0.95),
+                eps: s.eps.unwrap_or(1e-8),
+                weight_decay: s.weight_decay.unwrap_or(0.1),
+                clip: s.clip.unwrap_or(1.0),
+            },
+            objective: Objective {
+                mtp_lambda: s.mtp_lambda.unwrap_or(0.3),
+                balance_alpha: s.balance_alpha.unwrap_or(if moe { 1e-4 } else { 0.0 }),
+                bias_gamma: s.bias_gamma.unwrap_or(if model.correction_bias { 1e-3 } else { 0.0 }),
+            },
+            eval_every: s.eval_every.unwrap_or((steps / 4).max(1)),
+            eval_tokens: s.eval_tokens.unwrap_or(16 * 1024),
+            checkpoint_every: s.checkpoint_every.unwrap_or(steps),
+            save_initial: s.save_initial.unwrap_or(false),
+            record_batches: s.record_batches,
+        };
+        c.validate(model)?;
+        Ok(c)
+    }
+
+    fn validate(&self, model: &ModelConfig) -> Result<(), TrainError> {
+        let zero = [
+            ("steps", self.schedule.steps == 0),
+            ("batch", self.batch == 0),
+            ("micro_batch", self.micro_batch == 0),
+            ("seq", self.seq == 0),
+            ("eval_every", self.eval_every == 0),
+            ("eval_tokens", self.eval_tokens == 0),
+            ("checkpoint_every", self.checkpoint_every == 0),
+        ];
+        for (name, bad) in zero {
+            refuse(bad, || format!("train.{name} = 0: expected at least 1"))?;
+        }
+        refuse(!self.batch.is_multiple_of(self.micro_batch), || {
+            format!("train.micro_batch = {}: expected a divisor of batch = {}", self.micro_batch, self.batch)
+        })?;
+        refuse(self.seq > model.max_position_embeddings, || {
+            format!(
+                "train.seq = {}: expected at most the model's max_position_embeddings = {}",
+                self.seq, model.max_position_embeddings
+            )
+        })?;
+        refuse(self.seq <= model.num_nextn_predict_layers, || {
+            format!("train.seq = {}: expected more than the MTP depth {}", self.seq, model.num_nextn_predict_layers)
+        })?;
+        let s = &self.schedule;
+        refuse(s.warmup + s.constant > s.steps, || {
+            format!("train.warmup + constant = {}: expected at most steps = {}", s.warmup + s.constant, s.steps)
+        })?;
+        self.validate_numbers()
+    }
+
+    fn validate_numbers(&self) -> Result<(), TrainError> {
+        let (s, a, o) = (&self.schedule, &self.adamw, &self.objective);
+        let at_least_zero = [
+            ("min_lr", s.floor),
+            ("weight_decay", a.weight_decay.into()),
+            ("mtp_lambda", o.mtp_lambda.into()),
+            ("balance_alpha", o.balance_alpha.into()),
+            ("bias_gamma", o.bias_gamma.into()),
+        ];
+        let positive = [("lr", s.peak), ("eps", a.eps.into()), ("clip", a.clip.into())];
+        for (name, x) in at_least_zero {
+            refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;
+        }
+        for (name, x) in positive {
+            refuse(x.is_nan() || x <= 0.0, || format!("train.{name} = {x}: expected a number > 0"))?;
+        }
+        refuse(!s.peak.is_finite(), || format!("train.lr = {}: expected a finite number", s.peak))?;
+        for (name, x) in [("beta1", a.beta1), ("beta2", a.beta2)] {
+            refuse(!(0.0..1.0).contains(&x), || format!("train.{name} = {x}: expected a number in [0, 1)"))?;
+        }
+        Ok(())
+    }
+}

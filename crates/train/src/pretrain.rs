@@ -1,0 +1,269 @@
+//! From text to a checkpoint: the walk is tokenizer, split, windows, steps, validation, files.
+
+use crate::config::{DataSettings, TrainConfig};
+use crate::evaluate::{Evaluation, Held, evaluate, sequence};
+use crate::metrics::{Metrics, MetricsFile};
+use crate::record::Recorder;
+use crate::step::{StepReport, Trainer};
+use crate::TrainError;
+use hadal_data::{Loader, TokenStream, Tokenizer, corpus};
+use hadal_kernels::{Ctx, Device};
+use hadal_model::io::{SaveOptions, save_checkpoint};
+use hadal_model::{Model, ModelConfig, Params, Sequence};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Bytes of the corpus that we generate where no text is given.
+const BUILTIN_BYTES: usize = 3 << 20;
+
+/// Held-out share of the documents unless said otherwise.
+const VALID_FRACTION: f64 = 0.05;
+
+/// Everything a run is made of.
+pub struct Run {
+    /// The model.
+    pub model: ModelConfig,
+    /// How to train it.
+    pub config: TrainConfig,
+    /// The text.
+    pub data: DataSettings,
+    /// Where everything goes; must not exist or be empty.
+    pub out: PathBuf,
+}
+
+/// What was made of the text.
+pub struct Prepared {
+    tokenizer: Tokenizer,
+    train: Loader,
+    held: TokenStream,
+    byte_lengths: Vec<u32>,
+}
+
+/// What is known before the first step.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Trained parameters, MTP included.
+    pub parameters: usize,
+    /// Tokens to train on, and held out.
+    pub tokens: (usize, usize),
+    /// Bytes of text a token stands for, on the training side.
+    pub bytes_per_token: f64,
+    /// Steps to come.
+    pub steps: u64,
+    /// Tokens a step.
+    pub tokens_per_step: usize,
+}
+
+/// Watches a run.
+pub trait Observer {
+    /// A phase before training begins.
+    fn phase(&mut self, what: &str);
+    /// Training begins.
+    fn start(&mut self, start: &Start);
+    /// A step is done.
+    fn step(&mut self, metrics: &Metrics);
+    /// A checkpoint is on disk.
+    fn checkpoint(&mut self, path: &Path);
+}
+
+/// Reads, splits and tokenises the text.
+pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prepared, TrainError> {
+    let seed = run.config.seed;
+    let documents = match run.data.paths.as_deref() {
+        Some(paths) if !paths.is_empty() => {
+            observer.phase("reading text");
+            corpus::read_text(paths)?
+        }
+        _ => {
+            observer.phase("generating the built-in corpus");
+            corpus::builtin::documents(seed, BUILTIN_BYTES)
+        }
+    };
+    let split = hadal_data::split(documents.len(), run.data.valid_fraction.unwrap_or(VALID_FRACTION), seed)?;
+    let pick = |side: &[usize]| -> Vec<&str> { side.iter().map(|&i| documents[i].as_ref()).collect() };
+    let (train, held) = (pick(&split.train), pick(&split.validation));
+    let Device::Cpu(cpu) = &ctx.device;
+    let tokenizer = match &run.data.tokenizer {
+        Some(path) => Tokenizer::load(path)?,
+        None => {
+            observer.phase("training a byte-level BPE tokenizer");
+            cpu.install(|| Tokenizer::train(&train, run.model.vocab_size))?
+        }
+    };
+    check_vocabulary(&tokenizer, &run.model)?;
+    observer.phase("tokenising");
+    let (train, held) = cpu.install(|| {
+        Ok::<_, TrainError>((TokenStream::new(&tokenizer, &train)?, TokenStream::new(&tokenizer, &held)?))
+    })?;
+    let train = Loader::new(train, run.config.seq, seed)?;
+    let byte_lengths = tokenizer.token_byte_lengths();
+    Ok(Prepared { tokenizer, train, held, byte_lengths })
+}
+
+/// A tokenizer may have fewer ids than the model (published vocabularies are padded), never more.
+fn check_vocabulary(tokenizer: &Tokenizer, model: &ModelConfig) -> Result<(), TrainError> {
+    if tokenizer.vocab_size() <= model.vocab_size {
+        return Ok(());
+    }
+    let (found, expected) = (tokenizer.vocab_size(), model.vocab_size);
+    Err(TrainError::Config {
+        what: format!("tokenizer and model disagree: {found} token ids, expected at most vocab_size = {expected}"),
+    })
+}
+
+/// The model of a run learns which tokens begin and end a text from its tokenizer.
+fn with_special_tokens(mut model: ModelConfig, tokenizer: &Tokenizer) -> ModelConfig {
+    model.bos_token_id = tokenizer.bos();
+    model.eos_token_ids = tokenizer.eos().into_iter().collect();
+    model
+}
+
+/// Trains to the end and returns the last checkpoint's directory.
+pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<PathBuf, TrainError> {
+    claim(&run.out)?;
+    let data = prepare(ctx, run, observer)?;
+    let config = with_special_tokens(run.model.clone(), &data.tokenizer);
+    let model = Model::whole(ctx, config.clone());
+    let params = Params::init(ctx, &config, model.layout.clone(), run.config.precision, run.config.seed);
+    let stream = data.train.stream();
+    observer.start(&Start {
+        parameters: model.layout.parameters(),
+        tokens: (stream.tokens.len(), data.held.tokens.len()),
+        bytes_per_token: stream.bytes as f64 / stream.tokens.len() as f64,
+        steps: run.config.schedule.steps,
+        tokens_per_step: run.config.batch * run.config.seq,
+    });
+    let trainer = Trainer::new(ctx, model, params, run.config.adamw, run.config.objective);
+    let metrics = MetricsFile::create(&run.out.join("metrics.jsonl"))?;
+    Loop { run, data, config, trainer, metrics, observer }.go(ctx)
+}
+
+/// Makes the output directory, or takes an empty one.
+fn claim(out: &Path) -> Result<(), TrainError> {
+    let full = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    if full {
+        let what = "expected a new or empty directory for the run, found files in it".into();
+        return Err(TrainError::Io { path: out.display().to_string(), what });
+    }
+    std::fs::create_dir_all(out).map_err(|e| TrainError::write(out, &e))
+}
+
+struct Loop<'a> {
+    run: &'a Run,
+    data: Prepared,
+    config: ModelConfig,
+    trainer: Trainer,
+    metrics: MetricsFile,
+    observer: &'a mut dyn Observer,
+}
+
+impl Loop<'_> {
+    fn go(mut self, ctx: &Ctx) -> Result<PathBuf, TrainError> {
+        let c = &self.run.config;
+        let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
+        if c.save_initial {
+            self.save(0)?;
+        }
+        let mut last = PathBuf::new();
+        for step in 0..c.schedule.steps {
+            let ctx = Ctx { step, ..ctx.clone() };
+            let begin = Instant::now();
+            let windows = self.windows(step);
+            if let Some(r) = &mut recorder {
+                r.add(&windows);
+            }
+            let sequences: Vec<Sequence> = windows.iter().map(|w| sequence(w)).collect();
+            let micro: Vec<Vec<Sequence>> = sequences.chunks(c.micro_batch).map(<[Sequence]>::to_vec).collect();
+            let lr = c.schedule.rate(step);
+            let report = self.trainer.step(&ctx, &micro, lr);
+            let seconds = begin.elapsed().as_secs_f64();
+            self.record(&ctx, step + 1, lr, &report, seconds)?;
+            if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
+                last = self.save(step + 1)?;
+            }
+        }
+        if let (Some(r), Some(path)) = (recorder, &c.record_batches) {
+            r.write(path)?;
+        }
+        Ok(last)
+    }
+
+    /// The tokens of a step: a function of (seed, step) alone.
+    fn windows(&self, step: u64) -> Vec<Vec<u32>> {
+        let batch = self.run.config.batch as u64;
+        (step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect()
+    }
+
+    fn record(
+        &mut self,
+        ctx: &Ctx,
+        step: u64,
+        lr: f64,
+        report: &StepReport,
+        seconds: f64,
+    ) -> Result<(), TrainError> {
+        let c = &self.run.config;
+        let loss = report.losses.total();
+        if !loss.is_finite() {
+            return Err(TrainError::Diverged { step, loss });
+        }
+        let tokens = (c.batch * c.seq) as u64;
+        let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
+        let valid = due.then(|| self.evaluate(ctx));
+        let m = Metrics {
+            step,
+            loss,
+            loss_main: report.losses.main,
+            loss_mtp: report.losses.mtp,
+            loss_balance: report.losses.balance,
+            lr,
+            grad_norm: report.grad_norm,
+            max_violation: report.load.max_violation(),
+            tokens: step * tokens,
+            seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            valid_bits_per_byte: valid.map(|v| v.bits_per_byte),
+            valid_loss: valid.map(|v| v.loss),
+        };
+        self.metrics.append(&m)?;
+        self.observer.step(&m);
+        Ok(())
+    }
+
+    fn evaluate(&self, ctx: &Ctx) -> Evaluation {
+        let c = &self.run.config;
+        let held = Held {
+            stream: &self.data.held,
+            byte_lengths: &self.data.byte_lengths,
+            seq: c.seq,
+            batch: c.micro_batch,
+            max_tokens: c.eval_tokens,
+        };
+        evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
+    }
+
+    /// Writes step-NNNNNN and points `latest` at it.
+    fn save(&mut self, step: u64) -> Result<PathBuf, TrainError> {
+        let name = format!("step-{step:06}");
+        let dir = self.run.out.join(&name);
+        let files = self.data.tokenizer.files()?;
+        let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
+        let options = SaveOptions::new(self.run.config.precision.act());
+        save_checkpoint(&dir, &self.config, &self.trainer.params, options, &extra)?;
+        point_latest(&self.run.out, &name)?;
+        self.observer.checkpoint(&dir);
+        Ok(dir)
+    }
+}
+
+/// Replaces `out/latest`, a link to the newest checkpoint, in one rename.
+fn point_latest(out: &Path, name: &str) -> Result<(), TrainError> {
+    let (latest, tmp) = (out.join("latest"), out.join(".latest.tmp"));
+    let _ = std::fs::remove_file(&tmp); // Left by a killed run, or not there.
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(name, &tmp).map_err(|e| TrainError::write(&tmp, &e))?;
+    // Where links need privileges, a file that holds the name.
+    #[cfg(not(unix))]
+    std::fs::write(&tmp, name).map_err(|e| TrainError::write(&tmp, &e))?;
+    std::fs::rename(&tmp, &latest).map_err(|e| TrainError::write(&latest, &e))
+}

@@ -1,0 +1,29 @@
+//! The tokens of every step in one file, so that another trainer can take the same ones in the same order.
+
+use crate::TrainError;
+use safetensors::tensor::{Dtype, TensorView};
+use std::path::Path;
+
+/// Collects windows [steps, batch, seq + 1].
+pub(crate) struct Recorder {
+    shape: [usize; 3],
+    tokens: Vec<u8>,
+}
+
+impl Recorder {
+    pub fn new(batch: usize, seq: usize) -> Self {
+        Self { shape: [0, batch, seq + 1], tokens: Vec::new() }
+    }
+
+    pub fn add(&mut self, windows: &[Vec<u32>]) {
+        self.shape[0] += 1;
+        self.tokens.extend(windows.iter().flatten().flat_map(|&t| (t as i32).to_le_bytes()));
+    }
+
+    /// One i32 tensor `tokens`.
+    pub fn write(&self, path: &Path) -> Result<(), TrainError> {
+        let io = |what: String| TrainError::Io { path: path.display().to_string(), what };
+        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(|e| io(e.to_string()))?;
+        safetensors::serialize_to_file([("tokens", view)], None, path).map_err(|e| io(format!("cannot write: {e}")))
+    }
+}

@@ -1,0 +1,109 @@
+//! One optimiser step: micro-batches forward and backward, gradients in micro-batch order, clip and AdamW, bias update.
+
+use crate::optimizer::{AdamW, Load, Optimizer};
+use hadal_kernels::Ctx;
+use hadal_model::pass::{self, LossWeights, Losses};
+use hadal_model::{Batch, Grads, Model, Params, Sequence, WeightGrads};
+
+/// The objective beside cross-entropy, and the balancing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    /// lambda: weight of the MTP loss (V3 report, eq. 25).
+    pub mtp_lambda: f32,
+    /// alpha: weight of the sequence-wise balance loss (eq. 17); 0 leaves it out.
+    pub balance_alpha: f32,
+    /// gamma: speed of the bias update; 0 leaves the biases alone.
+    pub bias_gamma: f32,
+}
+
+/// A model in training.
+pub struct Trainer {
+    /// What it is.
+    pub model: Model,
+    /// Its weights.
+    pub params: Params,
+    /// Run weight gradients only after the last micro-batch (same bits, more memory).
+    pub defer: bool,
+    grads: Grads,
+    optimizer: Optimizer,
+    objective: Objective,
+}
+
+/// What a step measured.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Parts of the loss.
+    pub losses: Losses,
+    /// Gradient norm before clipping.
+    pub grad_norm: f32,
+    /// Expert load over the global batch.
+    pub load: Load,
+}
+
+impl Trainer {
+    /// Wraps a model and its weights.
+    pub fn new(ctx: &Ctx, model: Model, params: Params, adamw: AdamW, objective: Objective) -> Self {
+        let grads = Grads::zeros(ctx, model.layout.clone());
+        let optimizer = Optimizer::new(ctx, &model.layout, adamw);
+        Self { model, params, defer: false, grads, optimizer, objective }
+    }
+
+    /// The gradients of the last step, before clipping.
+    pub fn grads(&mut self) -> &mut Grads {
+        &mut self.grads
+    }
+
+    /// Loss weights of a global batch: every predicted token and every sequence counts alike (eq. 24 divides every
+    /// depth by the main model's T).
+    fn weights(&self, batches: &[Batch]) -> LossWeights {
+        let depth = self.model.layout.mtp.len();
+        let sum = |f: fn(&hadal_model::Depth) -> usize, k: usize| batches.iter().map(|b| f(&b.depths[k])).sum::<usize>();
+        let token = 1.0 / sum(|d| d.predicted, 0).max(1) as f64;
+        let mtp = f64::from(self.objective.mtp_lambda) / depth.max(1) as f64 * token;
+        let alpha = f64::from(self.objective.balance_alpha);
+        let balance = |k| (alpha / sum(|d| d.sequences, k).max(1) as f64) as f32;
+        LossWeights {
+            token: token as f32,
+            mtp: mtp as f32,
+            balance: if alpha > 0.0 { (0..=depth).map(balance).collect() } else { Vec::new() },
+        }
+    }
+
+    /// Gradients of a global batch given as micro-batches, left in `grads`, and the losses; no update.
+    pub fn gradients(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>]) -> (Losses, Load) {
+        self.grads.clear();
+        let depth = self.model.layout.mtp.len();
+        let batches: Vec<Batch> = micro_batches.iter().map(|s| Batch::new(ctx, s, depth)).collect();
+        let weights = self.weights(&batches);
+        let (mut losses, mut load) = (Losses::default(), Load::default());
+        let mut queue = WeightGrads::default();
+        for (i, batch) in batches.iter().enumerate() {
+            let ctx = Ctx { micro_batch: i as u32, ..ctx.clone() };
+            let forward = pass::forward(&ctx, &self.model, &self.params, batch, &weights, None);
+            losses.main += forward.losses.main;
+            losses.mtp += forward.losses.mtp;
+            losses.balance += forward.losses.balance;
+            load.add(&forward.traces);
+            let jobs = pass::backward(&ctx, &self.model, &self.params, forward);
+            if self.defer {
+                queue.append(jobs);
+            } else {
+                jobs.run(&ctx, &self.params, &mut self.grads);
+            }
+        }
+        queue.run(ctx, &self.params, &mut self.grads);
+        self.grads.fold(ctx);
+        load.reduce(&self.model);
+        (losses, load)
+    }
+
+    /// One whole step at learning rate `lr`.
+    pub fn step(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>], lr: f64) -> StepReport {
+        let (losses, load) = self.gradients(ctx, micro_batches);
+        let grad_norm = self.optimizer.update(ctx, &mut self.params, &self.grads, lr);
+        if self.objective.bias_gamma > 0.0 {
+            load.update_biases(&mut self.params, self.objective.bias_gamma);
+        }
+        StepReport { losses, grad_norm, load }
+    }
+}
