@@ -109,6 +109,20 @@ fn bf16_rounds_once_and_keeps_the_bias() {
     }
 }
 
+/// In BF16, the compute copy is ready after loading.
+#[test]
+fn loading_rounds_the_compute_copy() {
+    let (_root, dir, c, params) = saved(SaveOptions::new(DType::F32));
+    let (read, _) = load_params(&ctx(2), &c, layout(&c), Precision::Bf16, &dir).unwrap();
+    assert_same(&read, &params);
+    let compute = read.compute.as_ref().unwrap().view().bf16();
+    for (_, p) in read.layout.published() {
+        for i in p.range() {
+            assert_eq!(compute[i], <bf16 as Elem>::round(params.master.view().f32()[i]), "{}", p.name);
+        }
+    }
+}
+
 /// What other readers rely on: metadata, alignment, dtypes, MTP's copies.
 #[test]
 fn the_file_is_as_others_expect() {
