@@ -175,7 +175,7 @@ fn read(map: &Map<String, Value>) -> Result<(ModelConfig, Vec<String>)> {
     let config = model(&mut keys, family, &mut warnings)?;
     config.validate()?;
     for key in INERT {
-        keys.raw(key); // Marks it as known.
+        let _ = keys.raw(key);
     }
     warnings.extend(keys.unknown().map(|k| format!("unknown key {}: ignored", keys.name(k))));
     let ids = config.bos_token_id.iter().chain(&config.eos_token_ids);
