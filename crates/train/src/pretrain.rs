@@ -246,7 +246,7 @@ impl Loop<'_> {
     fn save(&mut self, step: u64) -> Result<PathBuf, TrainError> {
         let name = format!("step-{step:06}");
         let dir = self.run.out.join(&name);
-        let files = self.data.tokenizer.files()?;
+        let files = self.data.tokenizer.files();
         let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
         let options = SaveOptions::new(self.run.config.precision.act());
         save_checkpoint(&dir, &self.config, &self.trainer.params, options, &extra)?;

@@ -96,14 +96,19 @@ impl Tokenizer {
         self.byte_lengths.clone()
     }
 
-    /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir` (made if missing), as transformers reads them.
+    /// `tokenizer.json` and `tokenizer_config.json` as transformers reads them: (name, contents), for whoever writes
+    /// them beside a model.
+    pub fn files(&self) -> [(&'static str, Vec<u8>); 2] {
+        let json = self.inner.to_string(true).expect("a tokenizer in memory has a JSON form");
+        let config = serde_json::to_vec_pretty(&self.config()).expect("plain strings have a JSON form");
+        [("tokenizer.json", json.into_bytes()), ("tokenizer_config.json", config)]
+    }
+
+    /// Writes [`Tokenizer::files`] into `dir` (made if missing).
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), DataError> {
         let dir = dir.as_ref();
         std::fs::create_dir_all(dir).map_err(DataError::write(dir))?;
-        let json = self.inner.to_string(true).expect("a tokenizer in memory has a JSON form");
-        write(&dir.join("tokenizer.json"), json.as_bytes())?;
-        let config = serde_json::to_string_pretty(&self.config()).expect("plain strings have a JSON form");
-        write(&dir.join("tokenizer_config.json"), config.as_bytes())
+        self.files().iter().try_for_each(|(name, bytes)| write(&dir.join(name), bytes))
     }
 
     fn config(&self) -> Value {

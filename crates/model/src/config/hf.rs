@@ -174,7 +174,9 @@ fn read(map: &Map<String, Value>) -> Result<(ModelConfig, Vec<String>)> {
     let family = family(&mut keys, &mut warnings)?;
     let config = model(&mut keys, family, &mut warnings)?;
     config.validate()?;
-    INERT.iter().for_each(|key| drop(keys.raw(key)));
+    for key in INERT {
+        let _ = keys.raw(key);
+    }
     warnings.extend(keys.unknown().map(|k| format!("unknown key {}: ignored", keys.name(k))));
     let ids = config.bos_token_id.iter().chain(&config.eos_token_ids);
     for id in ids.filter(|&&id| id as usize >= config.vocab_size) {

@@ -99,6 +99,23 @@ fn new_layout_of_both_families() {
     assert_eq!((c.q_lora_rank, c.num_nextn_predict_layers, c.norm_topk_prob), (None, 0, false));
 }
 
+/// The configurations that another implementation wrote beside its results.
+#[test]
+fn golden_configurations_are_read_clean() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+    let mut n = 0;
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path().join("config.json");
+        if path.exists() {
+            let (c, warnings) = ModelConfig::from_hf(&path).unwrap();
+            assert_eq!(warnings, Vec::<String>::new());
+            assert_eq!(clean(&c.to_hf_json(DType::F32)), c, "{}", path.display());
+            n += 1;
+        }
+    }
+    assert!(n >= 19, "{n} configurations");
+}
+
 /// Every key left out means what transformers makes of it.
 #[test]
 fn absent_keys() {

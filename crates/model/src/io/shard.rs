@@ -132,6 +132,12 @@ fn half_to_f32(h: u16) -> f32 {
     f32::from_bits(sign | magnitude)
 }
 
+/// The directory's file `name`, which must be a plain file name: an index may not point elsewhere.
+pub(super) fn inside(dir: &Path, name: &str) -> Option<PathBuf> {
+    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0']);
+    plain.then(|| dir.join(name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,10 +159,4 @@ mod tests {
         }
         assert!(half_to_f32(0x7e01).is_nan());
     }
-}
-
-/// The directory's file `name`, which must be a plain file name: an index may not point elsewhere.
-pub(super) fn inside(dir: &Path, name: &str) -> Option<PathBuf> {
-    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0']);
-    plain.then(|| dir.join(name))
 }
