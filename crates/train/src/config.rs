@@ -1,10 +1,10 @@
 //! A run's settings. A TOML file and the command line fill the same table of optional keys (`Settings`); resolving it
 //! gives every value, and refuses keys that would have no effect.
 
+use crate::TrainError;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;
 use crate::step::Objective;
-use crate::TrainError;
 use hadal_model::{ModelConfig, Precision};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -106,9 +106,31 @@ impl Settings {
     /// Keys set in `over` win.
     pub fn overlay(mut self, over: Settings) -> Self {
         overlay!(
-            self, over, steps, batch, micro_batch, seq, dtype, seed, lr, min_lr, warmup, constant, beta1, beta2, eps,
-            weight_decay, clip, mtp_lambda, balance_alpha, bias_gamma, eval_every, eval_tokens, checkpoint_every,
-            save_initial, record_batches
+            self,
+            over,
+            steps,
+            batch,
+            micro_batch,
+            seq,
+            dtype,
+            seed,
+            lr,
+            min_lr,
+            warmup,
+            constant,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            clip,
+            mtp_lambda,
+            balance_alpha,
+            bias_gamma,
+            eval_every,
+            eval_tokens,
+            checkpoint_every,
+            save_initial,
+            record_batches
         );
         self
     }

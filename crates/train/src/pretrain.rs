@@ -1,11 +1,11 @@
 //! From text to a checkpoint: the walk is tokenizer, split, windows, steps, validation, files.
 
+use crate::TrainError;
 use crate::config::{DataSettings, TrainConfig};
 use crate::evaluate::{Evaluation, Held, evaluate, sequence};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::record::Recorder;
 use crate::step::{StepReport, Trainer};
-use crate::TrainError;
 use hadal_data::{Loader, TokenStream, Tokenizer, corpus};
 use hadal_kernels::{Ctx, Device};
 use hadal_model::io::{SaveOptions, save_checkpoint};
@@ -194,14 +194,7 @@ impl Loop<'_> {
         (step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect()
     }
 
-    fn record(
-        &mut self,
-        ctx: &Ctx,
-        step: u64,
-        lr: f64,
-        report: &StepReport,
-        seconds: f64,
-    ) -> Result<(), TrainError> {
+    fn record(&mut self, ctx: &Ctx, step: u64, lr: f64, report: &StepReport, seconds: f64) -> Result<(), TrainError> {
         let c = &self.run.config;
         let loss = report.losses.total();
         if !loss.is_finite() {

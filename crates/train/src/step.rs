@@ -57,7 +57,8 @@ impl Trainer {
     /// depth by the main model's T).
     fn weights(&self, batches: &[Batch]) -> LossWeights {
         let depth = self.model.layout.mtp.len();
-        let sum = |f: fn(&hadal_model::Depth) -> usize, k: usize| batches.iter().map(|b| f(&b.depths[k])).sum::<usize>();
+        let sum =
+            |f: fn(&hadal_model::Depth) -> usize, k: usize| batches.iter().map(|b| f(&b.depths[k])).sum::<usize>();
         let token = 1.0 / sum(|d| d.predicted, 0).max(1) as f64;
         let mtp = f64::from(self.objective.mtp_lambda) / depth.max(1) as f64 * token;
         let alpha = f64::from(self.objective.balance_alpha);
