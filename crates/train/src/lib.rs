@@ -14,7 +14,7 @@ pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};
-pub use pretrain::{Observer, Run, Start, pretrain};
+pub use pretrain::{Observer, Outcome, Run, Start, pretrain};
 pub use schedule::Schedule;
 pub use step::{Objective, StepReport, Trainer};
 

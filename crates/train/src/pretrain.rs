@@ -19,6 +19,10 @@ const BUILTIN_BYTES: usize = 3 << 20;
 /// Held-out share of the documents unless said otherwise.
 const VALID_FRACTION: f64 = 0.05;
 
+/// Held-out documents whose beginnings a finished run continues, and how much of each it is given.
+const PROMPTS: usize = 5;
+const PROMPT_CHARS: usize = 24;
+
 /// Everything a run is made of.
 pub struct Run {
     /// The model.
@@ -37,6 +41,7 @@ pub struct Prepared {
     train: Loader,
     held: TokenStream,
     byte_lengths: Vec<u32>,
+    prompts: Vec<String>,
 }
 
 /// What is known before the first step.
@@ -52,6 +57,17 @@ pub struct Start {
     pub steps: u64,
     /// Tokens a step.
     pub tokens_per_step: usize,
+}
+
+/// What a run leaves.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The last checkpoint's directory.
+    pub checkpoint: PathBuf,
+    /// The last step.
+    pub last: Metrics,
+    /// Beginnings of a few held-out documents.
+    pub prompts: Vec<String>,
 }
 
 /// Watches a run.
@@ -83,6 +99,7 @@ pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prep
     let pick = |side: &[usize]| -> Vec<&str> { side.iter().map(|&i| documents[i].as_ref()).collect() };
     let (train, held) = (pick(&split.train), pick(&split.validation));
     let Device::Cpu(cpu) = &ctx.device;
+    let prompts = beginnings(&held);
     let tokenizer = match &run.data.tokenizer {
         Some(path) => Tokenizer::load(path)?,
         None => {
@@ -97,7 +114,13 @@ pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prep
     })?;
     let train = Loader::new(train, run.config.seq, seed)?;
     let byte_lengths = tokenizer.token_byte_lengths();
-    Ok(Prepared { tokenizer, train, held, byte_lengths })
+    Ok(Prepared { tokenizer, train, held, byte_lengths, prompts })
+}
+
+/// The first words of documents spread over the held-out side.
+fn beginnings(held: &[&str]) -> Vec<String> {
+    let step = held.len().div_ceil(PROMPTS);
+    held.iter().step_by(step).map(|d| d.trim_start().chars().take(PROMPT_CHARS).collect()).collect()
 }
 
 /// A tokenizer may have fewer ids than the model (published vocabularies are padded), never more.
@@ -118,8 +141,8 @@ fn with_special_tokens(mut model: ModelConfig, tokenizer: &Tokenizer) -> ModelCo
     model
 }
 
-/// Trains to the end and returns the last checkpoint's directory.
-pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<PathBuf, TrainError> {
+/// Trains to the end.
+pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
     claim(&run.out)?;
     let data = prepare(ctx, run, observer)?;
     let config = with_special_tokens(run.model.clone(), &data.tokenizer);
@@ -158,13 +181,13 @@ struct Loop<'a> {
 }
 
 impl Loop<'_> {
-    fn go(mut self, ctx: &Ctx) -> Result<PathBuf, TrainError> {
+    fn go(mut self, ctx: &Ctx) -> Result<Outcome, TrainError> {
         let c = &self.run.config;
         let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
         if c.save_initial {
             self.save(0)?;
         }
-        let mut last = PathBuf::new();
+        let mut outcome = None;
         for step in 0..c.schedule.steps {
             let ctx = Ctx { step, ..ctx.clone() };
             let begin = Instant::now();
@@ -177,15 +200,16 @@ impl Loop<'_> {
             let lr = c.schedule.rate(step);
             let report = self.trainer.step(&ctx, &micro, lr);
             let seconds = begin.elapsed().as_secs_f64();
-            self.record(&ctx, step + 1, lr, &report, seconds)?;
+            let last = self.record(&ctx, step + 1, lr, &report, seconds)?;
             if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
-                last = self.save(step + 1)?;
+                let checkpoint = self.save(step + 1)?;
+                outcome = Some(Outcome { checkpoint, last, prompts: self.data.prompts.clone() });
             }
         }
         if let (Some(r), Some(path)) = (recorder, &c.record_batches) {
             r.write(path)?;
         }
-        Ok(last)
+        outcome.ok_or_else(|| TrainError::Config { what: "train.steps = 0: expected at least 1".into() })
     }
 
     /// The tokens of a step: a function of (seed, step) alone.
@@ -220,7 +244,7 @@ impl Loop<'_> {
         };
         self.metrics.append(&m)?;
         self.observer.step(&m);
-        Ok(())
+        Ok(m)
     }
 
     fn evaluate(&self, ctx: &Ctx) -> Evaluation {

@@ -1,0 +1,171 @@
+//! `hadal generate`: a prompt continued on the latent cache.
+
+use crate::output::Output;
+use crate::{Global, open};
+use clap::Args;
+use hadal_data::Tokenizer;
+use hadal_engine::{CacheOptions, Engine, Finish, Request};
+use hadal_kernels::Ctx;
+use hadal_model::{Precision, account};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Options of `generate`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  hadal generate first-run 'Once upon a time'
+  hadal generate first-run/step-000400 '12 + 7 =' --temperature 0 --max-tokens 32
+  hadal generate ./DeepSeek-V2-Lite 'The capital of France' --bos --json")]
+pub struct Generate {
+    /// Model directory, or a run's (its newest checkpoint is taken).
+    model: PathBuf,
+    /// Text to continue.
+    prompt: String,
+    /// Tokens to write at most.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_tokens: usize,
+    /// Randomness; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.8, value_name = "X")]
+    temperature: f32,
+    /// Draw from the smallest set of likeliest tokens with this probability.
+    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    top_p: f32,
+    /// Draw from the K likeliest tokens; 0 for all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Numbers to compute in: bf16 or fp32.
+    #[arg(long, default_value = "bf16", value_name = "D")]
+    dtype: String,
+    /// Begin with the tokenizer's begin-of-text token.
+    #[arg(long)]
+    bos: bool,
+}
+
+/// What a generation gave.
+#[derive(Serialize)]
+pub struct Generated {
+    prompt: String,
+    text: String,
+    tokens: Vec<u32>,
+    finish: &'static str,
+    tokens_per_s: f64,
+    cache_bytes_per_token: usize,
+}
+
+/// How to draw.
+#[derive(Clone, Copy)]
+pub struct Sampling {
+    pub max_tokens: usize,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub top_k: usize,
+    pub seed: u64,
+}
+
+/// A model that continues texts.
+pub struct Writer {
+    engine: Engine,
+    tokenizer: Tokenizer,
+    precision: Precision,
+}
+
+impl Writer {
+    /// Opens a model with room for one sequence of its whole length, or `tokens` if that is less.
+    pub fn open(ctx: &Ctx, path: &Path, precision: Precision, tokens: usize, out: &Output) -> anyhow::Result<Self> {
+        let opened = open::model(ctx, path, precision, out)?;
+        let tokenizer = open::tokenizer(path, &opened.model.config)?;
+        let room = tokens.min(opened.model.config.max_position_embeddings).max(1);
+        let engine = Engine::new(ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
+        Ok(Self { engine, tokenizer, precision })
+    }
+
+    /// Tokens of a text.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        self.tokenizer.encode(text)
+    }
+
+    /// Continues `prompt`; `each` sees text as it comes.
+    pub fn write(
+        &mut self,
+        ctx: &Ctx,
+        prompt: &str,
+        ids: Vec<u32>,
+        s: Sampling,
+        mut each: impl FnMut(&str),
+    ) -> anyhow::Result<Generated> {
+        let stop = self.engine.model().config.eos_token_ids.clone();
+        let request = Request {
+            id: 0,
+            prompt: ids,
+            max_new_tokens: s.max_tokens,
+            temperature: s.temperature,
+            top_k: s.top_k,
+            top_p: s.top_p,
+            seed: s.seed,
+            stop: stop.clone(),
+        };
+        let (mut tokens, mut shown, mut finish) = (Vec::new(), 0, Finish::Length);
+        let begin = Instant::now();
+        let tokenizer = &self.tokenizer;
+        self.engine.generate(ctx, [request], |event| {
+            finish = event.finished.unwrap_or(finish);
+            if event.finished == Some(Finish::Stop) {
+                return;
+            }
+            tokens.push(event.token);
+            let text = tokenizer.decode(&tokens, true);
+            // The bytes of a character may come in several tokens: wait for the rest.
+            if !text.ends_with('\u{fffd}') && text.len() > shown {
+                each(&text[shown..]);
+                shown = text.len();
+            }
+        })?;
+        let seconds = begin.elapsed().as_secs_f64();
+        let text = tokenizer.decode(&tokens, true);
+        if text.len() > shown && text.is_char_boundary(shown) {
+            each(&text[shown..]);
+        }
+        let config = &self.engine.model().config;
+        Ok(Generated {
+            prompt: prompt.to_string(),
+            finish: if finish == Finish::Stop { "stop" } else { "length" },
+            tokens_per_s: tokens.len() as f64 / seconds,
+            cache_bytes_per_token: account::cache_bytes_per_token(config, self.precision.act()),
+            text,
+            tokens,
+        })
+    }
+}
+
+impl Generate {
+    /// Streams the continuation.
+    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
+        let ctx = global.ctx()?;
+        let precision = hadal_train::precision(&self.dtype)?;
+        let dir = open::resolve(&self.model)?;
+        let tokenizer = open::tokenizer(&dir, &open::config(&dir, &Output::new(false))?)?;
+        let mut ids = tokenizer.encode(&self.prompt);
+        if self.bos {
+            let bos = tokenizer.bos();
+            ids.insert(0, bos.ok_or_else(|| anyhow::anyhow!("--bos: this tokenizer has no begin-of-text token"))?);
+        }
+        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(self.max_tokens), out)?;
+        let sampling = Sampling {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            seed: global.seed.unwrap_or(0),
+        };
+        out.text(&self.prompt);
+        let generated = writer.write(&ctx, &self.prompt, ids, sampling, |text| out.text(text))?;
+        out.text("\n");
+        out.object(&generated);
+        if !out.json() {
+            let (n, rate) = (generated.tokens.len(), generated.tokens_per_s);
+            eprintln!("[{n} tokens, {rate:.1} tokens/s, ended by {}]", generated.finish);
+        }
+        Ok(())
+    }
+}

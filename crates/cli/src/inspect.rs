@@ -1,0 +1,183 @@
+//! `hadal inspect`: what a model is and what it costs, without loading its weights.
+
+use crate::output::Output;
+use crate::{Global, open};
+use clap::Args;
+use hadal_kernels::DType;
+use hadal_model::account::{self, Flops, Parameters, TrainingMemory};
+use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Scope};
+use serde::Serialize;
+use std::path::Path;
+
+/// Options of `inspect`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  hadal inspect v3
+  hadal inspect first-run --json
+  hadal inspect mini --batch 8 --seq 512")]
+pub struct Inspect {
+    /// Model directory, or a preset: nano, mini, 1b, v2-lite, moonlight-16b, v3.
+    #[arg(value_name = "MODEL|PRESET")]
+    model: String,
+    /// Sequences in flight, for the training memory.
+    #[arg(long, default_value_t = 8, value_name = "B")]
+    batch: usize,
+    /// Tokens a sequence, for FLOPs and training memory [default: 256, 4096 at most the model's].
+    #[arg(long, value_name = "T")]
+    seq: Option<usize>,
+    /// Numbers to compute in: bf16 or fp32.
+    #[arg(long, default_value = "bf16", value_name = "D")]
+    dtype: String,
+}
+
+/// The answer.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    family: String,
+    parameters: usize,
+    parameters_active: usize,
+    parameters_active_without_embedding: usize,
+    correction_biases: usize,
+    mtp_layers: usize,
+    mtp_parameters: usize,
+    seq: usize,
+    flops_per_token_forward: f64,
+    flops_per_token_training: f64,
+    cache_bytes_per_token: usize,
+    mha_cache_bytes_per_token: usize,
+    training_memory: Memory,
+}
+
+/// Bytes by part.
+#[derive(Serialize)]
+struct Memory {
+    batch: usize,
+    seq: usize,
+    dtype: String,
+    masters: usize,
+    compute_weights: usize,
+    gradients: usize,
+    moments: usize,
+    saved_activations: usize,
+    total: usize,
+}
+
+impl Inspect {
+    /// Prints the report.
+    pub fn run(&self, _: &Global, out: &Output) -> anyhow::Result<()> {
+        let config = self.config(out)?;
+        let report = self.report(&config)?;
+        out.object(&report);
+        out.text(&report.text());
+        Ok(())
+    }
+
+    fn config(&self, out: &Output) -> anyhow::Result<ModelConfig> {
+        let path = Path::new(&self.model);
+        if PRESETS.contains(&self.model.as_str()) {
+            return Ok(ModelConfig::preset(&self.model)?);
+        }
+        if !path.exists() {
+            anyhow::bail!("{}: expected a model directory or one of {}", self.model, PRESETS.join(", "));
+        }
+        let dir = open::resolve(path)?;
+        let mut config = open::config(&dir, out)?;
+        // Where there are weights, their MTP layers count, not the field.
+        if let Ok(checkpoint) = Checkpoint::open(&dir) {
+            config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
+        }
+        Ok(config)
+    }
+
+    fn report(&self, c: &ModelConfig) -> anyhow::Result<Report> {
+        let precision = hadal_train::precision(&self.dtype)?;
+        let seq = self.seq.unwrap_or(c.max_position_embeddings.min(4096));
+        if self.batch == 0 || seq == 0 || seq > c.max_position_embeddings {
+            anyhow::bail!(
+                "--batch {} --seq {seq}: expected at least 1, and at most max_position_embeddings = {} tokens",
+                self.batch,
+                c.max_position_embeddings
+            );
+        }
+        let p = Parameters::of(c);
+        let layout = Layout::new(c, Scope::whole(c));
+        let saved = account::saved_activations(c, precision, self.batch, seq);
+        let m = TrainingMemory::of(&layout, precision, DType::F32, saved);
+        Ok(Report {
+            model: self.model.clone(),
+            family: format!("{:?}", c.family),
+            parameters: p.total,
+            parameters_active: p.active,
+            parameters_active_without_embedding: p.active_without_embedding,
+            correction_biases: p.biases,
+            mtp_layers: c.num_nextn_predict_layers,
+            mtp_parameters: p.mtp + p.mtp_biases,
+            seq,
+            flops_per_token_forward: Flops::forward(c, (seq as f64 + 1.0) / 2.0).total(),
+            flops_per_token_training: Flops::training(c, seq).total(),
+            // Caches are BF16 whatever a model trains in.
+            cache_bytes_per_token: account::cache_bytes_per_token(c, DType::Bf16),
+            mha_cache_bytes_per_token: account::mha_cache_bytes_per_token(c, DType::Bf16),
+            training_memory: Memory {
+                batch: self.batch,
+                seq,
+                dtype: self.dtype.clone(),
+                masters: m.masters,
+                compute_weights: m.compute,
+                gradients: m.gradients,
+                moments: m.moments,
+                saved_activations: m.activations,
+                total: m.total(),
+            },
+        })
+    }
+}
+
+/// 1234567 as "1.23 M".
+pub fn scaled(x: f64, unit: &str) -> String {
+    let prefixes = ["", "k", "M", "G", "T", "P"];
+    let (mut x, mut i) = (x, 0);
+    while x >= 1000.0 && i + 1 < prefixes.len() {
+        x /= 1000.0;
+        i += 1;
+    }
+    let digits = if i == 0 { 0 } else { 2 };
+    format!("{x:.digits$} {}{unit}", prefixes[i])
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let line = |name: &str, value: String| format!("{name:<42}{value}\n");
+        let bytes = |n: usize| scaled(n as f64, "B");
+        let m = &self.training_memory;
+        let mut s = line("model", format!("{} (family {})", self.model, self.family));
+        s += &line("parameters", format!("{} ({})", self.parameters, scaled(self.parameters as f64, "")));
+        s += &line("  active for a token", self.parameters_active.to_string());
+        s += &line("  active, embedding lookup left out", self.parameters_active_without_embedding.to_string());
+        s += &line("  correction biases, counted apart", self.correction_biases.to_string());
+        s += &line(
+            "  MTP layers' own, biases included",
+            format!("{} in {} layers", self.mtp_parameters, self.mtp_layers),
+        );
+        s += &line(&format!("FLOPs a token, forward, T = {}", self.seq), scaled(self.flops_per_token_forward, "FLOP"));
+        s += &line("FLOPs a token, forward and backward", scaled(self.flops_per_token_training, "FLOP"));
+        let ratio = self.mha_cache_bytes_per_token as f64 / self.cache_bytes_per_token as f64;
+        s += &line("latent cache a token, BF16", format!("{} B", self.cache_bytes_per_token));
+        s += &line(
+            "  plain multi-head attention instead",
+            format!("{} B ({ratio:.1} x)", self.mha_cache_bytes_per_token),
+        );
+        s += &line(&format!("training memory, {} x {} tokens, {}", m.batch, m.seq, m.dtype), bytes(m.total));
+        for (name, n) in [
+            ("  FP32 masters", m.masters),
+            ("  compute weights", m.compute_weights),
+            ("  FP32 gradients", m.gradients),
+            ("  AdamW moments", m.moments),
+            ("  activations saved for backward", m.saved_activations),
+        ] {
+            s += &line(name, bytes(n));
+        }
+        s
+    }
+}

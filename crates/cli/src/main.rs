@@ -1,0 +1,88 @@
+//! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
+
+mod generate;
+mod inspect;
+mod logits;
+mod open;
+mod output;
+mod pretrain;
+
+use clap::{Args, Parser, Subcommand};
+use hadal_kernels::{Ctx, Device};
+use output::Output;
+use std::process::ExitCode;
+
+/// DeepSeek-V3 end to end: train, inspect and run models of this architecture.
+#[derive(Parser)]
+#[command(name = "hadal", version, arg_required_else_help = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Options of every verb.
+#[derive(Args, Clone)]
+pub struct Global {
+    /// Print machine-readable JSON: one object a line, the last one the result.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Worker threads [default: all cores].
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    /// Seed of weights, data order and sampling.
+    #[arg(long, global = true, value_name = "N")]
+    seed: Option<u64>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Train a model on text, from nothing.
+    Pretrain(Box<pretrain::Pretrain>),
+    /// Continue a prompt.
+    Generate(generate::Generate),
+    /// Write the logits of given tokens to a file.
+    Logits(logits::Logits),
+    /// Count what a model costs: parameters, FLOPs, cache, training memory.
+    Inspect(inspect::Inspect),
+}
+
+impl Global {
+    fn ctx(&self) -> anyhow::Result<Ctx> {
+        Ok(Device::cpu(self.threads)?.ctx())
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let out = Output::new(cli.global.json);
+    // A panic is a fault of ours, never a message for the user to decode.
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("internal error, please report it: {}", info.to_string().replace('\n', " "));
+    }));
+    let result = match &cli.verb {
+        Verb::Pretrain(v) => v.run(&cli.global, &out),
+        Verb::Generate(v) => v.run(&cli.global, &out),
+        Verb::Logits(v) => v.run(&cli.global, &out),
+        Verb::Inspect(v) => v.run(&cli.global, &out),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            out.error(&format!("{e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

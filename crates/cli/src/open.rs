@@ -1,0 +1,68 @@
+//! A model directory: config, weights and tokenizer, checked against each other.
+
+use crate::output::Output;
+use anyhow::Context;
+use hadal_data::Tokenizer;
+use hadal_kernels::Ctx;
+use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision, Scope};
+use std::path::{Path, PathBuf};
+
+/// A model ready for inference.
+pub struct Opened {
+    /// The model, without MTP layers.
+    pub model: Model,
+    /// Its weights.
+    pub params: Params,
+}
+
+/// The directory that holds a model: `path` itself, or a run's newest checkpoint.
+pub fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
+    if !path.exists() {
+        anyhow::bail!("{}: expected a model directory (config.json and safetensors), found nothing", path.display());
+    }
+    let latest = path.join("latest");
+    if path.join("config.json").exists() || !latest.exists() {
+        return Ok(path.to_path_buf());
+    }
+    // A link to the checkpoint, or, where links need privileges, a file with its name.
+    match std::fs::read_to_string(&latest) {
+        Ok(name) => Ok(path.join(name.trim())),
+        Err(_) => Ok(latest),
+    }
+}
+
+/// Reads config.json and says what it found odd.
+pub fn config(dir: &Path, out: &Output) -> anyhow::Result<ModelConfig> {
+    let (config, warnings) = ModelConfig::from_hf(&dir.join("config.json"))?;
+    warnings.iter().for_each(|w| out.warn(w));
+    Ok(config)
+}
+
+/// Opens the model in `path` for inference.
+pub fn model(ctx: &Ctx, path: &Path, precision: Precision, out: &Output) -> anyhow::Result<Opened> {
+    let dir = resolve(path)?;
+    let mut config = config(&dir, out)?;
+    let checkpoint = Checkpoint::open(&dir)?;
+    // Files hold MTP layers or not, whatever the field says.
+    config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
+    let scope = Scope { mtp: 0, ..Scope::whole(&config) };
+    let experts = config.n_routed_experts;
+    let model = Model::new(ctx, config, scope, Box::new(hadal_model::identity(experts)));
+    let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;
+    warnings.iter().for_each(|w| out.warn(w));
+    Ok(Opened { model, params })
+}
+
+/// The tokenizer beside a model; it must not have ids that the model lacks.
+pub fn tokenizer(path: &Path, config: &ModelConfig) -> anyhow::Result<Tokenizer> {
+    let dir = resolve(path)?;
+    let tokenizer = Tokenizer::load(&dir).context("this verb needs the model's tokenizer")?;
+    let (found, expected) = (tokenizer.vocab_size(), config.vocab_size);
+    if found > expected {
+        anyhow::bail!(
+            "{}: tokenizer and model disagree: {found} token ids, expected at most vocab_size = {expected}",
+            dir.display()
+        );
+    }
+    Ok(tokenizer)
+}

@@ -1,0 +1,225 @@
+//! `hadal pretrain`: from text to a checkpoint, with progress, ending in text that the model writes.
+
+use crate::Global;
+use crate::generate::{Sampling, Writer};
+use crate::inspect::scaled;
+use crate::output::Output;
+use anyhow::Context;
+use clap::Args;
+use hadal_kernels::Ctx;
+use hadal_model::ModelConfig;
+use hadal_train::{DataSettings, Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::path::{Path, PathBuf};
+
+/// Options of `pretrain`.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  hadal pretrain --preset nano --out first-run
+  hadal pretrain --preset nano --data shakespeare.txt poems.txt --out run --steps 1000
+  hadal pretrain --config run.toml --out run --dtype fp32 --seed 3
+
+Without --data the text is a corpus that hadal generates itself: English, Chinese, code, arithmetic, puzzles.
+DIR gets metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that transformers loads), latest.")]
+pub struct Pretrain {
+    /// Model by name: nano, mini, 1b, v2-lite, moonlight-16b, v3.
+    #[arg(long, value_name = "P", required_unless_present = "config", conflicts_with = "config")]
+    preset: Option<String>,
+    /// TOML file with [model], [data] and [train]; options here win over it.
+    #[arg(long, value_name = "F")]
+    config: Option<PathBuf>,
+    /// UTF-8 text files.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    data: Option<Vec<PathBuf>>,
+    /// A tokenizer.json, or a directory with one; by default a byte-level BPE is trained on the text.
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+    /// New or empty directory for the run.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Optimiser steps [default: 400].
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// Sequences a step [default: 8].
+    #[arg(long, value_name = "B")]
+    batch: Option<usize>,
+    /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes [default: batch].
+    #[arg(long, value_name = "B")]
+    micro_batch: Option<usize>,
+    /// Tokens a sequence [default: 256].
+    #[arg(long, value_name = "T")]
+    seq: Option<usize>,
+    /// Numbers to compute in: bf16 or fp32 [default: bf16].
+    #[arg(long, value_name = "D")]
+    dtype: Option<String>,
+    /// Peak learning rate [default: 0.003].
+    #[arg(long, value_name = "X")]
+    lr: Option<f64>,
+    /// Steps between checkpoints [default: only at the end].
+    #[arg(long, value_name = "N")]
+    checkpoint_every: Option<u64>,
+    /// Steps between validations [default: a quarter of the steps].
+    #[arg(long, value_name = "N")]
+    eval_every: Option<u64>,
+    /// Also write the initial weights, as step-000000.
+    #[arg(long)]
+    save_initial: bool,
+    /// Record the tokens of every step in this safetensors file, for comparison with other trainers.
+    #[arg(long, value_name = "FILE")]
+    record_batches: Option<PathBuf>,
+}
+
+impl Pretrain {
+    /// Trains, then lets the model write.
+    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
+        let ctx = global.ctx()?;
+        let run = self.resolve(global)?;
+        let mut progress = Progress { out: *out, bar: None };
+        let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
+        progress.finish();
+        let samples = samples(&ctx, &run, &outcome, out)?;
+        out.object(&serde_json::json!({
+            "checkpoint": outcome.checkpoint,
+            "loss": outcome.last.loss,
+            "valid_bits_per_byte": outcome.last.valid_bits_per_byte,
+            "samples": samples,
+        }));
+        let (model, dir) = (run.out.display(), outcome.checkpoint.display());
+        out.text(&format!(
+            "\nCheckpoint: {dir}\nTry: hadal generate {model} 'Once upon a time'\n     hadal inspect {model}\n"
+        ));
+        Ok(())
+    }
+
+    fn resolve(&self, global: &Global) -> anyhow::Result<Run> {
+        let file = match &self.config {
+            Some(path) => RunFile::read(path)?,
+            None => RunFile::default(),
+        };
+        let model = match (&self.preset, &file.model) {
+            (Some(name), _) => ModelConfig::preset(name)?,
+            (None, Some(table)) => ModelConfig::from_toml_table(table)?,
+            (None, None) => {
+                let path = self.config.as_deref().unwrap_or(Path::new("")).display();
+                anyhow::bail!("{path}: expected a [model] table, found none");
+            }
+        };
+        let over = Settings {
+            steps: self.steps,
+            batch: self.batch,
+            micro_batch: self.micro_batch,
+            seq: self.seq,
+            dtype: self.dtype.clone(),
+            seed: global.seed,
+            lr: self.lr,
+            checkpoint_every: self.checkpoint_every,
+            eval_every: self.eval_every,
+            save_initial: self.save_initial.then_some(true),
+            record_batches: self.record_batches.clone(),
+            ..Settings::default()
+        };
+        let config = TrainConfig::resolve(file.train.overlay(over), &model).context("settings")?;
+        let data = DataSettings {
+            paths: self.data.clone().or(file.data.paths),
+            tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
+            valid_fraction: file.data.valid_fraction,
+        };
+        Ok(Run { model, config, data, out: self.out.clone() })
+    }
+}
+
+/// Continues the beginnings of a few held-out documents.
+fn samples(
+    ctx: &Ctx,
+    run: &Run,
+    outcome: &hadal_train::Outcome,
+    out: &Output,
+) -> anyhow::Result<Vec<serde_json::Value>> {
+    let room = run.config.seq.min(run.model.max_position_embeddings);
+    let mut writer = Writer::open(ctx, &outcome.checkpoint, run.config.precision, room, out)?;
+    let mut written = Vec::new();
+    out.text("\nWhat it writes after the beginnings of held-out documents (temperature 0.7):\n");
+    for prompt in &outcome.prompts {
+        let ids = writer.encode(prompt);
+        let free = room.saturating_sub(ids.len());
+        if ids.is_empty() || free == 0 {
+            continue;
+        }
+        let sampling =
+            Sampling { max_tokens: free.min(64), temperature: 0.7, top_p: 0.95, top_k: 0, seed: run.config.seed };
+        out.text(&format!("\n--- {prompt}"));
+        let generated = writer.write(ctx, prompt, ids, sampling, |text| out.text(text))?;
+        out.text("\n");
+        written.push(serde_json::to_value(generated)?);
+    }
+    Ok(written)
+}
+
+/// A bar on a terminal, plain lines elsewhere, JSON lines for machines.
+struct Progress {
+    out: Output,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    fn line(&self, text: String) {
+        match &self.bar {
+            Some(bar) if !bar.is_hidden() => bar.println(text),
+            _ => self.out.text(&format!("{text}\n")),
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn phase(&mut self, what: &str) {
+        self.out.object(&serde_json::json!({ "phase": what }));
+        self.line(format!("{what} ..."));
+    }
+
+    fn start(&mut self, s: &Start) {
+        self.out.object(&serde_json::json!({
+            "parameters": s.parameters, "train_tokens": s.tokens.0, "valid_tokens": s.tokens.1,
+            "bytes_per_token": s.bytes_per_token, "steps": s.steps, "tokens_per_step": s.tokens_per_step,
+        }));
+        self.line(format!(
+            "{} parameters; {} training and {} held-out tokens of {:.2} bytes; {} steps of {} tokens",
+            scaled(s.parameters as f64, ""),
+            scaled(s.tokens.0 as f64, ""),
+            scaled(s.tokens.1 as f64, ""),
+            s.bytes_per_token,
+            s.steps,
+            s.tokens_per_step
+        ));
+        if !self.out.json() {
+            let bar = ProgressBar::with_draw_target(Some(s.steps), ProgressDrawTarget::stderr());
+            let style = "{bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}";
+            bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
+            self.bar = Some(bar);
+        }
+    }
+
+    fn step(&mut self, m: &Metrics) {
+        self.out.object(m);
+        let Some(bar) = &self.bar else { return };
+        bar.set_position(m.step);
+        let message = format!("loss {:.3}, {:.0} tokens/s", m.loss_main, m.tokens_per_s);
+        bar.set_message(message.clone());
+        if let Some(b) = m.valid_bits_per_byte {
+            self.line(format!("step {}: {message}, held out {b:.3} bits per byte", m.step));
+        } else if bar.is_hidden() && (m.step == 1 || m.step.is_multiple_of(20)) {
+            let left = (bar.length().unwrap_or(0) - m.step) as f64 * m.seconds;
+            self.line(format!("step {}: {message}, about {left:.0} s left", m.step));
+        }
+    }
+
+    fn checkpoint(&mut self, path: &Path) {
+        self.out.object(&serde_json::json!({ "checkpoint": path }));
+        self.line(format!("wrote {}", path.display()));
+    }
+}
