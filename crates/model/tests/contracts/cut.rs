@@ -102,9 +102,8 @@ fn a_part_has_the_weights_of_the_whole() {
                 assert_same_bits(&format!("{case}: {name}"), &w, &all[&name]);
             }
         }
-        let (init, different) = ([SEED, SEED + 1])
-            .map(|seed| Params::init(ctx, config, whole.layout.clone(), precision, seed))
-            .into();
+        let (init, different) =
+            ([SEED, SEED + 1]).map(|seed| Params::init(ctx, config, whole.layout.clone(), precision, seed)).into();
         assert_ne!(bits(&init.master), bits(&different.master), "{case}: another seed gives other weights");
     });
 }

@@ -78,8 +78,7 @@ impl<'a> ForwardWalk<'a> {
                 Ahead::Dispatch(h1)
             }
             Ahead::Dispatch(h1) => {
-                let options =
-                    GateOptions { given: None, balance: Some((self.depth.cu.view(), self.balance.view())) };
+                let options = GateOptions { given: None, balance: Some((self.depth.cu.view(), self.balance.view())) };
                 let (input, saved) = dispatch::forward(ctx, model, params, ids, h1, options);
                 if let Some(g) = &saved.gate {
                     let (indices, offsets) = (g.indices.clone(), g.offsets.clone());
@@ -190,8 +189,7 @@ impl Pipeline {
     fn turn(&self, ctx: &Ctx, (i, batch): (usize, &Batch), walk: ForwardWalk<'_>, run: &mut Run) -> BackwardWalk<'_> {
         let (h, kept, traces) = walk.finish();
         let Part { model, params } = &self.parts[2];
-        let (h, saved, _) =
-            trunk::forward(ctx, model, params, &batch.depths[0], Input::Hidden(h), Options::default());
+        let (h, saved, _) = trunk::forward(ctx, model, params, &batch.depths[0], Input::Hidden(h), Options::default());
         let f = pass::tail(ctx, model, params, batch, &self.weights, None, h, saved, traces);
         run.step.losses(i, &f.losses);
         run.step.traces(i, &f);

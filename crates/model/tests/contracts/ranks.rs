@@ -10,8 +10,8 @@ use hadal_model::{
 
 /// What one rank, or one process with everything, sees.
 struct Seen {
-    /// Hidden states and per-token log-probabilities of every depth, gradient of the trunk's input: name, bits and
-    /// tokens of the depth, in depth order.
+    /// By name: hidden states and log-probabilities of every depth's tokens, balance losses of every sequence, gradient
+    /// of the trunk's input. Each is in batch order, so that two ranks' joined are one rank's.
     rows: Vec<(String, Vec<u32>)>,
     gradients: Named,
     /// By MoE layer in order, then expert; over all ranks.
@@ -24,6 +24,9 @@ fn observe(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Seen {
     let f = pass::forward(ctx, model, params, batch, &weights, None);
     let mut loads: Vec<i64> = f.traces.iter().flat_map(|t| t.load()).collect();
     model.exchange.sum_counts(&mut loads);
+    for t in &f.traces {
+        rows.push((format!("balance of layer {}", t.layer), bits(t.balance.as_ref().unwrap())));
+    }
     let (dh, jobs) = pass::backward_input(ctx, model, params, f);
     rows.push(("input gradient".into(), bits(&dh)));
     let mut grads = Grads::zeros(ctx, model.layout.clone());
@@ -102,7 +105,8 @@ fn compare(ctx: &Ctx, case: &str, config: &ModelConfig, precision: Precision, sp
         let joined = [ranks[0].rows[i].1.as_slice(), &ranks[1].rows[i].1].concat();
         assert_same_bits(&format!("{case}: {name}"), &joined, all);
     }
-    let experts: Named = whole.gradients.iter().filter(|(n, _)| routed(n)).map(|(n, g)| (n.clone(), g.clone())).collect();
+    let experts: Named =
+        whole.gradients.iter().filter(|(n, _)| routed(n)).map(|(n, g)| (n.clone(), g.clone())).collect();
     let mut held: Named = Named::new();
     for (rank, half) in ranks.iter().zip(&halves) {
         assert_eq!(rank.loads, whole.loads, "{case}: loads");

@@ -86,7 +86,7 @@ pub fn v2() -> ModelConfig {
     }
 }
 
-/// V3 over a stretched context, half-split rotary pairs.
+/// V3 over a stretched context, half-split rotary pairs; sums long enough to be cut into pieces.
 pub fn yarn() -> ModelConfig {
     let yarn = Yarn {
         factor: 8.0,
@@ -98,7 +98,8 @@ pub fn yarn() -> ModelConfig {
         attention_factor: None,
         truncate: true,
     };
-    ModelConfig { rope: Rope { theta: 10000.0, interleaved: false, yarn: Some(yarn) }, ..v3() }
+    let rope = Rope { theta: 10000.0, interleaved: false, yarn: Some(yarn) };
+    ModelConfig { rope, vocab_size: 611, intermediate_size: 300, ..v3() }
 }
 
 /// Runs `f` on every model in every precision, with two threads.
