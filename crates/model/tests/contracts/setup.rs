@@ -134,12 +134,12 @@ pub fn part(ctx: &Ctx, config: &ModelConfig, scope: Scope) -> Model {
     Model::new(ctx, config.clone(), scope, Box::new(hadal_comm::Identity { experts }))
 }
 
-/// The part before all layers: only the embedding.
+/// The embedding and the layers given, nothing after them.
 pub fn front(config: &ModelConfig, layers: std::ops::Range<usize>) -> Scope {
     Scope { layers, embedding: true, head: false, mtp: 0, ..Scope::whole(config) }
 }
 
-/// The part that ends the model, with the embedding if MTP needs it.
+/// The layers given and all that follows the last, with the embedding if MTP needs it.
 pub fn back(config: &ModelConfig, layers: std::ops::Range<usize>) -> Scope {
     Scope { layers, embedding: config.num_nextn_predict_layers > 0, ..Scope::whole(config) }
 }
