@@ -45,6 +45,14 @@ pub struct HeadOutput {
     pub given_logp: Option<Buf>,
 }
 
+impl HeadOutput {
+    /// Bytes kept until backward; targets and given ids are the caller's.
+    pub fn bytes(&self) -> usize {
+        let given = self.given_logp.as_ref().map_or(0, Buf::bytes);
+        self.hidden.bytes() + self.lse.bytes() + self.logp.bytes() + self.entropy.bytes() + given
+    }
+}
+
 /// Gradients of a loss.
 pub struct HeadGradient {
     /// f32 [n].

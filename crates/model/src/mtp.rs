@@ -27,8 +27,9 @@ pub struct Saved {
 impl Saved {
     /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        let halves: usize = self.halves.iter().map(|h| 2 * h.bytes()).sum();
-        halves + self.block.bytes() + self.enorm.bytes() + self.hnorm.bytes() + self.norm.bytes()
+        let halves: usize = self.halves.iter().map(|h| h.bytes()).sum();
+        let norms = [&self.enorm, &self.hnorm, &self.norm];
+        halves + self.block.bytes() + norms.iter().map(|n| n.bytes_with_input()).sum::<usize>()
     }
 }
 

@@ -52,9 +52,11 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Bytes kept until backward (the head's few vectors left out).
+    /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        self.trunk.bytes() + self.mtp.iter().map(|(s, ..)| s.bytes()).sum::<usize>()
+        let head = |out: &HeadOutput, d: &Shared| out.bytes() + d.bytes();
+        let main = self.trunk.bytes() + self.norm.bytes_with_input() + head(&self.head.0, &self.head.1);
+        main + self.mtp.iter().map(|(s, out, d)| s.bytes() + head(out, d)).sum::<usize>()
     }
 }
 

@@ -174,7 +174,7 @@ pub fn backward_input(
     let ids = &saved.ids.attention;
     let p = &saved.projected;
     let act = saved.h.dtype();
-    let (q_width, v_width) = (p.q.len() / p.n.max(1), c.num_attention_heads * c.v_head_dim);
+    let v_width = c.num_attention_heads * c.v_head_dim;
     let mut d_out = ctx.zeros(act, saved.out.len());
     linear_backward(ctx, params, ids.o_proj, &dh1, &mut d_out, false);
     jobs.linear(ids.o_proj, v_width, &saved.out, &dh1);
@@ -217,7 +217,6 @@ pub fn backward_input(
         linear_backward(ctx, params, q_a, &d_q_a, &mut d_normed, true);
         jobs.linear(q_a, c.hidden_size, &p.normed, &d_q_a);
     } else if let Some(q_proj) = ids.q_proj {
-        debug_assert_eq!(q_width, params.layout.info(q_proj).rows);
         linear_backward(ctx, params, q_proj, &dq, &mut d_normed, true);
         jobs.linear(q_proj, c.hidden_size, &p.normed, &dq);
     }

@@ -75,6 +75,11 @@ impl Norm {
     pub fn bytes(&self) -> usize {
         self.rstd.bytes()
     }
+
+    /// Bytes with the input, where its producer does not keep it: a block keeps what enters it, not what leaves it.
+    pub(crate) fn bytes_with_input(&self) -> usize {
+        self.x.bytes() + self.bytes()
+    }
 }
 
 /// y = x W^T in the activation dtype.

@@ -1,0 +1,155 @@
+//! Experts split over two ranks, each with its own part of the batch, are one rank with all of it.
+
+use crate::setup::*;
+use hadal_kernels::Ctx;
+use hadal_model::heads::{self, Request};
+use hadal_model::trunk::{self, Input, Options};
+use hadal_model::{
+    Batch, Grads, Kind, Model, ModelConfig, MtpHidden, Params, Precision, Scope, Sequence, Shared, mtp, pass,
+};
+
+/// What one rank, or one process with everything, sees.
+struct Seen {
+    /// By name: hidden states and log-probabilities of every depth's tokens, balance losses of every sequence, gradient
+    /// of the trunk's input. Each is in batch order, so that two ranks' joined are one rank's.
+    rows: Vec<(String, Vec<u32>)>,
+    gradients: Named,
+    /// By MoE layer in order, then expert; over all ranks.
+    loads: Vec<i64>,
+}
+
+fn observe(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Seen {
+    let weights = loss_weights(&model.config);
+    let mut rows = forward_rows(ctx, model, params, batch);
+    let f = pass::forward(ctx, model, params, batch, &weights, None);
+    let mut loads: Vec<i64> = f.traces.iter().flat_map(|t| t.load()).collect();
+    model.exchange.sum_counts(&mut loads);
+    for t in &f.traces {
+        rows.push((format!("balance of layer {}", t.layer), bits(t.balance.as_ref().unwrap())));
+    }
+    let (dh, jobs) = pass::backward_input(ctx, model, params, f);
+    rows.push(("input gradient".into(), bits(&dh)));
+    let mut grads = Grads::zeros(ctx, model.layout.clone());
+    jobs.run(ctx, params, &mut grads);
+    grads.fold(ctx);
+    Seen { rows, gradients: named(&grads), loads }
+}
+
+/// Hidden states and log-probabilities, depth by depth.
+fn forward_rows(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Vec<(String, Vec<u32>)> {
+    let logp = |k: usize, normed: &Shared| {
+        let request = Request { targets: batch.depths[k].targets.clone(), temperature: 1.0, given: None };
+        bits(&heads::forward(ctx, model, params, normed, request, k).logp)
+    };
+    let (h, ..) = trunk::forward(ctx, model, params, &batch.depths[0], Input::Tokens, Options::default());
+    let (normed, _) = heads::final_norm(ctx, model, params, &h);
+    let mut rows = vec![("hidden".into(), bits(&h)), ("log-probability".into(), logp(0, &normed))];
+    let mut feed = if model.config.mtp_hidden == MtpHidden::PostNorm { normed } else { h };
+    for k in 1..=model.layout.mtp.len() {
+        let o = mtp::forward(ctx, model, params, k, &batch.depths[k], &feed, Options::default());
+        rows.push((format!("hidden at depth {k}"), bits(&o.normed)));
+        rows.push((format!("log-probability at depth {k}"), logp(k, &o.normed)));
+        feed = o.feed;
+    }
+    rows
+}
+
+/// The split under test: sequences of each rank, and experts whose correction bias keeps every token away.
+struct Split {
+    lengths: [&'static [usize]; 2],
+    shunned: std::ops::Range<usize>,
+}
+
+impl Split {
+    fn weights(&self, ctx: &Ctx, model: &Model, precision: Precision) -> Params {
+        let mut params = weights(ctx, model, precision);
+        let layout = model.layout.clone();
+        for (_, p) in layout.published().filter(|(t, _)| t.kind == Kind::Buffer) {
+            params.master.view_mut().f32()[p.range()][self.shunned.clone()].fill(-10.0);
+        }
+        params
+    }
+}
+
+fn pack(ctx: &Ctx, config: &ModelConfig, sequences: &[Sequence]) -> Batch {
+    Batch::new(ctx, sequences, config.num_nextn_predict_layers)
+}
+
+fn on_ranks(config: &ModelConfig, precision: Precision, split: &Split, halves: &[Vec<Sequence>; 2]) -> Vec<Seen> {
+    std::thread::scope(|s| {
+        let rank = |(x, half): (hadal_comm::InProcess, &'_ Vec<Sequence>)| {
+            let half = half.clone();
+            s.spawn(move || {
+                let ctx = context(1);
+                let model = Model::new(&ctx, config.clone(), Scope::whole(config), Box::new(x));
+                let params = split.weights(&ctx, &model, precision);
+                observe(&ctx, &model, &params, &pack(&ctx, config, &half))
+            })
+        };
+        let group = hadal_comm::group(2, config.n_routed_experts);
+        let threads: Vec<_> = group.into_iter().zip(halves).map(rank).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn compare(ctx: &Ctx, case: &str, config: &ModelConfig, precision: Precision, split: &Split) {
+    let halves = [0, 1].map(|r: usize| sequences(config, split.lengths[r], 3 + r as u64));
+    let ranks = on_ranks(config, precision, split, &halves);
+    let model = Model::whole(ctx, config.clone());
+    let params = split.weights(ctx, &model, precision);
+    let run = |s: &[Sequence]| observe(ctx, &model, &params, &pack(ctx, config, s));
+    let whole = run(&halves.concat());
+    assert_lively(case, &whole.gradients);
+
+    for (i, (name, all)) in whole.rows.iter().enumerate() {
+        let joined = [ranks[0].rows[i].1.as_slice(), &ranks[1].rows[i].1].concat();
+        assert_same_bits(&format!("{case}: {name}"), &joined, all);
+    }
+    let experts: Named =
+        whole.gradients.iter().filter(|(n, _)| routed(n)).map(|(n, g)| (n.clone(), g.clone())).collect();
+    let mut held: Named = Named::new();
+    for (rank, half) in ranks.iter().zip(&halves) {
+        assert_eq!(rank.loads, whole.loads, "{case}: loads");
+        let (local, dense): (Named, Named) = rank.gradients.clone().into_iter().partition(|(n, _)| routed(n));
+        assert_eq!(local.len() * 2, experts.len(), "{case}: a rank holds half of the experts");
+        held.extend(local);
+        let alone: Named = run(half).gradients.into_iter().filter(|(n, _)| !routed(n)).collect();
+        assert_same(&format!("{case}: dense gradients"), &dense, &alone);
+    }
+    assert_same(&format!("{case}: expert gradients"), &held, &experts);
+    let per_layer = whole.loads.chunks(config.n_routed_experts);
+    let shunned = per_layer.flat_map(|l| &l[split.shunned.clone()]);
+    assert!(shunned.clone().all(|&n| n == 0), "{case}: a shunned expert has rows");
+    assert!(whole.loads.iter().sum::<i64>() > 0, "{case}: no expert has rows");
+}
+
+fn routed(name: &str) -> bool {
+    name.contains(".mlp.experts.")
+}
+
+#[test]
+fn unequal_parts_of_a_batch() {
+    each_case(|ctx, case, config, precision| {
+        compare(ctx, case, config, precision, &Split { lengths: [&[65, 1, 3], &[130]], shunned: 0..0 });
+    });
+}
+
+#[test]
+fn experts_without_rows() {
+    for precision in PRECISIONS {
+        // One expert of the second rank, and all of the first rank's: the groups left over still fill the choice.
+        for shunned in [6..7, 0..4] {
+            let split = Split { lengths: [&[20, 45], &[1]], shunned };
+            let case = format!("{precision:?}, none to experts {:?}", split.shunned);
+            compare(&context(2), &case, &v3_two_mtp(), precision, &split);
+        }
+    }
+}
+
+#[test]
+fn a_rank_without_tokens_still_serves_its_experts() {
+    for precision in PRECISIONS {
+        let split = Split { lengths: [&[33, 9], &[]], shunned: 0..0 };
+        compare(&context(2), &format!("{precision:?}, a rank without tokens"), &v3(), precision, &split);
+    }
+}
