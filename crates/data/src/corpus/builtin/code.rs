@@ -11,14 +11,14 @@ const NAMES: [&str; 20] = [
     "limit", "size", "sum", "rest", "speed",
 ];
 
-/// A header and one to four functions or types.
+/// A header and one to three functions or types.
 pub(super) fn module(scene: &mut Scene) -> String {
     let (head, blocks) = if scene.dice.chance(55) { ("py_head", "py") } else { ("rs_head", "rs") };
     let mut parts = Vec::new();
     if scene.dice.chance(70) {
         parts.push(CODE.say(head, scene).trim_end().to_owned());
     }
-    for _ in 0..=scene.dice.below(4) {
+    for _ in 0..=scene.dice.below(3) {
         // Names are bound for one function at a time.
         scene.forget();
         parts.push(CODE.say(blocks, scene));
@@ -34,7 +34,7 @@ pub(super) fn trace(scene: &mut Scene) -> String {
     dice.shuffle(&mut names);
     let mut values: Vec<(&str, i64)> = Vec::new();
     let mut lines = Vec::new();
-    for _ in 0..dice.range(3, 9) {
+    for _ in 0..dice.range(4, 12) {
         let (code, value) = expression(dice, &values);
         let fresh = values.len() < 3 || dice.chance(40);
         let name = if fresh { names[values.len()] } else { dice.pick(&values).0 };

@@ -103,7 +103,8 @@ impl Grammar {
                 Kind::Sentences => body.lines().collect(),
                 Kind::Blocks => body.split("\n---\n").map(|block| block.trim_end_matches('\n')).collect(),
             };
-            sections.insert(name, Section { entries, kind });
+            let double = sections.insert(name, Section { entries, kind });
+            assert!(double.is_none(), "two sections {name}");
             rest = after;
         }
         Self { sections }

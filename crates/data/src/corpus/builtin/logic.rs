@@ -199,7 +199,7 @@ impl Page<'_> {
     }
 
     fn sequences(&mut self) {
-        for _ in 0..self.dice().range(1, 3) {
+        for _ in 0..self.dice().range(2, 3) {
             self.sequence();
         }
     }
@@ -291,7 +291,7 @@ impl Page<'_> {
     }
 
     fn letters(&mut self) {
-        for _ in 0..self.dice().range(1, 3) {
+        for _ in 0..self.dice().range(2, 4) {
             let word = *self.dice().pick(&WORDS);
             let letter = char::from(word.as_bytes()[self.dice().below(word.len())]);
             let places: Vec<i64> = word.chars().zip(1..).filter(|(c, _)| *c == letter).map(|(_, i)| i).collect();
@@ -306,7 +306,7 @@ impl Page<'_> {
     }
 
     fn counting(&mut self) {
-        for _ in 0..self.dice().range(1, 3) {
+        for _ in 0..self.dice().range(2, 4) {
             match self.dice().below(3) {
                 0 => {
                     let n = self.dice().range(3, 9);

