@@ -197,7 +197,7 @@ impl Page<'_> {
 
     fn sorting(&mut self) {
         let count = self.dice().range(3, 6);
-        let digits = self.dice().range(1, 4);
+        let digits = self.dice().range(2, 5);
         let mut left: Vec<i64> = Vec::new();
         while left.len() < count as usize {
             let n = number(self.dice(), digits);
@@ -221,7 +221,7 @@ impl Page<'_> {
     }
 
     fn expression(&mut self) {
-        let [a, b, c, d] = [20, 20, 50, 50].map(|high| self.dice().range(2, high));
+        let [a, b, c, d] = [40, 40, 200, 200].map(|high| self.dice().range(2, high));
         let times = self.language.of("x", "×");
         let (e, steps, r) = match self.dice().below(4) {
             0 => (format!("{c} + {a} {times} {b}"), vec![format!("{c} + {}", a * b)], c + a * b),
@@ -257,9 +257,9 @@ impl Page<'_> {
             MATHS.bind_fresh(&self.language.section(name), name, self.scene);
         }
         let kind = self.dice().below(5);
-        let high = *self.dice().pick(&[20, 100, 500, 2000]);
+        let high = *self.dice().pick(&[20, 300, 2000, 9000]);
         let (x, y) = (self.dice().range(2, high), self.dice().range(2, high));
-        let (k, m) = (self.dice().range(2, 12), self.dice().range(2, 60));
+        let (k, m) = (self.dice().range(2, 40), self.dice().range(2, 90));
         let (a, b) = (x.max(y) + 1, x.min(y));
         let r = match kind {
             0 => a + b,
@@ -341,7 +341,7 @@ mod tests {
     /// Checks the equalities of a line whose left side is a sum, difference or product of plain numbers.
     fn check(line: &str) -> usize {
         let line = line.replace('×', "x").replace('÷', "/");
-        let tokens: Vec<&str> = line.split(|c: char| !(c.is_ascii() && !",;:()".contains(c))).collect();
+        let tokens: Vec<&str> = line.split(|c: char| !c.is_ascii() || ",;:()".contains(c)).collect();
         let mut checked = 0;
         for piece in tokens {
             let words: Vec<&str> = piece.split_whitespace().map(|w| w.trim_end_matches('.')).collect();

@@ -63,12 +63,12 @@ fn expression(dice: &mut Dice, values: &[(&str, i64)]) -> (String, i64) {
             let &(name, value) = dice.pick(values);
             (name.to_owned(), value)
         } else {
-            let value = dice.range(1, 60);
+            let value = dice.range(1, 400);
             (value.to_string(), value)
         }
     };
     if values.is_empty() {
-        let value = dice.range(1, 99);
+        let value = dice.range(1, 999);
         return (value.to_string(), value);
     }
     let ((a, x), (b, y)) = (operand(dice), operand(dice));
@@ -77,7 +77,7 @@ fn expression(dice: &mut Dice, values: &[(&str, i64)]) -> (String, i64) {
         2 => (format!("{a} - {b}"), x - y),
         3 if x.abs() < 1000 && y.abs() < 1000 => (format!("{a} * {b}"), x * y),
         _ => {
-            let k = dice.range(2, 5);
+            let k = dice.range(2, 40);
             // The remainder of a negative number differs between the languages, so there is none.
             if x >= 0 { (format!("{a} % {k} + {b}"), x % k + y) } else { (format!("{b} - {a}"), y - x) }
         }

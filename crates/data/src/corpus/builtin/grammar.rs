@@ -1,5 +1,5 @@
 //! A small template grammar. A file holds sections: `@name` opens sentence templates, one to a line, and `&name` blocks
-//! of lines separated by `---`; uses of both are counted. `%name` opens words, separated by `|` or line ends. In a
+//! of lines separated by `---`; the tests count the uses of both. `%name` opens words, separated by `|` or line ends. In a
 //! template
 //!
 //! - `$name` is a random entry of the section `name`, or the value bound to `name`; `$name~` where a letter follows;
@@ -65,7 +65,8 @@ pub(super) struct Grammar {
     sections: HashMap<&'static str, Section>,
 }
 
-/// A template was used: which one, and how many lines it made.
+/// A template was used: which one, and how many lines it made. Only the tests ask how the templates are shared out.
+#[cfg(test)]
 pub(super) struct Use {
     pub section: &'static str,
     pub entry: usize,
@@ -75,13 +76,19 @@ pub(super) struct Use {
 /// One document in the making: its draws, what is bound, and which templates it has used.
 pub(super) struct Scene {
     pub dice: Dice,
+    #[cfg(test)]
     pub uses: Vec<Use>,
     bound: HashMap<String, String>,
 }
 
 impl Scene {
     pub fn new(dice: Dice) -> Self {
-        Self { dice, uses: Vec::new(), bound: HashMap::new() }
+        Self {
+            dice,
+            #[cfg(test)]
+            uses: Vec::new(),
+            bound: HashMap::new(),
+        }
     }
 
     pub fn bind(&mut self, name: &str, value: impl ToString) {
@@ -145,6 +152,7 @@ impl Grammar {
     fn expand_entry(&self, name: &'static str, i: usize, scene: &mut Scene) -> String {
         let section = &self.sections[name];
         let text = self.expand(section.entries[i], scene);
+        #[cfg(test)]
         if section.kind != Kind::Words {
             scene.uses.push(Use { section: name, entry: i, lines: text.lines().count() });
         }

@@ -206,11 +206,11 @@ impl Page<'_> {
 
     fn sequence(&mut self) {
         let shown = self.dice().range(4, 6) as usize;
-        let (start, d, e) = (self.dice().range(1, 60), self.dice().range(2, 25), self.dice().range(1, 9));
+        let (start, d, e) = (self.dice().range(1, 800), self.dice().range(2, 120), self.dice().range(1, 30));
         let kind = self.dice().below(6);
         let term = |i: i64| match kind {
             0 => start + d * i,
-            1 => 200 + start - d * i,
+            1 => 700 + start - d * i,
             2 => (start % 9 + 1) * (e % 3 + 2).pow(i as u32),
             3 => (i + e) * (i + e),
             4 => start + d * i + e * i * (i - 1) / 2,

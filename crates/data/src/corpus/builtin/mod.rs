@@ -2,7 +2,8 @@
 //!
 //! It exists so that a first run needs no download and so that its text holds something learnable at every size of
 //! model: spelling, grammar, names that stay the same through a story, sums that come out right. It is not natural
-//! text: its facts are few and its stories mean little.
+//! text: its facts are few and its stories mean little. By bytes it is about half prose, a sixth code and the rest
+//! worked problems; the default size compresses about 5:1 with `xz -9`.
 //!
 //! Document i is a function of (seed, i): longer corpora begin with the shorter ones.
 
