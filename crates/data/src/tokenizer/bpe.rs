@@ -172,3 +172,47 @@ fn replace(word: &[u32], pair: Pair, id: u32) -> Vec<u32> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same rule written to be believed: count all pairs anew for every merge.
+    fn naive(mut vocab: Vec<String>, words: &BTreeMap<String, i64>, size: usize) -> Vec<String> {
+        let id = |vocab: &[String], token: &str| vocab.iter().position(|t| t == token).map(|i| i as u32);
+        let split = |w: &String| w.chars().map(|c| id(&vocab, &c.to_string()).unwrap()).collect::<Vec<u32>>();
+        let mut words: Vec<(Vec<u32>, i64)> = words.iter().map(|(w, &n)| (split(w), n)).collect();
+        while vocab.len() < size {
+            let mut counts: BTreeMap<Pair, i64> = BTreeMap::new();
+            for (word, n) in &words {
+                pairs(word).for_each(|p| *counts.entry(p).or_default() += n);
+            }
+            let (&pair, _) = counts.iter().max_by_key(|&(&p, &n)| (n, Reverse(p))).unwrap();
+            let token = format!("{}{}", vocab[pair.0 as usize], vocab[pair.1 as usize]);
+            let merged = id(&vocab, &token).unwrap_or_else(|| {
+                vocab.push(token.clone());
+                vocab.len() as u32 - 1
+            });
+            words.iter_mut().for_each(|(word, _)| *word = replace(word, pair, merged));
+        }
+        vocab
+    }
+
+    #[test]
+    fn incremental_counts_agree_with_counting_anew() {
+        let documents = crate::corpus::builtin::documents(8, 6_000);
+        let vocab: Vec<String> = alphabet::in_id_order().iter().map(char::to_string).collect();
+        let words = count_words(&documents, &layout::tokenizer(layout::file(&vocab, &[])));
+        let mut trainer = Trainer::new(vocab.clone(), &words);
+        while trainer.vocab.len() < 600 {
+            assert!(trainer.merge_best());
+        }
+        assert_eq!(trainer.vocab, naive(vocab, &words, 600));
+    }
+
+    #[test]
+    fn overlapping_pairs_merge_from_the_left() {
+        assert_eq!(replace(&[1, 1, 1, 2, 1, 1], (1, 1), 9), [9, 1, 2, 9]);
+        assert!(replace(&[], (1, 1), 9).is_empty());
+    }
+}

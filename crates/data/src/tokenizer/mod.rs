@@ -1,9 +1,9 @@
 //! Byte-level BPE in the field's file format: loads a published `tokenizer.json`, or trains one that differs from
 //! DeepSeek-V3's in nothing but its merges and the size of its vocabulary.
 //!
-//! Encoding and the file format are the `tokenizers` crate's. Training is ours (`bpe`): the crate's own trainer breaks
-//! ties between two queue entries of one pair by the order of a randomly seeded hash map, so that the same corpus
-//! does not always give the same file.
+//! Encoding and the file format are the `tokenizers` crate's. Training is ours (`bpe`): the crate's trainer may hold one
+//! pair in its queue twice, each time with a part of its occurrences, and which comes first follows the order of a
+//! randomly seeded hash map; it promises no reproducible file, ours does.
 
 mod alphabet;
 mod bpe;

@@ -1,11 +1,12 @@
-//! A small template grammar. A file holds sections: `@name` opens sentence templates, one to a line, whose uses are
-//! counted; `%name` opens words, separated by `|` or line ends. In a template
+//! A small template grammar. A file holds sections: `@name` opens sentence templates, one to a line, and `&name` blocks
+//! of lines separated by `---`; the tests count the uses of both. `%name` opens words, separated by `|` or line ends. In a
+//! template
 //!
 //! - `$name` is a random entry of the section `name`, or the value bound to `name`; `$name~` where a letter follows;
 //! - `$name:X` also binds the entry to `X`, avoiding values bound already; an entry `a/b/c` binds X, X1, X2 and gives a;
 //! - `$name1x` is field 1 of a fresh entry (of `ran` in `run/ran/running`);
 //! - `$(a|b)` is one of the alternatives, `\n` a line break;
-//! - `a(n)` becomes "a" or "an", and `^` makes the next letter a capital.
+//! - `a(n)` becomes "a" or "an", and `^` makes the next letter a capital (neither in blocks).
 
 use std::collections::HashMap;
 
@@ -48,62 +49,79 @@ impl Dice {
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Words,
+    Sentences,
+    Blocks,
+}
+
 struct Section {
     entries: Vec<&'static str>,
-    counted: bool,
+    kind: Kind,
 }
 
 pub(super) struct Grammar {
     sections: HashMap<&'static str, Section>,
 }
 
-/// A counted template: its section and number.
-pub(super) type Use = (&'static str, usize);
+/// A template was used: which one, and how many lines it made. Only the tests ask how the templates are shared out.
+#[cfg(test)]
+pub(super) struct Use {
+    pub section: &'static str,
+    pub entry: usize,
+    pub lines: usize,
+}
 
 /// One document in the making: its draws, what is bound, and which templates it has used.
 pub(super) struct Scene {
     pub dice: Dice,
+    #[cfg(test)]
     pub uses: Vec<Use>,
     bound: HashMap<String, String>,
 }
 
 impl Scene {
     pub fn new(dice: Dice) -> Self {
-        Self { dice, uses: Vec::new(), bound: HashMap::new() }
+        Self {
+            dice,
+            #[cfg(test)]
+            uses: Vec::new(),
+            bound: HashMap::new(),
+        }
     }
 
     pub fn bind(&mut self, name: &str, value: impl ToString) {
         self.bound.insert(name.to_owned(), value.to_string());
     }
 
-    pub fn get(&self, name: &str) -> &str {
-        self.bound.get(name).unwrap_or_else(|| panic!("nothing is bound to {name}"))
+    pub fn forget(&mut self) {
+        self.bound.clear();
     }
 }
 
 impl Grammar {
     pub fn parse(file: &'static str) -> Self {
-        let mut sections: HashMap<&'static str, Section> = HashMap::new();
-        let mut current = "";
-        for line in file.lines().filter(|line| !line.is_empty() && !line.starts_with("# ")) {
-            if let Some(name) = line.strip_prefix(['@', '%']) {
-                current = name;
-                sections.insert(name, Section { entries: Vec::new(), counted: line.starts_with('@') });
-                continue;
-            }
-            let section = sections.get_mut(current).unwrap_or_else(|| panic!("no section above: {line}"));
-            if section.counted {
-                section.entries.push(line);
-            } else {
-                section.entries.extend(line.split('|'));
-            }
+        let mut sections = HashMap::new();
+        let mut rest = file.trim_start_matches(|c| c != '\n');
+        while let Some((kind, name, body, after)) = next_section(rest) {
+            let entries = match kind {
+                Kind::Words => body.lines().flat_map(|line| line.split('|')).collect(),
+                Kind::Sentences => body.lines().collect(),
+                Kind::Blocks => body.split("\n---\n").map(|block| block.trim_end_matches('\n')).collect(),
+            };
+            let double = sections.insert(name, Section { entries, kind });
+            assert!(double.is_none(), "two sections {name}");
+            rest = after;
         }
         Self { sections }
     }
 
     /// A random template of `section`, filled in.
     pub fn say(&self, section: &str, scene: &mut Scene) -> String {
-        finish(&self.expand_section(section, scene))
+        let (name, found) = self.section(section);
+        let i = scene.dice.below(found.entries.len());
+        self.say_entry(name, i, scene)
     }
 
     /// `count` different templates of `section`, filled in.
@@ -112,12 +130,12 @@ impl Grammar {
         let mut order: Vec<usize> = (0..found.entries.len()).collect();
         scene.dice.shuffle(&mut order);
         order.truncate(count);
-        order.into_iter().map(|i| finish(&self.expand_entry(name, i, scene))).collect()
+        order.into_iter().map(|i| self.say_entry(name, i, scene)).collect()
     }
 
-    /// Fills in a template that is not of this grammar.
-    pub fn fill(&self, template: &str, scene: &mut Scene) -> String {
-        finish(&self.expand(template, scene))
+    fn say_entry(&self, name: &'static str, i: usize, scene: &mut Scene) -> String {
+        let text = self.expand_entry(name, i, scene);
+        if self.sections[name].kind == Kind::Blocks { text } else { finish(&text) }
     }
 
     fn section(&self, name: &str) -> (&'static str, &Section) {
@@ -133,10 +151,12 @@ impl Grammar {
 
     fn expand_entry(&self, name: &'static str, i: usize, scene: &mut Scene) -> String {
         let section = &self.sections[name];
-        if section.counted {
-            scene.uses.push((name, i));
+        let text = self.expand(section.entries[i], scene);
+        #[cfg(test)]
+        if section.kind != Kind::Words {
+            scene.uses.push(Use { section: name, entry: i, lines: text.lines().count() });
         }
-        self.expand(section.entries[i], scene)
+        text
     }
 
     fn expand(&self, template: &str, scene: &mut Scene) -> String {
@@ -147,7 +167,8 @@ impl Grammar {
             if let Some(inside) = after.strip_prefix('(') {
                 let (choices, tail) = inside.split_once(')').unwrap_or_else(|| panic!("no ) in {template}"));
                 let choices: Vec<&str> = choices.split('|').collect();
-                out.push_str(&self.expand(scene.dice.pick(&choices), scene));
+                let choice: &str = choices[scene.dice.below(choices.len())];
+                out.push_str(&self.expand(choice, scene));
                 rest = tail;
                 continue;
             }
@@ -156,7 +177,7 @@ impl Grammar {
             let bind_to = tail.strip_prefix(':').map(identifier).filter(|(name, _)| !name.is_empty());
             if let Some((to, tail)) = bind_to {
                 out.push_str(&self.bind_fresh(name, to, scene));
-                rest = tail;
+                rest = tail.strip_prefix('~').unwrap_or(tail);
             } else {
                 out.push_str(&self.lookup(name, scene));
                 rest = rest.strip_prefix('~').unwrap_or(rest);
@@ -178,10 +199,15 @@ impl Grammar {
         };
         let value = self.expand_section(name, scene);
         // A sentence may contain slashes; a word with fields is split at them.
-        if self.sections[name].counted { value } else { value.split('/').nth(field).unwrap_or(&value).to_owned() }
+        if self.sections[name].kind != Kind::Words {
+            value
+        } else {
+            value.split('/').nth(field).unwrap_or(&value).to_owned()
+        }
     }
 
-    fn bind_fresh(&self, name: &str, to: &str, scene: &mut Scene) -> String {
+    /// Binds a random entry of the section `name`, and its fields, to `to`.
+    pub fn bind_fresh(&self, name: &str, to: &str, scene: &mut Scene) -> String {
         let mut value = self.expand_section(name, scene);
         for _ in 0..20 {
             let first = value.split('/').next().unwrap_or(&value);
@@ -196,6 +222,20 @@ impl Grammar {
         }
         value.split('/').next().unwrap_or(&value).to_owned()
     }
+}
+
+/// Kind, name and body of the section that opens at the first line end of `text`, and what follows it.
+fn next_section(text: &'static str) -> Option<(Kind, &'static str, &'static str, &'static str)> {
+    let text = text.strip_prefix('\n')?;
+    let (head, body) = text.split_once('\n')?;
+    let kind = match head.chars().next()? {
+        '%' => Kind::Words,
+        '@' => Kind::Sentences,
+        '&' => Kind::Blocks,
+        _ => panic!("no section opens at {head}"),
+    };
+    let end = ["\n@", "\n%", "\n&"].iter().filter_map(|mark| body.find(mark)).min().unwrap_or(body.len());
+    Some((kind, &head[1..], body[..end].trim_end_matches('\n'), &body[end..]))
 }
 
 fn identifier(text: &str) -> (&str, &str) {
@@ -235,7 +275,8 @@ fn finish(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const FILE: &str = "# about\n%verb\nrun/ran\n%who\nAda/she|Bo/he\n@line\n$who:A and $who:B $verb1x.\n@other\n^$A1 ate a(n) $(egg) and a(n) $(pie) f(n).\\nEnd$verb~s";
+    const FILE: &str = "# about\n%verb\nrun/ran\n%who\nAda/she|Bo/he\n@line\n$who:A and $who:B $verb1x.\n\
+        @other\n^$A1 ate a(n) $(egg) and a(n) $(pie).\\nEnd$verb~s\n&code\nx(n)\n---\ny(n)\n  ^ $who:A~_\n";
 
     #[test]
     fn templates_are_filled_in() {
@@ -244,9 +285,14 @@ mod tests {
         let line = grammar.say("line", &mut scene);
         assert!(line == "Ada and Bo ran." || line == "Bo and Ada ran.", "{line}");
         scene.bind("A1", "it");
-        assert_eq!(grammar.say("other", &mut scene), "It ate an egg and a pie f.\nEndruns");
-        assert_eq!(scene.uses, [("line", 0), ("other", 0)]);
-        assert_eq!(scene.get("A1"), "it");
+        assert_eq!(grammar.say("other", &mut scene), "It ate an egg and a pie.\nEndruns");
+        scene.forget();
+        let mut blocks = grammar.say_some("code", 5, &mut scene);
+        blocks.sort();
+        assert_eq!(blocks[0], "x(n)");
+        assert!(["y(n)\n  ^ Ada_", "y(n)\n  ^ Bo_"].contains(&blocks[1].as_str()));
+        let uses: Vec<&str> = scene.uses.iter().map(|u| u.section).collect();
+        assert_eq!(uses, ["line", "other", "code", "code"]);
     }
 
     #[test]
