@@ -4,7 +4,7 @@ use crate::output::Output;
 use anyhow::Context;
 use hadal_data::Tokenizer;
 use hadal_kernels::Ctx;
-use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision, Scope};
+use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision};
 use std::path::{Path, PathBuf};
 
 /// A model ready for inference.
@@ -45,9 +45,7 @@ pub fn model(ctx: &Ctx, path: &Path, precision: Precision, out: &Output) -> anyh
     let checkpoint = Checkpoint::open(&dir)?;
     // Files hold MTP layers or not, whatever the field says.
     config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
-    let scope = Scope { mtp: 0, ..Scope::whole(&config) };
-    let experts = config.n_routed_experts;
-    let model = Model::new(ctx, config, scope, Box::new(hadal_model::identity(experts)));
+    let model = Model::without_mtp(ctx, config);
     let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;
     warnings.iter().for_each(|w| out.warn(w));
     Ok(Opened { model, params })

@@ -105,6 +105,52 @@ pub fn mha_cache_bytes_per_token(c: &ModelConfig, dtype: DType) -> usize {
     c.num_hidden_layers * c.num_attention_heads * (c.qk_head_dim() + c.v_head_dim) * dtype.size()
 }
 
+/// Bytes that a forward pass over `sequences` of `tokens` each keeps until backward, on one rank that holds the whole
+/// model: what the stages' `bytes` add up to, MTP layers and heads included.
+pub fn saved_activations(c: &ModelConfig, precision: Precision, sequences: usize, tokens: usize) -> usize {
+    let (act, f) = (precision.act().size(), 4);
+    let d = c.hidden_size;
+    let block = |layer: usize, n: usize| attention_saved(c, act, n) + feed_forward_saved(c, act, layer, n, sequences);
+    let head = |n: usize| 2 * n * d * act + n * f + HEAD_VECTORS * n * f;
+    let depth = |k: usize| sequences * tokens.saturating_sub(k);
+    let main: usize = (0..c.num_hidden_layers).map(|i| block(i, depth(0))).sum::<usize>() + head(depth(0));
+    let mtp = |k: usize| {
+        let n = depth(k);
+        // Both halves of eh_proj's input, before and after their norms.
+        4 * n * d * act + 2 * n * f + block(c.num_hidden_layers + k - 1, n) + head(n)
+    };
+    main + (1..=c.num_nextn_predict_layers).map(mtp).sum::<usize>()
+}
+
+/// lse, logp, entropy, d_logp: f32 for each position of each head.
+const HEAD_VECTORS: usize = 4;
+
+fn attention_saved(c: &ModelConfig, act: usize, n: usize) -> usize {
+    let (d, h) = (c.hidden_size, c.num_attention_heads);
+    let q_latent = c.q_lora_rank.map_or(0, |r| n * (2 * r * act + 4));
+    let per_token = 2 * d
+        + h * c.qk_head_dim()
+        + c.cache_width()
+        + c.kv_lora_rank
+        + h * (c.qk_nope_head_dim + c.v_head_dim)
+        + h * c.v_head_dim;
+    // Statistics: log-sum-exp per head, two norms.
+    n * (per_token * act + 4 * h + 8) + q_latent
+}
+
+fn feed_forward_saved(c: &ModelConfig, act: usize, layer: usize, n: usize, sequences: usize) -> usize {
+    let d = c.hidden_size;
+    let norm = n * (2 * d * act + 4);
+    if !c.is_moe(layer) {
+        return norm + 3 * n * c.intermediate_size * act;
+    }
+    let (e, k) = (c.n_routed_experts, c.num_experts_per_tok);
+    // Scores and their balance gradient; indices, weights and both permutations; three copies of the offsets.
+    let gate = n * 8 * e + n * 16 * k + 12 * (e + 1) + 4 * sequences;
+    let rows = n * k * (2 * d + 3 * c.moe_intermediate_size) * act;
+    norm + gate + rows + 3 * n * c.shared_width() * act
+}
+
 /// Bytes that training holds on one rank, by part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrainingMemory {

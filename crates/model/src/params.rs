@@ -4,13 +4,16 @@
 
 use crate::ModelConfig;
 use hadal_kernels::ops::adamw::Segment;
-use hadal_kernels::{Buf, Ctx, DType, View, ViewMut, Weight};
+use hadal_kernels::{Buf, Ctx, DType, Device, View, ViewMut, Weight};
 use hadal_numerics::{Purpose, Rng};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Elements per alignment unit: 256 bytes of bf16.
 const ALIGN: usize = 128;
+
+/// Elements one task initialises.
+const INIT_BLOCK: usize = 1 << 14;
 
 /// Numbers the model computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -398,16 +401,19 @@ impl Layout {
     }
 }
 
-/// Weights: FP32 masters and, in bf16, the compute copy.
+/// Weights. In training: FP32 masters and, in bf16, the compute copy. For inference in bf16 there are no masters: only the
+/// tensors that are read in f32 (norms, gates, biases) are kept in f32.
 pub struct Params {
     /// The table.
     pub layout: Arc<Layout>,
     /// What matrix products read.
     pub precision: Precision,
-    /// f32 arena.
+    /// f32 arena of all tensors, or of those that `kept` places.
     pub master: Buf,
     /// bf16 arena; None when the masters are the compute weights.
     pub compute: Option<Buf>,
+    /// For inference in bf16: where in `master` each tensor lies that is kept in f32.
+    pub(crate) kept: Option<Vec<Option<usize>>>,
 }
 
 impl Params {
@@ -415,7 +421,33 @@ impl Params {
     pub fn zeros(ctx: &Ctx, layout: Arc<Layout>, precision: Precision) -> Self {
         let master = ctx.zeros(DType::F32, layout.len);
         let compute = (precision == Precision::Bf16).then(|| ctx.zeros(DType::Bf16, layout.len));
-        Self { layout, precision, master, compute }
+        Self { layout, precision, master, compute, kept: None }
+    }
+
+    /// All zeros, without masters where they are not what is computed with.
+    pub(crate) fn zeros_for_inference(ctx: &Ctx, layout: Arc<Layout>, precision: Precision) -> Self {
+        if precision == Precision::Fp32 {
+            return Self::zeros(ctx, layout, precision);
+        }
+        let mut len = 0usize;
+        let mut place = |t: &TensorInfo| {
+            let at = len;
+            len = (at + t.len()).next_multiple_of(ALIGN);
+            at
+        };
+        let kept = layout.tensors.iter().map(|t| (!t.compute).then(|| place(t))).collect();
+        let compute = Some(ctx.zeros(DType::Bf16, layout.len));
+        Self { master: ctx.zeros(DType::F32, len), layout, precision, compute, kept: Some(kept) }
+    }
+
+    /// True if every tensor has its FP32 master: what training and saving need.
+    pub fn has_masters(&self) -> bool {
+        self.kept.is_none()
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.master.bytes() + self.compute.as_ref().map_or(0, Buf::bytes)
     }
 
     /// Initial weights: normal with `initializer_range`, each number a function of (seed, published name, index), so
@@ -423,27 +455,26 @@ impl Params {
     pub fn init(ctx: &Ctx, config: &ModelConfig, layout: Arc<Layout>, precision: Precision, seed: u64) -> Self {
         let mut params = Self::zeros(ctx, layout.clone(), precision);
         let std = config.initializer_range as f32;
-        let mut host = vec![0.0f32; layout.len];
-        for (t, p) in layout.published() {
-            let out = &mut host[p.range()];
-            if t.kind == Kind::Buffer {
-                continue;
-            }
+        let Device::Cpu(cpu) = &ctx.device;
+        let master = params.master.view_mut().f32();
+        for (_, p) in layout.published().filter(|(t, _)| t.kind != Kind::Buffer) {
+            let out = &mut master[p.range()];
             if p.shape.len() == 1 {
                 out.fill(1.0);
                 continue;
             }
             let rng = Rng::named(seed, Purpose::Init, &p.name);
-            out.iter_mut().enumerate().for_each(|(i, w)| *w = rng.normal(i as u64) * std);
+            cpu.chunks_mut(out, INIT_BLOCK, |b, out| {
+                out.iter_mut().enumerate().for_each(|(i, w)| *w = rng.normal((b * INIT_BLOCK + i) as u64) * std);
+            });
         }
-        params.master.view_mut().f32().copy_from_slice(&host);
         params.refresh(ctx);
         params
     }
 
-    /// Rounds the masters into the compute copy.
+    /// Rounds the masters into the compute copy. Without masters the compute weights are all there is.
     pub fn refresh(&mut self, ctx: &Ctx) {
-        if let Some(c) = &mut self.compute {
+        if let (Some(c), true) = (&mut self.compute, self.kept.is_none()) {
             hadal_kernels::ops::add::convert(ctx, self.master.view(), c.view_mut());
         }
     }
@@ -451,22 +482,33 @@ impl Params {
     /// A tensor as matrix products read it: the compute dtype, or f32 for gate weights.
     pub fn weight(&self, id: ParamId) -> Weight<'_> {
         let t = self.layout.info(id);
-        let arena = match (&self.compute, t.compute) {
-            (Some(c), true) => c.view(),
-            _ => self.master.view(),
+        let data = match (&self.compute, t.compute) {
+            (Some(c), true) => c.view().slice(t.range()),
+            _ => self.f32(id),
         };
-        Weight::stacked(arena.slice(t.range()), t.experts, t.rows, t.cols)
+        Weight::stacked(data, t.experts, t.rows, t.cols)
     }
 
-    /// A tensor's master, f32: norms, gate, correction bias.
+    /// A tensor in f32: norms, gate, correction bias. Panics for one that inference keeps in bf16 alone.
     pub fn f32(&self, id: ParamId) -> View<'_> {
-        self.master.view().slice(self.layout.info(id).range())
+        self.master.view().slice(self.f32_range(id))
     }
 
-    /// A tensor's master, to write (the correction bias is updated outside AdamW).
+    /// As [`Params::f32`], to write (the correction bias is updated outside AdamW).
     pub fn f32_mut(&mut self, id: ParamId) -> ViewMut<'_> {
-        let r = self.layout.info(id).range();
+        let r = self.f32_range(id);
         self.master.view_mut().slice(r)
+    }
+
+    fn f32_range(&self, id: ParamId) -> Range<usize> {
+        let t = self.layout.info(id);
+        match &self.kept {
+            None => t.range(),
+            Some(kept) => {
+                let at = kept[id.0].unwrap_or_else(|| panic!("{} has no f32 form here", t.published[0].name));
+                at..at + t.len()
+            }
+        }
     }
 }
 

@@ -30,6 +30,13 @@ impl Model {
         Self { layout: Arc::new(Layout::new(&config, scope)), config, exchange, inv_freq }
     }
 
+    /// What inference without speculation needs of a model, on one rank: no MTP layers.
+    pub fn without_mtp(ctx: &Ctx, config: ModelConfig) -> Self {
+        let scope = Scope { mtp: 0, ..Scope::whole(&config) };
+        let experts = config.n_routed_experts;
+        Self::new(ctx, config, scope, Box::new(Identity { experts }))
+    }
+
     /// All of a model on one rank.
     pub fn whole(ctx: &Ctx, config: ModelConfig) -> Self {
         let (scope, experts) = (Scope::whole(&config), config.n_routed_experts);

@@ -218,7 +218,14 @@ impl Loop<'_> {
         (step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect()
     }
 
-    fn record(&mut self, ctx: &Ctx, step: u64, lr: f64, report: &StepReport, seconds: f64) -> Result<(), TrainError> {
+    fn record(
+        &mut self,
+        ctx: &Ctx,
+        step: u64,
+        lr: f64,
+        report: &StepReport,
+        seconds: f64,
+    ) -> Result<Metrics, TrainError> {
         let c = &self.run.config;
         let loss = report.losses.total();
         if !loss.is_finite() {

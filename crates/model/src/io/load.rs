@@ -5,7 +5,8 @@ use super::checkpoint::{Checkpoint, Source, check_shape, mtp_copies};
 use super::error::printable;
 use super::shard::is_float;
 use crate::{Layout, ModelConfig, Params, Precision, Scope};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::{Ctx, Device, Elem, bf16};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,8 +24,43 @@ pub fn load_params(
 /// One part to read: where from, where to, and what came of it.
 struct Job<'a> {
     source: Source<'a>,
-    out: &'a mut [f32],
+    out: Out<'a>,
     result: Result<(), IoError>,
+}
+
+/// The arena's part that a published part fills.
+enum Out<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+/// Elements read at once on their way to bf16.
+const PIECE: usize = 1 << 16;
+
+impl Job<'_> {
+    fn run(&mut self) -> Result<(), IoError> {
+        let Source { shard, stored, first, .. } = &self.source;
+        match &mut self.out {
+            Out::F32(out) => shard.read(stored, *first, out),
+            Out::Bf16(out) => {
+                let mut piece = vec![0.0; PIECE.min(out.len())];
+                for (i, out) in out.chunks_mut(PIECE).enumerate() {
+                    let piece = &mut piece[..out.len()];
+                    shard.read(stored, first + i * PIECE, piece)?;
+                    out.iter_mut().zip(piece).for_each(|(o, x)| *o = <bf16 as Elem>::round(*x));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Takes the elements `range` off the front of what is left of an arena that begins at `at`.
+fn take<'a, T>(rest: &mut &'a mut [T], at: &mut usize, range: Range<usize>) -> &'a mut [T] {
+    let (_, tail) = std::mem::take(rest).split_at_mut(range.start - *at);
+    let (out, tail) = tail.split_at_mut(range.len());
+    (*rest, *at) = (tail, range.end);
+    out
 }
 
 impl Checkpoint {
@@ -37,22 +73,47 @@ impl Checkpoint {
         layout: Arc<Layout>,
         precision: Precision,
     ) -> Result<(Params, Vec<String>), IoError> {
-        let sources = self.sources(config, &layout)?;
+        self.sources(config, &layout)?; // Says what is wrong before the arenas are made.
+        let params = Params::zeros(ctx, layout, precision);
+        self.fill(ctx, config, params)
+    }
+
+    /// As [`Checkpoint::load`], without masters where bf16 is computed with.
+    pub fn load_for_inference(
+        &self,
+        ctx: &Ctx,
+        config: &ModelConfig,
+        layout: Arc<Layout>,
+        precision: Precision,
+    ) -> Result<(Params, Vec<String>), IoError> {
+        self.sources(config, &layout)?; // Says what is wrong before the arenas are made.
+        let params = Params::zeros_for_inference(ctx, layout, precision);
+        self.fill(ctx, config, params)
+    }
+
+    fn fill(&self, ctx: &Ctx, config: &ModelConfig, mut params: Params) -> Result<(Params, Vec<String>), IoError> {
+        let layout = params.layout.clone();
+        let mut sources = self.sources(config, &layout)?.into_iter();
         let warnings = self.warnings(config)?;
-        let mut params = Params::zeros(ctx, layout.clone(), precision);
-        let mut jobs = Vec::with_capacity(sources.len());
-        let (mut rest, mut at) = (params.master.view_mut().f32(), 0);
-        for ((_, p), source) in layout.published().zip(sources) {
-            let (_, tail) = rest.split_at_mut(p.offset - at);
-            let (out, tail) = tail.split_at_mut(p.len());
-            (rest, at) = (tail, p.range().end);
-            jobs.push(Job { source, out, result: Ok(()) });
+        let mut jobs = Vec::new();
+        let kept = params.kept.clone();
+        let (mut f32s, mut f32_at) = (params.master.view_mut().f32(), 0);
+        let (mut bf16s, mut bf16_at) = (params.compute.as_mut().map_or(&mut [][..], |c| c.view_mut().bf16()), 0);
+        for (i, t) in layout.tensors.iter().enumerate() {
+            for (p, source) in t.published.iter().zip(&mut sources) {
+                let out = match kept.as_ref().map(|k| k[i]) {
+                    Some(None) => Out::Bf16(take(&mut bf16s, &mut bf16_at, p.range())),
+                    Some(Some(at)) => {
+                        let first = at + p.offset - t.offset;
+                        Out::F32(take(&mut f32s, &mut f32_at, first..first + p.len()))
+                    }
+                    None => Out::F32(take(&mut f32s, &mut f32_at, p.range())),
+                };
+                jobs.push(Job { source, out, result: Ok(()) });
+            }
         }
         match &ctx.device {
-            Device::Cpu(cpu) => cpu.chunks_mut(&mut jobs, 1, |_, one| {
-                let Job { source, out, result } = &mut one[0];
-                *result = source.shard.read(source.stored, source.first, out);
-            }),
+            Device::Cpu(cpu) => cpu.chunks_mut(&mut jobs, 1, |_, one| one[0].result = one[0].run()),
         }
         jobs.into_iter().try_for_each(|job| job.result)?;
         params.refresh(ctx);

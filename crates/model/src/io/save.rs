@@ -45,6 +45,7 @@ pub fn save_checkpoint(
 ) -> Result<(), IoError> {
     let layout = &params.layout;
     assert_eq!(layout.scope, Scope::whole(config), "only a whole model makes a checkpoint");
+    assert!(params.has_masters(), "weights for inference are no checkpoint");
     config.validate()?;
     vacant(dir)?;
     let partial = Partial::create(dir)?;

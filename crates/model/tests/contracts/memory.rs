@@ -1,7 +1,7 @@
 //! What a forward pass says it keeps is what it keeps: measured by an allocator that counts.
 
 use crate::setup::*;
-use hadal_model::{Model, pass};
+use hadal_model::{Model, account, pass};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -77,5 +77,20 @@ fn bytes_kept_are_bytes_held() {
         // The pool's queue of tasks comes in small blocks that the workers free: those remain in this thread's count.
         let left = (live() - before) as f64;
         assert!(left <= MARGIN * held, "{case}: {left} bytes outlive the pass");
+    });
+}
+
+/// The account that plans ahead adds up to what a pass says, exactly.
+#[test]
+fn saved_activations_are_predicted() {
+    each_case(|ctx, case, config, precision| {
+        let model = Model::whole(ctx, config.clone());
+        let params = weights(ctx, &model, precision);
+        for (sequences, tokens) in [(3, 70), (1, 5)] {
+            let batch = batch(ctx, config, &vec![tokens; sequences], 1);
+            let f = pass::forward(ctx, &model, &params, &batch, &loss_weights(config), None);
+            let predicted = account::saved_activations(config, precision, sequences, tokens);
+            assert_eq!(f.bytes(), predicted, "{case}, {sequences} x {tokens}");
+        }
     });
 }
