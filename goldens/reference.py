@@ -53,29 +53,54 @@ class Margins:
 
 
 @contextlib.contextmanager
-def lowest_index_topk(active: bool):
-    """torch.topk does not say which of equal values it takes; in this context it is the one with the lowest index."""
+def recorded_topk(tape: list[torch.Tensor], lowest_index: bool):
+    """Writes every choice of experts and groups to the tape. torch.topk does not say which of equal values it takes; with
+    `lowest_index` it is the one with the lowest index."""
+    original = torch.topk
 
     def topk(values, k, dim=-1, largest=True, sorted=True):
-        assert largest
-        values, indices = torch.sort(values, dim=dim, descending=True, stable=True)
-        return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+        assert largest and dim == -1
+        if lowest_index:
+            values, indices = torch.sort(values, dim=dim, descending=True, stable=True)
+            values, indices = values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+        else:
+            values, indices = original(values, k, dim=dim, sorted=sorted)
+        tape.append(indices)
+        return values, indices
 
-    original = torch.topk
-    torch.topk = topk if active else original
+    torch.topk = topk
     try:
         yield
     finally:
         torch.topk = original
 
 
+@contextlib.contextmanager
+def replayed_topk(tape: list[torch.Tensor]):
+    """The choices are those on the tape and the values alone are this run's, so that rounding cannot change the routing."""
+    original, choices = torch.topk, iter(tape)
+
+    def topk(values, k, dim=-1, largest=True, sorted=True):
+        indices = next(choices)
+        return values.gather(dim, indices), indices
+
+    torch.topk = topk
+    try:
+        yield
+    finally:
+        torch.topk = original
+    assert next(choices, None) is None, "fewer choices than on the tape"
+
+
 class Hf:
     """A transformers model with its MTP layers."""
 
-    def __init__(self, case: Case, checkpoint: str):
+    def __init__(self, case: Case, checkpoint: str, dtype: torch.dtype):
         self.case = case
+        # The choices of the last run that made its own.
+        self.tape: list[torch.Tensor] = []
         self.main = getattr(transformers, case.architecture).from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+            checkpoint, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
         assert self.main.config._attn_implementation == "eager"
         assert self.main.config._experts_implementation == "eager"
         layers = case.config["num_hidden_layers"]
@@ -137,15 +162,19 @@ class Hf:
                 found[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = gate.e_score_correction_bias
         return self.published(found)
 
-    def run(self, sequences: list[torch.Tensor]) -> Output:
+    def run(self, sequences: list[torch.Tensor], tape: list[torch.Tensor] | None = None) -> Output:
+        """With the tape of another run's choices the routing is that run's."""
+        replay = tape is not None
+        if not replay:
+            self.tape = []
         depths = range(self.case.mtp + 1)
         output = Output([[] for _ in depths], [[] for _ in depths], {}, sum(len(s) - 1 for s in sequences))
         self._records.clear()
-        with lowest_index_topk(bool(self.case.copies)):
+        with replayed_topk(tape) if replay else recorded_topk(self.tape, bool(self.case.copies)):
             for ids in sequences:
                 self._run_one(ids, output)
         for layer, outs in sorted(self._records.items()):
-            output.routers[layer] = [self._call(layer, out) for out in outs]
+            output.routers[layer] = [self._call(layer, out, check=not replay) for out in outs]
         return output
 
     def _run_one(self, ids: torch.Tensor, output: Output) -> None:
@@ -159,13 +188,15 @@ class Hf:
             if depth:
                 hidden = self.mtp.forward_layer(
                     depth - 1, hidden[:, :-1], positions[:, depth:], cache, input_ids=ids[:, depth:])
-            output.logits[depth].append(self.main.lm_head(hidden)[0])
+            output.logits[depth].append(self.main.lm_head(hidden)[0].float())
             output.targets[depth].append(ids[0, depth + 1:])
 
-    def _call(self, layer: int, out: tuple[torch.Tensor, ...]) -> Call:
-        """The router's record, checked against the choice as it is written down in the V2 and V3 reports."""
+    def _call(self, layer: int, out: tuple[torch.Tensor, ...], check: bool) -> Call:
+        """The router's record; checked, if the choice was its own, against the reports' (V2 and V3) rule."""
         logits, _, indices = out
         scores = logits.sigmoid() if self.case.is_v3 else logits.softmax(-1)
+        if not check:
+            return Call(scores, indices)
         choice = group_limited(self.case, scores.detach(), self.bias(layer))[0]
         ours = choice.sort(dim=-1, descending=True, stable=True).indices[:, :indices.shape[1]]
         assert torch.equal(ours.sort(-1).values, indices.sort(-1).values), "the choice is not the reports'"

@@ -12,6 +12,11 @@ use load::{Golden, all, ctx, gradient, part};
 
 const OBJECTIVE: Objective = Objective { mtp_lambda: 0.3, balance_alpha: 0.01, bias_gamma: 0.01 };
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
+/// Sums in another order than transformers' differ by 5e-6 here at most. In every golden a factor of 1.0001 on the softmax
+/// scale, the rotary frequencies, the routed or the shared experts moves some gradient by more than this allows.
+const F32: Tolerance = Tolerance { element: 2e-5, cosine: 1e-9 };
+/// What bf16 must reach in every tensor; transformers' own bf16 run is at 0.9996 or above in these goldens (`bf16_noise`).
+const BF16_COSINE: f64 = 0.999;
 /// Copies of experts tie here by construction; gradients of copies follow the rule for ties.
 const TIES: &str = "v3_ties";
 
@@ -49,7 +54,7 @@ fn golden_routing(ctx: &Ctx, g: &Golden) -> Routing {
 fn check_logits(name: &str, found: &[Vec<f32>], g: &Golden) {
     let expect = |k: usize| if k == 0 { g.f32("logits") } else { g.f32(&format!("mtp.{k}.logits")) };
     for (k, found) in found.iter().enumerate() {
-        let c = close(&format!("{name}: logits of depth {k}"), found, &expect(k), Tolerance::F32_MODEL).unwrap();
+        let c = close(&format!("{name}: logits of depth {k}"), found, &expect(k), F32).unwrap();
         println!("{name}: logits of depth {k}: worst {:.1e}, 1 - cosine {:.1e}", c.worst, 1.0 - c.cosine);
     }
 }
@@ -133,13 +138,8 @@ fn losses_and_gradients_fp32() {
         let mut worst = (0.0, String::new());
         for name in g.names("g.") {
             let expected = g.f32(&format!("g.{name}"));
-            let c = close(
-                &format!("{}: gradient of {name}", g.name),
-                &gradient(&grads, &name),
-                &expected,
-                Tolerance::F32_MODEL,
-            )
-            .unwrap();
+            let c =
+                close(&format!("{}: gradient of {name}", g.name), &gradient(&grads, &name), &expected, F32).unwrap();
             if c.worst > worst.0 {
                 worst = (c.worst, name.clone());
             }
@@ -163,8 +163,7 @@ fn gradients_of_the_main_loss_fp32() {
         let (grads, _) = gradients(&ctx, &g, Precision::Fp32, &w, None);
         assert!(!g.names("gm.").is_empty());
         for t in g.names("gm.") {
-            close(&format!("{name}: {t}"), &gradient(&grads, &t), &g.f32(&format!("gm.{t}")), Tolerance::F32_MODEL)
-                .unwrap();
+            close(&format!("{name}: {t}"), &gradient(&grads, &t), &g.f32(&format!("gm.{t}")), F32).unwrap();
         }
     }
 }
@@ -190,7 +189,7 @@ fn ten_adamw_steps_fp32() {
             let (before, after) = (g.f32(&format!("w.{name}")), g.f32(&format!("adamw.w.{name}")));
             let now = part(&layout, arena, &name);
             if name.ends_with("e_score_correction_bias") {
-                close(&format!("{}: {name}", g.name), &now, &after, Tolerance::F32_MODEL).unwrap();
+                close(&format!("{}: {name}", g.name), &now, &after, F32).unwrap();
                 continue;
             }
             let update = |w: &[f32]| -> Vec<f32> { w.iter().zip(&before).map(|(a, b)| a - b).collect() };
@@ -200,12 +199,30 @@ fn ten_adamw_steps_fp32() {
     }
 }
 
+/// How many choices of a bf16 run that routes by itself are not the golden's, and how many there are.
+fn flips(ctx: &Ctx, g: &Golden, given: &Routing) -> (usize, usize) {
+    let model = g.model(ctx);
+    let params = g.params(ctx, &model.layout, Precision::Bf16);
+    let batch = g.batch(ctx);
+    let free = pass::forward(ctx, &model, &params, &batch, &weights(&batch), None);
+    let k = g.config.num_experts_per_tok;
+    let (mut flips, mut choices) = (0, 0);
+    for t in &free.traces {
+        let given = given[t.layer].as_ref().map(Buf::view).unwrap().i32();
+        for (a, b) in t.indices.view().i32().chunks(k).zip(given.chunks(k)) {
+            flips += a.iter().filter(|i| !b.contains(i)).count();
+            choices += k;
+        }
+    }
+    (flips, choices)
+}
+
 /// bf16 against the fp32 golden, the golden's routing replayed so that a flipped near-tie does not look like a wrong
 /// gradient; the flips that would have been are counted.
 #[test]
 fn bf16_with_replayed_routing() {
     let ctx = ctx();
-    let (mut flips, mut choices, mut lowest) = (0, 0, (1.0f64, String::new()));
+    let (mut flipped, mut choices, mut lowest) = (0, 0, (1.0f64, String::new()));
     for g in all() {
         let model = g.model(&ctx);
         let params = g.params(&ctx, &model.layout, Precision::Bf16);
@@ -213,9 +230,7 @@ fn bf16_with_replayed_routing() {
         let batch = g.batch(&ctx);
         let mut check = |what: String, found: &[f32], expected: &[f32]| {
             let c = cosine(found, expected);
-            if c < 0.999 {
-                eprintln!("LOW {what}: cosine {c}");
-            }
+            assert!(c >= BF16_COSINE, "{what}: cosine {c}");
             if c < lowest.0 {
                 lowest = (c, what);
             }
@@ -228,15 +243,8 @@ fn bf16_with_replayed_routing() {
         for name in g.names("g.") {
             check(format!("{}: gradient of {name}", g.name), &gradient(&grads, &name), &g.f32(&format!("g.{name}")));
         }
-        let free = pass::forward(&ctx, &model, &params, &batch, &weights(&batch), None);
-        for t in &free.traces {
-            let given = routing[t.layer].as_ref().map(Buf::view).unwrap().i32();
-            let k = g.config.num_experts_per_tok;
-            for (a, b) in t.indices.view().i32().chunks(k).zip(given.chunks(k)) {
-                flips += a.iter().filter(|i| !b.contains(i)).count();
-                choices += k;
-            }
-        }
+        let (f, n) = flips(&ctx, &g, &routing);
+        (flipped, choices) = (flipped + f, choices + n);
     }
-    println!("bf16: lowest cosine {:.6} ({}); {flips} of {choices} choices would have flipped", lowest.0, lowest.1);
+    println!("bf16: lowest cosine {:.6} ({}); {flipped} of {choices} choices would have flipped", lowest.0, lowest.1);
 }
