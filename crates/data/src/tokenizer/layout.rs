@@ -67,25 +67,17 @@ fn added_tokens() -> Value {
     all.collect()
 }
 
-/// The whole file for `vocab` (token, its id being its index) and `merges`.
-pub(super) fn file(vocab: &[String], merges: &[(String, String)]) -> Value {
-    let vocab: serde_json::Map<String, Value> =
-        vocab.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
-    json!({
+/// DeepSeek-V3's tokenizer with an empty vocabulary, into which a trained model goes. The special tokens have their ids.
+pub(super) fn untrained() -> tokenizers::Tokenizer {
+    let file = json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": added_tokens(),
         "normalizer": {"type": "Sequence", "normalizers": []},
         "pre_tokenizer": pre_tokenizer(),
         "post_processor": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true},
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                  "vocab": vocab, "merges": merges},
-    })
-}
-
-/// The tokenizer of a file made by [`file`].
-pub(super) fn tokenizer(file: Value) -> tokenizers::Tokenizer {
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    });
     serde_json::from_value(file).expect("the file is made here and has the crate's format")
 }
 

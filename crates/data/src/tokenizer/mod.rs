@@ -1,21 +1,19 @@
 //! Byte-level BPE in the field's file format: loads a published `tokenizer.json`, or trains one that differs from
 //! DeepSeek-V3's in nothing but its merges and the size of its vocabulary.
 //!
-//! Encoding and the file format are the `tokenizers` crate's. Training is ours (`bpe`): the crate's trainer may hold one
-//! pair in its queue twice, each time with a part of its occurrences, and which comes first follows the order of a
-//! randomly seeded hash map; it promises no reproducible file, ours does.
+//! Encoding, training and the file format are the `tokenizers` crate's.
 
-mod alphabet;
-mod bpe;
 mod layout;
 mod load;
 #[cfg(test)]
 mod tests;
+mod train;
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 use tokenizers::ModelWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use crate::DataError;
 
@@ -42,8 +40,7 @@ impl Tokenizer {
     /// A corpus without enough repeated text for `vocab_size` is an error: an id that no text ever uses would only
     /// waste embedding rows.
     pub fn train<S: AsRef<str> + Sync>(documents: &[S], vocab_size: usize) -> Result<Self, DataError> {
-        let json = bpe::train(documents, vocab_size)?;
-        let inner = layout::tokenizer(json);
+        let inner = train::train(documents, vocab_size)?;
         let [bos, eos, pad] = [0, 1, 2].map(|i| inner.token_to_id(SPECIAL_TOKENS[i].content));
         Ok(Self::new(inner, bos, eos, pad))
     }
@@ -151,6 +148,6 @@ fn why_not_total(inner: &tokenizers::Tokenizer) -> Option<String> {
     if bpe.dropout.is_some_and(|p| p > 0.0) {
         return Some("expected no BPE dropout, found some".into());
     }
-    let missing = (0..=255u8).filter(|&b| inner.token_to_id(&alphabet::char_of(b).to_string()).is_none()).count();
+    let missing = ByteLevel::alphabet().into_iter().filter(|c| inner.token_to_id(&c.to_string()).is_none()).count();
     (missing > 0).then(|| format!("expected all 256 bytes in the vocabulary, found {}", 256 - missing))
 }
