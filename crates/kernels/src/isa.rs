@@ -157,6 +157,8 @@ pub(crate) use vectorised;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Device;
+    use crate::testing::isas;
 
     #[test]
     fn levels_are_named_and_each_includes_those_before() {
@@ -172,6 +174,25 @@ mod tests {
                     assert!(level > Isa::widest().level());
                 }
             }
+        }
+    }
+
+    struct Which<'a>(&'a mut Option<Level>);
+
+    impl Job for Which<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            *self.0 = Some(V::LEVEL);
+        }
+    }
+
+    #[test]
+    fn a_job_runs_on_the_level_that_the_device_carries() {
+        for isa in isas() {
+            let Device::Cpu(cpu) = Device::cpu_with(Some(1), isa).unwrap();
+            let mut found = None;
+            cpu.isa().run(Which(&mut found));
+            assert_eq!(found, Some(isa.level()));
         }
     }
 

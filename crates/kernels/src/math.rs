@@ -11,7 +11,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     exp_fused(false, x)
 }
 
-/// As [`exp`], with multiply-adds that round once if `fused`: a third faster where they are instructions, in other bits.
+/// As [`exp`], with multiply-adds that round once if `fused`: faster where they are instructions, in other bits.
 #[inline(always)]
 pub(crate) fn exp_fused(fused: bool, x: f32) -> f32 {
     // The ends of the range in which e^x is a normal number; beyond them the exponent arithmetic below would wrap.

@@ -8,6 +8,8 @@
 //! k-contiguous operands, nor cuts k itself (above 512). So k is cut here, by its length alone, into pieces of 3 to 256
 //! (shorter products are padded with zeros), lanes are packed and padded to whole vectors, and there are at least two rows.
 //! For the same reason the choice of tiles and of the operand that takes the lanes is free to follow the shape.
+//!
+//! Which vectors the microkernels use is the crate's own choice, whatever level the device carries (see `isa`).
 
 use super::pack::{self, Operand, Part};
 use crate::isa::{Isa, vectorised};
