@@ -1,11 +1,11 @@
 //! The device that ops run on and the context that every op and stage takes. Nothing of a step is global: two
 //! models live in one process, and the forward of one batch may interleave with the backward of another.
 
-use crate::{Buf, DType};
+use crate::{Buf, DType, Isa};
 use std::sync::Arc;
 
 /// Why a device cannot be had.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum DeviceError {
     /// A thread count of zero.
     #[error("--threads 0: expected at least 1 (this machine has {0})")]
@@ -18,6 +18,12 @@ pub enum DeviceError {
         /// What the system said.
         why: String,
     },
+    /// `HADAL_ISA` names no level of vector instructions.
+    #[error("HADAL_ISA={0}: expected portable, avx2 or avx512")]
+    UnknownIsa(String),
+    /// `HADAL_ISA` names a level that this CPU lacks; the second is the widest it has.
+    #[error("HADAL_ISA={0}: this CPU has no more than {1}")]
+    MissingIsa(&'static str, &'static str),
 }
 
 /// A device; cheap to clone.
@@ -32,11 +38,18 @@ pub enum Device {
 pub struct Cpu {
     pool: rayon::ThreadPool,
     threads: usize,
+    isa: Isa,
 }
 
 impl Device {
-    /// A CPU device with `threads` workers; None takes all cores.
+    /// A CPU device with `threads` workers (None takes all cores), on the widest vector instructions there are or
+    /// those that the environment variable `HADAL_ISA` names.
     pub fn cpu(threads: Option<usize>) -> Result<Self, DeviceError> {
+        Self::cpu_with(threads, Isa::from_env()?)
+    }
+
+    /// As [`Device::cpu`], on the vector instructions given.
+    pub fn cpu_with(threads: Option<usize>, isa: Isa) -> Result<Self, DeviceError> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = threads.unwrap_or(cores);
         if threads == 0 {
@@ -47,7 +60,7 @@ impl Device {
             .thread_name(|i| format!("hadal-{i}"))
             .build()
             .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
-        Ok(Self::Cpu(Arc::new(Cpu { pool, threads })))
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa })))
     }
 
     /// Context of step 0, micro-batch 0.
@@ -60,6 +73,11 @@ impl Cpu {
     /// Number of workers.
     pub fn threads(&self) -> usize {
         self.threads
+    }
+
+    /// The vector instructions that ops are to use.
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.

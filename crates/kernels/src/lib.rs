@@ -7,6 +7,7 @@
 
 mod buffer;
 mod device;
+mod isa;
 mod math;
 pub mod ops;
 #[cfg(test)]
@@ -15,3 +16,4 @@ mod testing;
 pub use buffer::{AlignedVec, Buf, DType, Elem, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError};
 pub use hadal_numerics::bf16;
+pub use isa::{Isa, Level};

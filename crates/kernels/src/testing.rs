@@ -1,14 +1,60 @@
 //! Inputs and checks shared by the ops' tests.
 
-use crate::{Buf, Ctx, DType, Device, Elem, bf16};
+use crate::{Buf, Ctx, DType, Device, Elem, Isa, Level, bf16};
 use hadal_numerics::{Purpose, Rng, Tolerance, close};
 
-/// Contexts with 1, 2 and 5 threads: every fast path must give the same bits on all.
-pub fn contexts() -> Vec<Ctx> {
-    [1, 2, 5].iter().map(|&t| Device::cpu(Some(t)).unwrap().ctx()).collect()
+/// The levels of vector instructions that this CPU has, the narrowest first; a test's run without the others is
+/// reported as skipped.
+#[track_caller]
+pub fn isas() -> Vec<Isa> {
+    let isa = |level: Level| {
+        let isa = Isa::new(level);
+        if isa.is_none() {
+            skipped(&format!("this CPU lacks {}", level.name()));
+        }
+        isa
+    };
+    Level::ALL.into_iter().filter_map(isa).collect()
 }
 
-/// A context with two threads.
+/// Reports on stderr, past the harness that keeps what passing tests print, that the calling test or a part of it did
+/// not run.
+#[track_caller]
+pub fn skipped(reason: &str) {
+    use std::io::Write;
+    let (thread, at) = (std::thread::current(), std::panic::Location::caller());
+    // On a single thread the harness runs tests on its own, which is not named after them.
+    let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);
+    writeln!(std::io::stderr(), "skipped: {test}: {reason}").expect("stderr can be written");
+}
+
+/// A context with `threads` workers on one level.
+pub fn ctx_of(threads: usize, isa: Isa) -> Ctx {
+    Device::cpu_with(Some(threads), isa).unwrap().ctx()
+}
+
+/// A context with two threads for every level that this CPU has: every fast path must match its reference on all.
+#[track_caller]
+pub fn levels() -> Vec<Ctx> {
+    isas().into_iter().map(|isa| ctx_of(2, isa)).collect()
+}
+
+/// Contexts with 1, 2 and 5 threads on one level, which must give the same bits on all.
+pub fn thread_counts(isa: Isa) -> Vec<Ctx> {
+    [1, 2, 5].iter().map(|&t| ctx_of(t, isa)).collect()
+}
+
+/// Contexts with 1, 2 and 5 threads on the widest level and two on the others: what fuses nothing must give the same
+/// bits on all.
+#[track_caller]
+pub fn contexts() -> Vec<Ctx> {
+    let mut isas = isas();
+    let widest = isas.pop().expect("every CPU has the first level");
+    let others = isas.into_iter().map(|isa| ctx_of(2, isa));
+    thread_counts(widest).into_iter().chain(others).collect()
+}
+
+/// A context with two threads, on the level that a user would get.
 pub fn ctx() -> Ctx {
     Device::cpu(Some(2)).unwrap().ctx()
 }

@@ -1,7 +1,7 @@
 //! AdamW on the cores: one pass over memory in fixed blocks, about 30 bytes moved per element, which is what bounds it.
 
 use super::{AdamW, Segment};
-use crate::math::vectorised;
+use crate::isa::{Isa, vectorised};
 use crate::{Cpu, Elem, bf16};
 
 /// Elements of one task: half a megabyte of traffic, far above the cost of handing out a task.
@@ -71,11 +71,11 @@ struct Block<'a> {
 pub fn step(cpu: &Cpu, a: AdamW<'_>) {
     let constants = Constants::new(&a);
     let mut blocks = blocks(a);
-    cpu.chunks_mut(&mut blocks, 1, |_, block| update_block(&constants, &mut block[0]));
+    cpu.chunks_mut(&mut blocks, 1, |_, block| update_block(cpu.isa(), &constants, &mut block[0]));
 }
 
 vectorised! {
-    fn update_block(c: &Constants, b: &mut Block<'_>) {
+    fn update_block(isa: Isa, c: &Constants, b: &mut Block<'_>) {
         let decay = if b.decay { c.keep } else { 1.0 };
         let state = b.master.iter_mut().zip(b.grad).zip(b.m.iter_mut()).zip(b.v.iter_mut());
         match &mut b.compute {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, contexts, ctx, normals};
+use crate::testing::{assert_close, assert_same_bits, contexts, ctx, levels, normals};
 use crate::{Buf, DType, Elem, bf16};
 use hadal_numerics::{Tolerance, close};
 
@@ -64,44 +64,45 @@ fn ragged() -> (usize, Vec<Segment>) {
 
 #[test]
 fn ten_steps_match_the_reference() {
-    let (n, segments) = ragged();
-    let ctx = ctx();
-    let w = normals(1, n, 0.5);
-    let mut arena = Arena::new(&ctx, &w);
-    let mut expected: Vec<[f64; 3]> = w.iter().map(|&w| [w.into(), 0.0, 0.0]).collect();
-    for t in 1..=10 {
-        let grad = normals(1 + t, n, 0.1);
-        // Above and below the clip.
-        let norm = if t % 2 == 0 { 3.7 } else { 0.2 };
-        arena.step(&ctx, &grad, norm, 1.0, t, &segments, true);
-        let s = reference::Step {
-            norm: f64::from(norm),
-            clip: 1.0,
-            lr: f64::from(0.01f32),
-            beta1: f64::from(0.9f32),
-            beta2: f64::from(0.95f32),
-            eps: f64::from(1e-8f32),
-            weight_decay: f64::from(0.1f32),
-            t: t as i32,
-        };
-        for segment in &segments {
-            for i in segment.range.clone() {
-                let [w, m, v] = &mut expected[i];
-                reference::update(&s, segment.decay, w, grad[i].into(), m, v);
+    for ctx in levels() {
+        let (n, segments) = ragged();
+        let w = normals(1, n, 0.5);
+        let mut arena = Arena::new(&ctx, &w);
+        let mut expected: Vec<[f64; 3]> = w.iter().map(|&w| [w.into(), 0.0, 0.0]).collect();
+        for t in 1..=10 {
+            let grad = normals(1 + t, n, 0.1);
+            // Above and below the clip.
+            let norm = if t % 2 == 0 { 3.7 } else { 0.2 };
+            arena.step(&ctx, &grad, norm, 1.0, t, &segments, true);
+            let s = reference::Step {
+                norm: f64::from(norm),
+                clip: 1.0,
+                lr: f64::from(0.01f32),
+                beta1: f64::from(0.9f32),
+                beta2: f64::from(0.95f32),
+                eps: f64::from(1e-8f32),
+                weight_decay: f64::from(0.1f32),
+                t: t as i32,
+            };
+            for segment in &segments {
+                for i in segment.range.clone() {
+                    let [w, m, v] = &mut expected[i];
+                    reference::update(&s, segment.decay, w, grad[i].into(), m, v);
+                }
             }
         }
-    }
-    for (k, (name, found)) in [("w", &arena.master), ("m", &arena.m), ("v", &arena.v)].into_iter().enumerate() {
-        let expected: Vec<f64> = expected.iter().map(|e| e[k]).collect();
-        assert_close(name, found, &expected, Tolerance::F32_OP);
-    }
-    let inside: Vec<bool> = (0..n).map(|i| segments.iter().any(|s| s.range.contains(&i))).collect();
-    for i in 0..n {
-        let (found, copy) = (arena.master.view().f32()[i], arena.compute.view().bf16()[i]);
-        if inside[i] {
-            assert_eq!(copy.to_bits(), <bf16 as Elem>::round(found).to_bits(), "copy of {i}");
-        } else {
-            assert_eq!((found.to_bits(), copy.to_bits()), (w[i].to_bits(), 0), "{i} is in no segment");
+        for (k, (name, found)) in [("w", &arena.master), ("m", &arena.m), ("v", &arena.v)].into_iter().enumerate() {
+            let expected: Vec<f64> = expected.iter().map(|e| e[k]).collect();
+            assert_close(name, found, &expected, Tolerance::F32_OP);
+        }
+        let inside: Vec<bool> = (0..n).map(|i| segments.iter().any(|s| s.range.contains(&i))).collect();
+        for i in 0..n {
+            let (found, copy) = (arena.master.view().f32()[i], arena.compute.view().bf16()[i]);
+            if inside[i] {
+                assert_eq!(copy.to_bits(), <bf16 as Elem>::round(found).to_bits(), "copy of {i}");
+            } else {
+                assert_eq!((found.to_bits(), copy.to_bits()), (w[i].to_bits(), 0), "{i} is in no segment");
+            }
         }
     }
 }
@@ -110,24 +111,25 @@ fn ten_steps_match_the_reference() {
 /// `clip_grad_norm_(1.0)`.
 #[test]
 fn three_steps_match_pytorch() {
-    let ctx = ctx();
-    let mut arena = Arena::new(&ctx, &[0.5, -1.25, 2.0, 0.003, -0.75]);
-    let steps: [([f32; 5], f32, [f32; 5]); 3] = [
-        ([0.3, -2.0, 1e-3, 0.7, 0.0], 2.140_093_6, [0.4895, -1.238_75, 1.988_000_3, -0.007_002_999, -0.749_25]),
-        (
-            [-1.5, 0.25, 4.0, -0.02, 1e-8],
-            4.279_357_4,
-            [0.493_393_57, -1.231_209_2, 1.978_659_4, -0.013_674_012, -0.749_554_34],
-        ),
-        (
-            [0.6, 0.6, -3.0, 2.5, -0.9],
-            4.096_339_7,
-            [0.493_775_4, -1.226_121_4, 1.976_098_2, -0.021_586_688, -0.742_572_6],
-        ),
-    ];
-    for (t, (grad, norm, expected)) in steps.iter().enumerate() {
-        arena.step(&ctx, grad, *norm, 1.0, t as u64 + 1, &all(5), false);
-        close("w", arena.master.view().f32(), expected, Tolerance { element: 1e-6, cosine: 1e-9 }).unwrap();
+    for ctx in levels() {
+        let mut arena = Arena::new(&ctx, &[0.5, -1.25, 2.0, 0.003, -0.75]);
+        let steps: [([f32; 5], f32, [f32; 5]); 3] = [
+            ([0.3, -2.0, 1e-3, 0.7, 0.0], 2.140_093_6, [0.4895, -1.238_75, 1.988_000_3, -0.007_002_999, -0.749_25]),
+            (
+                [-1.5, 0.25, 4.0, -0.02, 1e-8],
+                4.279_357_4,
+                [0.493_393_57, -1.231_209_2, 1.978_659_4, -0.013_674_012, -0.749_554_34],
+            ),
+            (
+                [0.6, 0.6, -3.0, 2.5, -0.9],
+                4.096_339_7,
+                [0.493_775_4, -1.226_121_4, 1.976_098_2, -0.021_586_688, -0.742_572_6],
+            ),
+        ];
+        for (t, (grad, norm, expected)) in steps.iter().enumerate() {
+            arena.step(&ctx, grad, *norm, 1.0, t as u64 + 1, &all(5), false);
+            close("w", arena.master.view().f32(), expected, Tolerance { element: 1e-6, cosine: 1e-9 }).unwrap();
+        }
     }
 }
 

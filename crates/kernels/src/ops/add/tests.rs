@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, normals, op_tolerance};
+use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, levels, normals, op_tolerance};
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 const LENGTHS: [usize; 6] = [0, 1, 7, 1000, 16384, 40001];
@@ -11,19 +11,20 @@ fn wide(b: &Buf) -> Vec<f64> {
 
 #[test]
 fn matches_reference_in_every_dtype() {
-    let ctx = ctx();
-    for n in LENGTHS {
-        for (da, db) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
-            let (a, b) = (buf(da, &normals(1, n, 1.0)), buf(db, &normals(2, n, 1.0)));
-            let expected = reference::add(&wide(&a), &wide(&b));
-            for d in DTYPES {
-                let mut out = buf(d, &vec![9.0; n]);
-                add(&ctx, a.view(), b.view(), out.view_mut());
-                assert_close("add", &out, &expected, op_tolerance(d));
+    for ctx in levels() {
+        for n in LENGTHS {
+            for (da, db) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+                let (a, b) = (buf(da, &normals(1, n, 1.0)), buf(db, &normals(2, n, 1.0)));
+                let expected = reference::add(&wide(&a), &wide(&b));
+                for d in DTYPES {
+                    let mut out = buf(d, &vec![9.0; n]);
+                    add(&ctx, a.view(), b.view(), out.view_mut());
+                    assert_close("add", &out, &expected, op_tolerance(d));
+                }
+                let mut out = b.clone();
+                accumulate(&ctx, a.view(), out.view_mut());
+                assert_close("accumulate", &out, &expected, op_tolerance(db));
             }
-            let mut out = b.clone();
-            accumulate(&ctx, a.view(), out.view_mut());
-            assert_close("accumulate", &out, &expected, op_tolerance(db));
         }
     }
 }
@@ -42,14 +43,15 @@ fn accumulate_is_add_in_place() {
 
 #[test]
 fn convert_rounds_once_and_widens_exactly() {
-    let ctx = ctx();
-    for n in LENGTHS {
-        let x = normals(3, n, 1.0);
-        for (from, to) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
-            let a = buf(from, &x);
-            let mut out = ctx.zeros(to, n);
-            convert(&ctx, a.view(), out.view_mut());
-            assert_same_bits("convert", &out, &buf(to, &a.view().to_f32()));
+    for ctx in levels() {
+        for n in LENGTHS {
+            let x = normals(3, n, 1.0);
+            for (from, to) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+                let a = buf(from, &x);
+                let mut out = ctx.zeros(to, n);
+                convert(&ctx, a.view(), out.view_mut());
+                assert_same_bits("convert", &out, &buf(to, &a.view().to_f32()));
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 fn wide(b: &Buf) -> Vec<f64> {
@@ -29,25 +31,26 @@ fn reference_gradient() {
 
 #[test]
 fn matches_reference() {
-    let ctx = ctx();
-    for (n, v, d) in SHAPES {
-        let ids = ids(n, v);
-        let id_buf = ctx.from_i32(&ids);
-        for (dw, dt) in [(F32, F32), (F32, Bf16), (Bf16, Bf16)] {
-            let table = buf(dw, &normals(1, v * d, 1.0));
-            let mut y = ctx.zeros(dt, n * d);
-            let weight = Weight { data: table.view(), experts: 1, rows: v, cols: d };
-            forward(&ctx, id_buf.view(), &weight, y.view_mut());
-            // A copy, rounded at most once: exact.
-            let expected: Vec<f32> = reference::forward(&ids, &wide(&table), d).iter().map(|&x| x as f32).collect();
-            assert_same_bits("y", &y, &buf(dt, &expected));
-        }
-        for dt in [F32, Bf16] {
-            let dy = buf(dt, &normals(2, n * d, 1.0));
-            let mut dtable = buf(F32, &vec![1.0; v * d]);
-            backward(&ctx, id_buf.view(), dy.view(), dtable.view_mut());
-            let expected: Vec<f64> = reference::backward(&ids, &wide(&dy), d, v).iter().map(|x| x + 1.0).collect();
-            assert_close("dtable", &dtable, &expected, op_tolerance(F32));
+    for ctx in levels() {
+        for (n, v, d) in SHAPES {
+            let ids = ids(n, v);
+            let id_buf = ctx.from_i32(&ids);
+            for (dw, dt) in [(F32, F32), (F32, Bf16), (Bf16, Bf16)] {
+                let table = buf(dw, &normals(1, v * d, 1.0));
+                let mut y = ctx.zeros(dt, n * d);
+                let weight = Weight { data: table.view(), experts: 1, rows: v, cols: d };
+                forward(&ctx, id_buf.view(), &weight, y.view_mut());
+                // A copy, rounded at most once: exact.
+                let expected: Vec<f32> = reference::forward(&ids, &wide(&table), d).iter().map(|&x| x as f32).collect();
+                assert_same_bits("y", &y, &buf(dt, &expected));
+            }
+            for dt in [F32, Bf16] {
+                let dy = buf(dt, &normals(2, n * d, 1.0));
+                let mut dtable = buf(F32, &vec![1.0; v * d]);
+                backward(&ctx, id_buf.view(), dy.view(), dtable.view_mut());
+                let expected: Vec<f64> = reference::backward(&ids, &wide(&dy), d, v).iter().map(|x| x + 1.0).collect();
+                assert_close("dtable", &dtable, &expected, op_tolerance(F32));
+            }
         }
     }
 }

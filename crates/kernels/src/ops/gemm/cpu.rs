@@ -8,9 +8,11 @@
 //! k-contiguous operands, nor cuts k itself (above 512). So k is cut here, by its length alone, into pieces of 3 to 256
 //! (shorter products are padded with zeros), lanes are packed and padded to whole vectors, and there are at least two rows.
 //! For the same reason the choice of tiles and of the operand that takes the lanes is free to follow the shape.
+//!
+//! Which vectors the microkernels use is the crate's own choice, whatever level the device carries (see `isa`).
 
-use super::isa::widest;
 use super::pack::{self, Operand, Part};
+use crate::isa::{Isa, vectorised};
 use crate::{AlignedVec, Cpu, Elem, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -99,7 +101,7 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     let out = Output::new(out);
     cpu.for_each(tasks.len(), |i| {
         let t = &tasks[i];
-        SCRATCH.with_borrow_mut(|s| tile(&products[t.product], t, s, &out, accumulate));
+        SCRATCH.with_borrow_mut(|s| tile(cpu.isa(), &products[t.product], t, s, &out, accumulate));
     });
 }
 
@@ -141,7 +143,7 @@ fn reserve(v: &mut AlignedVec<f32>, len: usize) {
     }
 }
 
-fn tile(p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
+fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
     let by_columns = p.lanes_are_columns();
     let (lane_op, lanes, row_op, rows) =
         if by_columns { (p.b, &t.cols, p.a, &t.rows) } else { (p.a, &t.rows, p.b, &t.cols) };
@@ -159,21 +161,18 @@ fn tile(p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate
         let part = Part { first: lanes.start, count: lanes.len(), k0, kc, depth };
         let panel = lanes_in_place(lane_op, part, width).unwrap_or_else(|| {
             reserve(&mut s.lanes, depth * width);
-            pack::lanes(lane_op, part, width, &mut s.lanes);
+            pack::lanes(isa, lane_op, part, width, &mut s.lanes);
             Panel { data: &s.lanes, outer: 1, k: width }
         });
         let part = Part { first: rows.start, count: rows.len(), ..part };
         let rows = rows_in_place(row_op, part).unwrap_or_else(|| {
             reserve(&mut s.rows, depth * part.count);
-            let (outer, k) = pack::rows(row_op, part, &mut s.rows);
+            let (outer, k) = pack::rows(isa, row_op, part, &mut s.rows);
             Panel { data: &s.rows, outer, k }
         });
         multiply(panel, width, depth, rows, part.count, &mut s.sums, k0 > 0);
     }
-    widest(
-        #[inline(always)]
-        || store(t, &s.sums, width, by_columns, p, out, accumulate),
-    );
+    store(isa, t, &s.sums, width, by_columns, p, out, accumulate);
 }
 
 /// A part of an operand as the kernel reads it: element (o, k) at `o * outer + k * k`.
@@ -237,19 +236,20 @@ fn multiply(lanes: Panel<'_>, width: usize, depth: usize, rows: Panel<'_>, count
     }
 }
 
-/// Moves a tile's finished sums to C.
-#[inline(always)]
-fn store(t: &Task, sums: &[f32], width: usize, by_columns: bool, p: &Product<'_>, out: &Output<'_>, accumulate: bool) {
-    for (r, i) in t.rows.clone().enumerate() {
-        let at = p.c + i * p.ldc + t.cols.start;
-        // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
-        // partition its rows and columns: no other task touches these elements. The end is asserted by `run` too.
-        let c = unsafe { out.segment(at, t.cols.len()) };
-        let (first, step) = if by_columns { (r * width, 1) } else { (r, width) };
-        let sums = &sums[first..];
-        match c {
-            Segment::F32(c) => finish(c, sums, step, accumulate),
-            Segment::Bf16(c) => finish(c, sums, step, accumulate),
+vectorised! {
+    /// Moves a tile's finished sums to C.
+    fn store(isa: Isa, t: &Task, sums: &[f32], width: usize, by_columns: bool, p: &Product<'_>, out: &Output<'_>, accumulate: bool) {
+        for (r, i) in t.rows.clone().enumerate() {
+            let at = p.c + i * p.ldc + t.cols.start;
+            // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
+            // partition its rows and columns: no other task touches these elements. The end is asserted by `run` too.
+            let c = unsafe { out.segment(at, t.cols.len()) };
+            let (first, step) = if by_columns { (r * width, 1) } else { (r, width) };
+            let sums = &sums[first..];
+            match c {
+                Segment::F32(c) => finish(c, sums, step, accumulate),
+                Segment::Bf16(c) => finish(c, sums, step, accumulate),
+            }
         }
     }
 }

@@ -8,7 +8,6 @@
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
-mod isa;
 pub(super) mod pack;
 #[cfg(test)]
 mod reference;

@@ -1,5 +1,7 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 /// (m, n, k): the small model's, ragged, one, one past a tile or a piece of k, empty.
@@ -94,16 +96,19 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference_in_every_layout_and_dtype() {
-    let ctx = ctx();
+    let levels = levels();
     for shape in SHAPES {
         for (ta, tb) in TRANSPOSES {
             for (da, db, dc) in
                 [(F32, F32, F32), (Bf16, Bf16, Bf16), (F32, Bf16, F32), (Bf16, F32, Bf16), (Bf16, Bf16, F32)]
             {
                 let case = Case::new(shape, (da, db), ta, tb);
-                let mut c = buf(dc, &vec![7.0; case.m * case.n]);
-                case.run(&ctx, &mut c, false);
-                assert_close(&format!("{shape:?} {ta} {tb} {da:?} {db:?}"), &c, &case.expected(), op_tolerance(dc));
+                let expected = case.expected();
+                for ctx in &levels {
+                    let mut c = buf(dc, &vec![7.0; case.m * case.n]);
+                    case.run(ctx, &mut c, false);
+                    assert_close(&format!("{shape:?} {ta} {tb} {da:?} {db:?}"), &c, &expected, op_tolerance(dc));
+                }
             }
         }
     }
@@ -129,33 +134,34 @@ fn accumulating_adds_the_finished_product() {
 
 #[test]
 fn strides_are_respected() {
-    let ctx = ctx();
-    for (m, n, k) in [(9, 33, 20), (70, 65, 300), (1, 5, 3)] {
-        for (ta, tb) in TRANSPOSES {
-            for d in [F32, Bf16] {
-                let case = Case::new((m, n, k), (d, d), ta, tb);
-                let (ra, ca) = if ta { (k, m) } else { (m, k) };
-                let (rb, cb) = if tb { (n, k) } else { (k, n) };
-                let (a, b) = (strided(&case.a, ra, ca, ca + 3), strided(&case.b, rb, cb, cb + 5));
-                let mut c = buf(d, &vec![-3.0; m * (n + 2)]);
-                let g = Gemm {
-                    m,
-                    n,
-                    k,
-                    a: Mat { data: a.view(), ld: ca + 3 },
-                    ta,
-                    b: Mat { data: b.view(), ld: cb + 5 },
-                    tb,
-                    c: MatMut { data: c.view_mut(), ld: n + 2 },
-                    accumulate: false,
-                };
-                gemm(&ctx, g);
-                let mut dense = ctx.zeros(d, m * n);
-                case.run(&ctx, &mut dense, false);
-                let (c, dense) = (c.view().to_f32(), dense.view().to_f32());
-                for i in 0..m {
-                    assert_eq!(c[i * (n + 2)..][..n], dense[i * n..][..n], "row {i}");
-                    assert_eq!(c[i * (n + 2) + n..][..2], [-3.0, -3.0], "gap after row {i}");
+    for ctx in levels() {
+        for (m, n, k) in [(9, 33, 20), (70, 65, 300), (1, 5, 3)] {
+            for (ta, tb) in TRANSPOSES {
+                for d in [F32, Bf16] {
+                    let case = Case::new((m, n, k), (d, d), ta, tb);
+                    let (ra, ca) = if ta { (k, m) } else { (m, k) };
+                    let (rb, cb) = if tb { (n, k) } else { (k, n) };
+                    let (a, b) = (strided(&case.a, ra, ca, ca + 3), strided(&case.b, rb, cb, cb + 5));
+                    let mut c = buf(d, &vec![-3.0; m * (n + 2)]);
+                    let g = Gemm {
+                        m,
+                        n,
+                        k,
+                        a: Mat { data: a.view(), ld: ca + 3 },
+                        ta,
+                        b: Mat { data: b.view(), ld: cb + 5 },
+                        tb,
+                        c: MatMut { data: c.view_mut(), ld: n + 2 },
+                        accumulate: false,
+                    };
+                    gemm(&ctx, g);
+                    let mut dense = ctx.zeros(d, m * n);
+                    case.run(&ctx, &mut dense, false);
+                    let (c, dense) = (c.view().to_f32(), dense.view().to_f32());
+                    for i in 0..m {
+                        assert_eq!(c[i * (n + 2)..][..n], dense[i * n..][..n], "row {i}");
+                        assert_eq!(c[i * (n + 2) + n..][..2], [-3.0, -3.0], "gap after row {i}");
+                    }
                 }
             }
         }
@@ -251,23 +257,24 @@ fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
 
 #[test]
 fn linear_and_its_gradients() {
-    let ctx = ctx();
-    for (n, rows, cols) in [(1, 40, 64), (70, 33, 100), (0, 5, 6), (300, 128, 48)] {
-        for d in [F32, Bf16] {
-            let (x, w) = (buf(d, &normals(7, n * cols, 1.0)), buf(d, &normals(8, rows * cols, 0.1)));
-            let dy = buf(d, &normals(9, n * rows, 1.0));
-            let weight = Weight { data: w.view(), experts: 1, rows, cols };
-            let mut y = ctx.zeros(d, n * rows);
-            linear(&ctx, x.view(), &weight, y.view_mut());
-            assert_close("y", &y, &reference::linear(&wide(&x), &wide(&w), rows, cols), op_tolerance(d));
-            let (ex, ew) = reference::linear_backward(&wide(&x), &wide(&w), &wide(&dy), rows, cols);
-            let mut dx = ctx.zeros(d, n * cols);
-            linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false);
-            assert_close("dx", &dx, &ex, op_tolerance(d));
-            let mut dw = buf(F32, &vec![1.0; rows * cols]);
-            linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, dw.view_mut());
-            let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
-            assert_close("dw", &dw, &ew, op_tolerance(F32));
+    for ctx in levels() {
+        for (n, rows, cols) in [(1, 40, 64), (70, 33, 100), (0, 5, 6), (300, 128, 48)] {
+            for d in [F32, Bf16] {
+                let (x, w) = (buf(d, &normals(7, n * cols, 1.0)), buf(d, &normals(8, rows * cols, 0.1)));
+                let dy = buf(d, &normals(9, n * rows, 1.0));
+                let weight = Weight { data: w.view(), experts: 1, rows, cols };
+                let mut y = ctx.zeros(d, n * rows);
+                linear(&ctx, x.view(), &weight, y.view_mut());
+                assert_close("y", &y, &reference::linear(&wide(&x), &wide(&w), rows, cols), op_tolerance(d));
+                let (ex, ew) = reference::linear_backward(&wide(&x), &wide(&w), &wide(&dy), rows, cols);
+                let mut dx = ctx.zeros(d, n * cols);
+                linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false);
+                assert_close("dx", &dx, &ex, op_tolerance(d));
+                let mut dw = buf(F32, &vec![1.0; rows * cols]);
+                linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, dw.view_mut());
+                let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
+                assert_close("dw", &dw, &ew, op_tolerance(F32));
+            }
         }
     }
 }

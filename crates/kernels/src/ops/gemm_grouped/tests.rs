@@ -1,6 +1,8 @@
 use super::*;
 use crate::ops::gemm;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 fn wide(b: &Buf) -> Vec<f64> {
@@ -77,23 +79,24 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference() {
-    let ctx = ctx();
-    for counts in COUNTS {
-        for (rows, cols) in [(48, 64), (33, 257), (1, 5)] {
-            for d in [F32, Bf16] {
-                let case = Case::new(counts, rows, cols, d);
-                let n = case.n();
-                let (y, dx, dw) = case.run(&ctx);
-                let ey = reference::forward(&wide(&case.x), &case.offsets, &wide(&case.w), rows, cols);
-                let (ex, ew) =
-                    reference::backward(&wide(&case.x), &wide(&case.dy), &case.offsets, &wide(&case.w), rows, cols);
-                let spare = |mut v: Vec<f64>, cols| {
-                    v.resize((n + SPARE) * cols, 5.0);
-                    v
-                };
-                assert_close("y", &y, &spare(ey, rows), op_tolerance(d));
-                assert_close("dx", &dx, &spare(ex, cols), op_tolerance(d));
-                assert_close("dw", &dw, &ew.iter().map(|w| w + 5.0).collect::<Vec<_>>(), op_tolerance(F32));
+    for ctx in levels() {
+        for counts in COUNTS {
+            for (rows, cols) in [(48, 64), (33, 257), (1, 5)] {
+                for d in [F32, Bf16] {
+                    let case = Case::new(counts, rows, cols, d);
+                    let n = case.n();
+                    let (y, dx, dw) = case.run(&ctx);
+                    let ey = reference::forward(&wide(&case.x), &case.offsets, &wide(&case.w), rows, cols);
+                    let (ex, ew) =
+                        reference::backward(&wide(&case.x), &wide(&case.dy), &case.offsets, &wide(&case.w), rows, cols);
+                    let spare = |mut v: Vec<f64>, cols| {
+                        v.resize((n + SPARE) * cols, 5.0);
+                        v
+                    };
+                    assert_close("y", &y, &spare(ey, rows), op_tolerance(d));
+                    assert_close("dx", &dx, &spare(ex, cols), op_tolerance(d));
+                    assert_close("dw", &dw, &ew.iter().map(|w| w + 5.0).collect::<Vec<_>>(), op_tolerance(F32));
+                }
             }
         }
     }

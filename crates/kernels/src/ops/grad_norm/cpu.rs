@@ -2,7 +2,7 @@
 //! nor its neighbours change its sum.
 
 use crate::Cpu;
-use crate::math::vectorised;
+use crate::isa::{Isa, vectorised};
 use std::ops::Range;
 
 const BLOCK: usize = 16_384;
@@ -13,7 +13,7 @@ const LANES: usize = 16;
 pub fn norm(cpu: &Cpu, grad: &[f32], tensors: &[Range<usize>], out: &mut f32) {
     let blocks: Vec<Range<usize>> = tensors.iter().flat_map(blocks_of).collect();
     let mut partial = vec![0.0f64; blocks.len()];
-    cpu.chunks_mut(&mut partial, 1, |i, sum| sum[0] = sum_of_squares(&grad[blocks[i].clone()]));
+    cpu.chunks_mut(&mut partial, 1, |i, sum| sum[0] = sum_of_squares(cpu.isa(), &grad[blocks[i].clone()]));
     let mut rest = partial.as_slice();
     let mut total = 0.0f64;
     for t in tensors {
@@ -30,7 +30,7 @@ fn blocks_of(tensor: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<
 }
 
 vectorised! {
-    fn sum_of_squares(x: &[f32]) -> f64 {
+    fn sum_of_squares(isa: Isa, x: &[f32]) -> f64 {
         let mut lanes = [0.0f64; LANES];
         let (chunks, tail) = x.as_chunks::<LANES>();
         for chunk in chunks {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::Buf;
-use crate::testing::{assert_close, contexts, ctx, normals};
+use crate::testing::{assert_close, contexts, ctx, levels, normals};
 use hadal_numerics::Tolerance;
 
 /// Lengths of tensors in arena order: none, one, around a block and a lane, and some blocks.
@@ -32,12 +32,19 @@ fn expected(grad: &[f32], tensors: &[Range<usize>]) -> f64 {
 
 #[test]
 fn cpu_matches_the_reference() {
-    // The largest scale overflows f32 squares; the smallest makes them vanish.
-    for scale in [1.0, 1e-30, 1e30] {
-        let (grad, tensors) = arena(scale);
-        for n in 0..=tensors.len() {
-            let found = run(&ctx(), &grad, &tensors[..n]);
-            assert_close("norm", &found, &[expected(&grad, &tensors[..n])], Tolerance { element: 1e-7, cosine: 1e-9 });
+    for ctx in levels() {
+        // The largest scale overflows f32 squares; the smallest makes them vanish.
+        for scale in [1.0, 1e-30, 1e30] {
+            let (grad, tensors) = arena(scale);
+            for n in 0..=tensors.len() {
+                let found = run(&ctx, &grad, &tensors[..n]);
+                assert_close(
+                    "norm",
+                    &found,
+                    &[expected(&grad, &tensors[..n])],
+                    Tolerance { element: 1e-7, cosine: 1e-9 },
+                );
+            }
         }
     }
 }

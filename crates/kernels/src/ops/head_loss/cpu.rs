@@ -3,7 +3,8 @@
 //! they depend on the row, the weight and nothing else of the batch. Non-finite logits give non-finite outputs.
 
 use super::{Backward, Inputs, Outputs};
-use crate::math::{exp, vectorised};
+use crate::isa::{Isa, vectorised};
+use crate::math::exp;
 use crate::ops::by_dtype;
 use crate::ops::gemm::{Gemm, Mat, MatMut, gemm};
 use crate::{AlignedVec, Cpu, Ctx, DType, Elem, View, ViewMut, Weight};
@@ -29,7 +30,7 @@ pub(super) fn forward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut out: Outputs<'_>)
         cpu.chunks_mut(&mut rows, ROWS, |block, rows| {
             for (i, row) in rows.iter_mut().enumerate() {
                 let r = block * ROWS + i;
-                row.add(logits.row(r), scale);
+                row.add(cpu.isa(), logits.row(r), scale);
                 if let Some(j) = position(targets[r], &ids) {
                     row.target = logits.row(r)[j] * scale;
                 }
@@ -146,7 +147,7 @@ impl Slice {
         cpu.chunks_mut(&mut self.z, ROWS * ld, |block, z| {
             for (i, z) in z.chunks_mut(ld).enumerate() {
                 let r = block * ROWS + i;
-                rows[r].apply(&mut z[..ids.len()], scale);
+                rows[r].apply(cpu.isa(), &mut z[..ids.len()], scale);
                 if let Some(j) = position(rows[r].target, &ids) {
                     z[j] += rows[r].d_target;
                 }
@@ -219,9 +220,9 @@ struct Row {
 
 impl Row {
     /// Takes in the row's logits of the next slice.
-    fn add(&mut self, x: &[f32], scale: f32) {
-        let max = largest(x) * scale;
-        let (sum, dot) = exp_sums(x, scale, max);
+    fn add(&mut self, isa: Isa, x: &[f32], scale: f32) {
+        let max = largest(isa, x) * scale;
+        let (sum, dot) = exp_sums(isa, x, scale, max);
         let new = Row { max: f64::from(max), sum, dot, ..*self };
         *self = if self.sum == 0.0 { new } else { self.merge(&new) };
     }
@@ -251,7 +252,7 @@ impl Row {
 
 vectorised! {
     /// The largest element. A NaN may be taken for it, or passed over.
-    fn largest(x: &[f32]) -> f32 {
+    fn largest(isa: Isa, x: &[f32]) -> f32 {
         // Floats in ascending order have ascending keys, and a maximum of integers may be taken in any order. Flipping
         // the lower bits of a negative is its own inverse.
         let flip = |bits: i32| bits ^ ((bits >> 31) & i32::MAX);
@@ -262,7 +263,7 @@ vectorised! {
 
 vectorised! {
     /// sum of e^t and of e^t t, with t = x scale - max.
-    fn exp_sums(x: &[f32], scale: f32, max: f32) -> (f64, f64) {
+    fn exp_sums(isa: Isa, x: &[f32], scale: f32, max: f32) -> (f64, f64) {
         let (mut sum, mut dot) = ([0.0f32; LANES], [0.0f32; LANES]);
         let (blocks, rest) = x.as_chunks::<LANES>();
         let mut add = |l: usize, x: f32| {
@@ -368,18 +369,18 @@ fn row_gradients(x: &Inputs<'_>, b: &Backward<'_>) -> Vec<RowGradient> {
 
 impl RowGradient {
     /// Logits in, gradients out, but for those at single ids.
-    fn apply(&self, z: &mut [f32], scale: f32) {
+    fn apply(&self, isa: Isa, z: &mut [f32], scale: f32) {
         if self.all == 0.0 && self.spread == 0.0 {
             // A row without a gradient costs nothing, and what its logits are does not matter.
             z.fill(0.0);
             return;
         }
-        softmax_gradient(z, scale, self.lse, self.entropy, self.all, self.spread);
+        softmax_gradient(isa, z, scale, self.lse, self.entropy, self.all, self.spread);
     }
 }
 
 vectorised! {
-    fn softmax_gradient(z: &mut [f32], scale: f32, lse: f32, entropy: f32, all: f32, spread: f32) {
+    fn softmax_gradient(isa: Isa, z: &mut [f32], scale: f32, lse: f32, entropy: f32, all: f32, spread: f32) {
         for z in z {
             let t = *z * scale - lse;
             *z = exp(t) * (all + spread * (t + entropy));

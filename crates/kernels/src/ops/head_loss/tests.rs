@@ -1,5 +1,7 @@
 use super::{Backward, Inputs, Outputs, backward, cpu::SLICE, forward, reference};
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, Ctx, DType, Weight};
 use hadal_numerics::{Purpose, Rng, Tolerance};
 
@@ -154,32 +156,34 @@ fn reference_gradients_agree_with_finite_differences() {
 
 #[test]
 fn agrees_with_the_reference() {
-    let tol = Tolerance::F32_OP;
-    each_case(|dtype, c| {
-        let (hidden, weight) = (widen(&c.hidden), widen(&c.weight));
-        let temperature = f64::from(c.temperature);
-        let (targets, given) = (c.targets.view().i32(), c.given.view().i32());
-        let x = reference::Inputs { hidden: &hidden, weight: &weight, d: c.d, targets, temperature, given };
-        let want = reference::forward(&x);
-        let k = c.v.min(6);
-        let [lse, logp, entropy, given_logp, top_ids, top_logp] = c.forward(&ctx(), k);
-        assert_close("lse", &lse, &want.lse, tol);
-        assert_close("logp", &logp, &want.logp, tol);
-        assert_close("entropy", &entropy, &want.entropy, tol);
-        assert_close("given_logp", &given_logp, &want.given_logp, tol);
-        let ids: Vec<i32> = want.ranked.iter().flat_map(|(ids, _)| ids[..k].to_vec()).collect();
-        assert_eq!(top_ids.view().i32(), ids);
-        let top: Vec<f64> = want.ranked.iter().flat_map(|(_, logp)| logp[..k].to_vec()).collect();
-        assert_close("top_logp", &top_logp, &top, tol);
+    for ctx in levels() {
+        let tol = Tolerance::F32_OP;
+        each_case(|dtype, c| {
+            let (hidden, weight) = (widen(&c.hidden), widen(&c.weight));
+            let temperature = f64::from(c.temperature);
+            let (targets, given) = (c.targets.view().i32(), c.given.view().i32());
+            let x = reference::Inputs { hidden: &hidden, weight: &weight, d: c.d, targets, temperature, given };
+            let want = reference::forward(&x);
+            let k = c.v.min(6);
+            let [lse, logp, entropy, given_logp, top_ids, top_logp] = c.forward(&ctx, k);
+            assert_close("lse", &lse, &want.lse, tol);
+            assert_close("logp", &logp, &want.logp, tol);
+            assert_close("entropy", &entropy, &want.entropy, tol);
+            assert_close("given_logp", &given_logp, &want.given_logp, tol);
+            let ids: Vec<i32> = want.ranked.iter().flat_map(|(ids, _)| ids[..k].to_vec()).collect();
+            assert_eq!(top_ids.view().i32(), ids);
+            let top: Vec<f64> = want.ranked.iter().flat_map(|(_, logp)| logp[..k].to_vec()).collect();
+            assert_close("top_logp", &top_logp, &top, tol);
 
-        let before = buf(DType::F32, &normals(20, c.v * c.d, 1.0));
-        let (d_logp, d_entropy, d_given) = (widen(&c.d_logp), widen(&c.d_entropy), widen(&c.d_given));
-        let (want_dh, mut want_dw) = reference::backward(&x, &d_logp, &d_entropy, &d_given);
-        want_dw.iter_mut().zip(widen(&before)).for_each(|(w, b)| *w += b);
-        let [dh, dw] = c.backward(&ctx(), dtype, &before, [true, true]);
-        assert_close("d_hidden", &dh, &want_dh, op_tolerance(dtype));
-        assert_close("d_weight", &dw, &want_dw, tol);
-    });
+            let before = buf(DType::F32, &normals(20, c.v * c.d, 1.0));
+            let (d_logp, d_entropy, d_given) = (widen(&c.d_logp), widen(&c.d_entropy), widen(&c.d_given));
+            let (want_dh, mut want_dw) = reference::backward(&x, &d_logp, &d_entropy, &d_given);
+            want_dw.iter_mut().zip(widen(&before)).for_each(|(w, b)| *w += b);
+            let [dh, dw] = c.backward(&ctx, dtype, &before, [true, true]);
+            assert_close("d_hidden", &dh, &want_dh, op_tolerance(dtype));
+            assert_close("d_weight", &dw, &want_dw, tol);
+        });
+    }
 }
 
 #[test]
@@ -203,25 +207,27 @@ fn same_bits_on_any_number_of_threads_and_whichever_gradient_is_asked_for() {
 /// What a row gives alone is what it gives among others.
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
-    each_case(|dtype, c| {
-        let outputs = c.forward(&ctx(), c.v.min(3));
-        let before = buf(DType::F32, &vec![0.0; c.v * c.d]);
-        let [dh, _] = c.backward(&ctx(), dtype, &before, [true, false]);
-        for r in (0..c.n).step_by(4).chain(c.n.checked_sub(1)) {
-            let alone = c.row(r);
-            for (all, one) in outputs.iter().zip(&alone.forward(&ctx(), c.v.min(3))) {
-                let w = one.len();
-                if one.dtype() == DType::I32 {
-                    assert_eq!(all.view().slice(r * w..(r + 1) * w).i32(), one.view().i32());
-                } else {
-                    let part = buf(DType::F32, &all.view().slice(r * w..(r + 1) * w).to_f32());
-                    assert_same_bits("forward", &part, one);
+    for ctx in levels() {
+        each_case(|dtype, c| {
+            let outputs = c.forward(&ctx, c.v.min(3));
+            let before = buf(DType::F32, &vec![0.0; c.v * c.d]);
+            let [dh, _] = c.backward(&ctx, dtype, &before, [true, false]);
+            for r in (0..c.n).step_by(4).chain(c.n.checked_sub(1)) {
+                let alone = c.row(r);
+                for (all, one) in outputs.iter().zip(&alone.forward(&ctx, c.v.min(3))) {
+                    let w = one.len();
+                    if one.dtype() == DType::I32 {
+                        assert_eq!(all.view().slice(r * w..(r + 1) * w).i32(), one.view().i32());
+                    } else {
+                        let part = buf(DType::F32, &all.view().slice(r * w..(r + 1) * w).to_f32());
+                        assert_same_bits("forward", &part, one);
+                    }
                 }
+                let part = buf(dtype, &dh.view().slice(r * c.d..(r + 1) * c.d).to_f32());
+                assert_same_bits("d_hidden", &part, &alone.backward(&ctx, dtype, &before, [true, false])[0]);
             }
-            let part = buf(dtype, &dh.view().slice(r * c.d..(r + 1) * c.d).to_f32());
-            assert_same_bits("d_hidden", &part, &alone.backward(&ctx(), dtype, &before, [true, false])[0]);
-        }
-    });
+        });
+    }
 }
 
 /// All ids equal, K past a slice: the lowest ids in order; and a larger one that comes late goes first.

@@ -1,5 +1,5 @@
 use super::{Store, reference, store};
-use crate::testing::{assert_same_bits, buf, contexts, ctx, normals};
+use crate::testing::{assert_same_bits, buf, contexts, ctx, levels, normals};
 use crate::{Buf, Ctx, DType};
 
 fn run(ctx: &Ctx, dtype: DType, latent: usize, rope: usize, stride: usize, slots: &[i32], tokens: usize) -> Buf {
@@ -27,20 +27,22 @@ fn slots(n: usize, held: usize) -> Vec<i32> {
 
 #[test]
 fn agrees_with_the_reference() {
-    for dtype in [DType::F32, DType::Bf16] {
-        for (latent, rope, stride, n, held) in
-            [(512, 64, 576, 66, 128), (5, 3, 3, 127, 128), (4, 0, 0, 3, 64), (4, 2, 2, 0, 64), (4, 2, 9, 1, 64)]
-        {
-            let slots = slots(n, held);
-            let found = run(&ctx(), dtype, latent, rope, stride, &slots, held);
-            let rounded = |stream, len| -> Vec<f64> {
-                buf(dtype, &normals(stream, len, 1.0)).view().to_f32().into_iter().map(f64::from).collect()
-            };
-            let mut cache = rounded(3, held * (latent + rope));
-            let (c_kv, k_pe) = (rounded(1, n * latent), rounded(2, n * stride));
-            reference::store(&c_kv, &k_pe, stride, latent, rope, &slots, &mut cache);
-            let expected: Vec<f32> = cache.iter().map(|&x| x as f32).collect();
-            assert_same_bits(&format!("{dtype:?} {latent} {rope} {n}"), &found, &buf(dtype, &expected));
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for (latent, rope, stride, n, held) in
+                [(512, 64, 576, 66, 128), (5, 3, 3, 127, 128), (4, 0, 0, 3, 64), (4, 2, 2, 0, 64), (4, 2, 9, 1, 64)]
+            {
+                let slots = slots(n, held);
+                let found = run(&ctx, dtype, latent, rope, stride, &slots, held);
+                let rounded = |stream, len| -> Vec<f64> {
+                    buf(dtype, &normals(stream, len, 1.0)).view().to_f32().into_iter().map(f64::from).collect()
+                };
+                let mut cache = rounded(3, held * (latent + rope));
+                let (c_kv, k_pe) = (rounded(1, n * latent), rounded(2, n * stride));
+                reference::store(&c_kv, &k_pe, stride, latent, rope, &slots, &mut cache);
+                let expected: Vec<f32> = cache.iter().map(|&x| x as f32).collect();
+                assert_same_bits(&format!("{dtype:?} {latent} {rope} {n}"), &found, &buf(dtype, &expected));
+            }
         }
     }
 }

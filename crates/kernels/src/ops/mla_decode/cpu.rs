@@ -4,7 +4,8 @@
 //! depend on the chunk.
 
 use super::{BLOCK, Decode};
-use crate::ops::mla_prefill::tile::{self, Job, Lanes, Product, Softmax, TILE, cut, padded};
+use crate::isa::{Job, Lanes};
+use crate::ops::mla_prefill::tile::{self, Product, Softmax, TILE, cut, padded};
 use crate::{Cpu, Elem};
 
 const _: () = assert!(BLOCK == TILE, "a tile of keys is a block of the cache");
@@ -25,7 +26,7 @@ pub fn forward<T: Elem>(cpu: &Cpu, a: Decode<'_>) {
     let out = T::of_mut(a.out);
     cpu.chunks2_mut((out, group * a.latent), (a.lse.f32(), group), |i, out, lse| {
         let (seq, keys) = tokens[i * group / a.heads];
-        tile::run(Group {
+        cpu.isa().run(Group {
             q: &q[i * group * width..(i + 1) * group * width],
             cache,
             blocks: &table[seq * max_blocks..(seq + 1) * max_blocks],

@@ -1,6 +1,6 @@
 use super::{BLOCK, Decode, forward, reference};
 use crate::ops::mla_prefill;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, normals, op_tolerance};
+use crate::testing::{assert_close, assert_same_bits, buf, ctx, isas, levels, normals, op_tolerance, thread_counts};
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
 
@@ -102,20 +102,22 @@ const SEQUENCES: [(usize, usize); 6] = [(1, 1), (1, 64), (3, 65), (0, 20), (1, 2
 
 #[test]
 fn agrees_with_the_reference() {
-    for dtype in [DType::F32, DType::Bf16] {
-        for sizes in [(4, 32, 8), (3, 19, 5), (17, 16, 16), (32, 24, 0)] {
-            for sequences in [&SEQUENCES[..], &SEQUENCES[3..4], &[(5, 2)], &[]] {
-                let case = Case::new(dtype, sizes, 0, sequences);
-                let (out, lse) = case.run(&ctx());
-                let (o, l) = reference::forward(&case.reference());
-                let name = format!("{dtype:?} {sizes:?} {sequences:?}");
-                assert_close(&format!("out, {name}"), &out, &o, op_tolerance(dtype));
-                assert_close(&format!("lse, {name}"), &lse, &l, Tolerance::F32_OP);
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for sizes in [(4, 32, 8), (3, 19, 5), (17, 16, 16), (32, 24, 0)] {
+                for sequences in [&SEQUENCES[..], &SEQUENCES[3..4], &[(5, 2)], &[]] {
+                    let case = Case::new(dtype, sizes, 0, sequences);
+                    let (out, lse) = case.run(&ctx);
+                    let (o, l) = reference::forward(&case.reference());
+                    let name = format!("{dtype:?} {sizes:?} {sequences:?}");
+                    assert_close(&format!("out, {name}"), &out, &o, op_tolerance(dtype));
+                    assert_close(&format!("lse, {name}"), &lse, &l, Tolerance::F32_OP);
+                }
             }
+            let case = Case::new(dtype, (16, 512, 64), 0, &[(1, 130)]);
+            let (out, _) = case.run(&ctx);
+            assert_close("576 and 512", &out, &reference::forward(&case.reference()).0, op_tolerance(dtype));
         }
-        let case = Case::new(dtype, (16, 512, 64), 0, &[(1, 130)]);
-        let (out, _) = case.run(&ctx());
-        assert_close("576 and 512", &out, &reference::forward(&case.reference()).0, op_tolerance(dtype));
     }
 }
 
@@ -169,32 +171,36 @@ fn absorbed_equals_unabsorbed() {
 
 #[test]
 fn one_by_one_equals_a_chunk() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let (sizes, n, total) = ((6, 24, 8), 75, 140);
-        let chunk = Case::new(dtype, sizes, 0, &[(n, total)]);
-        let (out, lse) = chunk.run(&ctx());
-        let (heads, width) = (sizes.0, sizes.1 + sizes.2);
-        for i in 0..n {
-            let mut one = Case::new(dtype, sizes, 0, &[(1, total - n + 1 + i)]);
-            one.q = rows(&chunk.q, i, 1, heads * width);
-            let (o, l) = one.run(&ctx());
-            assert_same_bits(&format!("out of token {i}"), &rows(&out, i, 1, heads * sizes.1), &o);
-            assert_same_bits(&format!("lse of token {i}"), &rows(&lse, i, 1, heads), &l);
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let (sizes, n, total) = ((6, 24, 8), 75, 140);
+            let chunk = Case::new(dtype, sizes, 0, &[(n, total)]);
+            let (out, lse) = chunk.run(&ctx);
+            let (heads, width) = (sizes.0, sizes.1 + sizes.2);
+            for i in 0..n {
+                let mut one = Case::new(dtype, sizes, 0, &[(1, total - n + 1 + i)]);
+                one.q = rows(&chunk.q, i, 1, heads * width);
+                let (o, l) = one.run(&ctx);
+                assert_same_bits(&format!("out of token {i}"), &rows(&out, i, 1, heads * sizes.1), &o);
+                assert_same_bits(&format!("lse of token {i}"), &rows(&lse, i, 1, heads), &l);
+            }
         }
     }
 }
 
 #[test]
 fn a_sequence_alone_equals_itself_among_others() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let sizes = (4, 32, 8);
-        let (out, lse) = Case::new(dtype, sizes, 0, &SEQUENCES).run(&ctx());
-        let mut at = 0;
-        for (s, &(queries, keys)) in SEQUENCES.iter().enumerate() {
-            let (o, l) = Case::new(dtype, sizes, s, &[(queries, keys)]).run(&ctx());
-            assert_same_bits(&format!("out of {s}"), &rows(&out, at, queries, 4 * 32), &o);
-            assert_same_bits(&format!("lse of {s}"), &rows(&lse, at, queries, 4), &l);
-            at += queries;
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let sizes = (4, 32, 8);
+            let (out, lse) = Case::new(dtype, sizes, 0, &SEQUENCES).run(&ctx);
+            let mut at = 0;
+            for (s, &(queries, keys)) in SEQUENCES.iter().enumerate() {
+                let (o, l) = Case::new(dtype, sizes, s, &[(queries, keys)]).run(&ctx);
+                assert_same_bits(&format!("out of {s}"), &rows(&out, at, queries, 4 * 32), &o);
+                assert_same_bits(&format!("lse of {s}"), &rows(&lse, at, queries, 4), &l);
+                at += queries;
+            }
         }
     }
 }
@@ -203,10 +209,12 @@ fn a_sequence_alone_equals_itself_among_others() {
 fn thread_count_changes_no_bit() {
     for dtype in [DType::F32, DType::Bf16] {
         let case = Case::new(dtype, (32, 40, 8), 0, &SEQUENCES);
-        let runs: Vec<(Buf, Buf)> = contexts().iter().map(|c| case.run(c)).collect();
-        for (out, lse) in &runs[1..] {
-            assert_same_bits("out", &runs[0].0, out);
-            assert_same_bits("lse", &runs[0].1, lse);
+        for isa in isas() {
+            let runs: Vec<(Buf, Buf)> = thread_counts(isa).iter().map(|c| case.run(c)).collect();
+            for (out, lse) in &runs[1..] {
+                assert_same_bits("out", &runs[0].0, out);
+                assert_same_bits("lse", &runs[0].1, lse);
+            }
         }
     }
 }

@@ -6,8 +6,10 @@
 //! in head order afterwards.
 
 use super::cpu::{Disjoint, QueryTile, gather, gather_keys, padded_widths, query_tiles, scores_of};
-use super::tile::{self, Job, Lanes, Product, TILE, cut, padded};
+use super::tile::{self, Product, TILE, cut, padded};
 use super::{Backward, Problem};
+use crate::isa::{Job, Lanes, fma};
+use crate::math::exp_fused;
 use crate::{AlignedVec, Cpu, Elem};
 
 /// Keys per task of the sum over heads.
@@ -24,7 +26,7 @@ pub fn backward<T: Elem>(cpu: &Cpu, x: &Problem<'_, T>, b: Backward<'_>) {
     let pe = Disjoint::new(&mut pe_planes);
     cpu.for_each((x.cu_q.len() - 1) * s.heads, |i| {
         let (seq, head) = (i / s.heads, i % s.heads);
-        tile::run(Task { x, seq, head, out, lse, dout, dq: &dq, dkv_up: &dkv_up, pe: &pe });
+        cpu.isa().run(Task { x, seq, head, out, lse, dout, dq: &dq, dkv_up: &dkv_up, pe: &pe });
     });
     if plane == 0 {
         return;
@@ -164,7 +166,7 @@ impl<T: Elem> Task<'_, T> {
         for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate().take(nk) {
             for q in 0..columns {
                 let seen = (j as i32) < visible[q];
-                let weight = tile::exp::<V>(tile::fma::<V>(p[q], s.scale, -tiles.lse[q]));
+                let weight = exp_fused(V::FMA, fma(V::FMA, p[q], s.scale, -tiles.lse[q]));
                 let weight = if seen { weight } else { 0.0 };
                 p[q] = weight;
                 ds[q] = if seen { weight * (ds[q] - tiles.d[q]) * s.scale } else { 0.0 };

@@ -2,8 +2,9 @@
 //! come out as [keys][queries]: keys are then only widened, never transposed, and the softmax runs along contiguous
 //! queries without a horizontal sum.
 
-use super::tile::{self, Job, Lanes, Product, Softmax, TILE, cut, padded};
+use super::tile::{self, Product, Softmax, TILE, cut, padded};
 use super::{Problem, Shape};
+use crate::isa::{Job, Lanes};
 use crate::{Cpu, Elem};
 use std::marker::PhantomData;
 
@@ -111,7 +112,7 @@ pub fn forward<T: Elem>(cpu: &Cpu, x: &Problem<'_, T>, out: &mut [T], lse: &mut 
     tiles.sort_by_key(|t| std::cmp::Reverse(t.keys));
     let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
     cpu.for_each(tiles.len() * heads, |i| {
-        tile::run(Forward { x, tile: tiles[i / heads], head: i % heads, out: &out, lse: &lse });
+        cpu.isa().run(Forward { x, tile: tiles[i / heads], head: i % heads, out: &out, lse: &lse });
     });
 }
 

@@ -1,5 +1,7 @@
 use super::{Backward, Inputs, Shape, backward, forward, reference};
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
+};
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
 
@@ -102,9 +104,9 @@ impl Case {
     }
 
     /// Runs and compares everything with the reference.
-    fn check(&self) {
+    fn check(&self, ctx: &Ctx) {
         let (s, name, tol) = (&self.shape, &self.name, op_tolerance(self.q.dtype()));
-        let r = self.run(&ctx());
+        let r = self.run(ctx);
         let x = self.reference();
         let (out, lse) = reference::forward(s, &x);
         let g = reference::backward(s, &x, &f64s(&r.out), &f64s(&self.dout));
@@ -151,20 +153,22 @@ fn reference_backward_is_the_derivative() {
 
 #[test]
 fn agrees_with_the_reference() {
-    let batches: [&[(usize, usize)]; 4] = [
-        &[],
-        &[(0, 0), (1, 1), (5, 5), (0, 3), (2, 0)],
-        &[(63, 63), (64, 64), (65, 65)],
-        &[(1, 130), (70, 129), (80, 70)],
-    ];
-    for dtype in [DType::F32, DType::Bf16] {
-        for shape in shapes() {
-            for batch in batches {
-                Case::new(dtype, shape, batch).check();
+    for ctx in levels() {
+        let batches: [&[(usize, usize)]; 4] = [
+            &[],
+            &[(0, 0), (1, 1), (5, 5), (0, 3), (2, 0)],
+            &[(63, 63), (64, 64), (65, 65)],
+            &[(1, 130), (70, 129), (80, 70)],
+        ];
+        for dtype in [DType::F32, DType::Bf16] {
+            for shape in shapes() {
+                for batch in batches {
+                    Case::new(dtype, shape, batch).check(&ctx);
+                }
             }
+            Case::new(dtype, shape(1, 128, 64, 128), &[(66, 66)]).check(&ctx);
+            Case::new(dtype, shape(1, 8, 4, 8), &[(300, 300)]).check(&ctx);
         }
-        Case::new(dtype, shape(1, 128, 64, 128), &[(66, 66)]).check();
-        Case::new(dtype, shape(1, 8, 4, 8), &[(300, 300)]).check();
     }
 }
 
@@ -172,43 +176,49 @@ fn agrees_with_the_reference() {
 /// finite, since an f32 score of 500 leaves the probabilities themselves 3e-5 uncertain.
 #[test]
 fn large_scores_neither_overflow_nor_vanish() {
-    let mut case = Case::new(DType::F32, shape(2, 6, 2, 4), &[(100, 100)]);
-    case.q = buf(DType::F32, &normals(1, case.q.len(), 100.0));
-    let r = case.run(&ctx());
-    let (out, lse) = reference::forward(&case.shape, &case.reference());
-    assert!(lse.iter().any(|x| *x > 300.0), "the scores are not large");
-    assert_close("lse", &r.lse, &lse, Tolerance::F32_OP);
-    let worst = out.iter().zip(f64s(&r.out)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(worst < 1e-3, "out is off by {worst}");
-    for b in [&r.dq, &r.dkv_up] {
-        assert!(b.view().f32().iter().all(|x| x.is_finite()) && b.view().f32().iter().any(|x| *x != 0.0));
+    for ctx in levels() {
+        let mut case = Case::new(DType::F32, shape(2, 6, 2, 4), &[(100, 100)]);
+        case.q = buf(DType::F32, &normals(1, case.q.len(), 100.0));
+        let r = case.run(&ctx);
+        let (out, lse) = reference::forward(&case.shape, &case.reference());
+        assert!(lse.iter().any(|x| *x > 300.0), "the scores are not large");
+        assert_close("lse", &r.lse, &lse, Tolerance::F32_OP);
+        let worst = out.iter().zip(f64s(&r.out)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst < 1e-3, "out is off by {worst}");
+        for b in [&r.dq, &r.dkv_up] {
+            assert!(b.view().f32().iter().all(|x| x.is_finite()) && b.view().f32().iter().any(|x| *x != 0.0));
+        }
     }
 }
 
 #[test]
 fn a_query_without_keys_gets_zeros() {
-    let case = Case::new(DType::F32, shape(2, 4, 4, 6), &[(70, 3)]);
-    let r = case.run(&ctx());
-    assert!(r.lse.view().f32()[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));
-    assert!(r.out.view().f32()[..67 * 2 * 6].iter().all(|&x| x == 0.0));
-    assert!(r.dq.view().f32()[..67 * 2 * 8].iter().all(|&x| x == 0.0));
-    assert!(r.lse.view().f32()[67 * 2..].iter().all(|x| x.is_finite()));
+    for ctx in levels() {
+        let case = Case::new(DType::F32, shape(2, 4, 4, 6), &[(70, 3)]);
+        let r = case.run(&ctx);
+        assert!(r.lse.view().f32()[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));
+        assert!(r.out.view().f32()[..67 * 2 * 6].iter().all(|&x| x == 0.0));
+        assert!(r.dq.view().f32()[..67 * 2 * 8].iter().all(|&x| x == 0.0));
+        assert!(r.lse.view().f32()[67 * 2..].iter().all(|x| x.is_finite()));
+    }
 }
 
 #[test]
 fn thread_count_changes_no_bit() {
     for dtype in [DType::F32, DType::Bf16] {
         let case = Case::new(dtype, shape(3, 12, 6, 10), &[(70, 70), (3, 90), (140, 140)]);
-        let runs: Vec<Results> = contexts().iter().map(|c| case.run(c)).collect();
-        for r in &runs[1..] {
-            for (name, a, b) in [
-                ("out", &runs[0].out, &r.out),
-                ("lse", &runs[0].lse, &r.lse),
-                ("dq", &runs[0].dq, &r.dq),
-                ("dkv_up", &runs[0].dkv_up, &r.dkv_up),
-                ("dk_pe", &runs[0].dk_pe, &r.dk_pe),
-            ] {
-                assert_same_bits(name, a, b);
+        for isa in isas() {
+            let runs: Vec<Results> = thread_counts(isa).iter().map(|c| case.run(c)).collect();
+            for r in &runs[1..] {
+                for (name, a, b) in [
+                    ("out", &runs[0].out, &r.out),
+                    ("lse", &runs[0].lse, &r.lse),
+                    ("dq", &runs[0].dq, &r.dq),
+                    ("dkv_up", &runs[0].dkv_up, &r.dkv_up),
+                    ("dk_pe", &runs[0].dk_pe, &r.dk_pe),
+                ] {
+                    assert_same_bits(name, a, b);
+                }
             }
         }
     }
@@ -221,26 +231,28 @@ fn rows(b: &Buf, at: usize, n: usize, width: usize) -> Buf {
 
 #[test]
 fn a_sequence_alone_equals_itself_among_others() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let s = shape(2, 12, 6, 10);
-        let sequences = [(67, 67), (130, 130), (5, 100), (1, 1)];
-        let all = Case::new(dtype, s, &sequences);
-        let r = all.run(&ctx());
-        let (mut q0, mut k0) = (0, 0);
-        let (d, up) = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.v));
-        for (nq, nk) in sequences {
-            let mut one = Case::new(dtype, s, &[(nq, nk)]);
-            one.q = rows(&all.q, q0, nq, d);
-            one.kv_up = rows(&all.kv_up, k0, nk, up);
-            one.k_pe = rows(&all.k_pe, k0, nk, s.k_pe_stride);
-            one.dout = rows(&all.dout, q0, nq, s.heads * s.v);
-            let alone = one.run(&ctx());
-            assert_same_bits("out", &rows(&r.out, q0, nq, s.heads * s.v), &alone.out);
-            assert_same_bits("lse", &rows(&r.lse, q0, nq, s.heads), &alone.lse);
-            assert_same_bits("dq", &rows(&r.dq, q0, nq, d), &alone.dq);
-            assert_same_bits("dkv_up", &rows(&r.dkv_up, k0, nk, up), &alone.dkv_up);
-            assert_same_bits("dk_pe", &rows(&r.dk_pe, k0, nk, s.k_pe_stride), &alone.dk_pe);
-            (q0, k0) = (q0 + nq, k0 + nk);
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let s = shape(2, 12, 6, 10);
+            let sequences = [(67, 67), (130, 130), (5, 100), (1, 1)];
+            let all = Case::new(dtype, s, &sequences);
+            let r = all.run(&ctx);
+            let (mut q0, mut k0) = (0, 0);
+            let (d, up) = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.v));
+            for (nq, nk) in sequences {
+                let mut one = Case::new(dtype, s, &[(nq, nk)]);
+                one.q = rows(&all.q, q0, nq, d);
+                one.kv_up = rows(&all.kv_up, k0, nk, up);
+                one.k_pe = rows(&all.k_pe, k0, nk, s.k_pe_stride);
+                one.dout = rows(&all.dout, q0, nq, s.heads * s.v);
+                let alone = one.run(&ctx);
+                assert_same_bits("out", &rows(&r.out, q0, nq, s.heads * s.v), &alone.out);
+                assert_same_bits("lse", &rows(&r.lse, q0, nq, s.heads), &alone.lse);
+                assert_same_bits("dq", &rows(&r.dq, q0, nq, d), &alone.dq);
+                assert_same_bits("dkv_up", &rows(&r.dkv_up, k0, nk, up), &alone.dkv_up);
+                assert_same_bits("dk_pe", &rows(&r.dk_pe, k0, nk, s.k_pe_stride), &alone.dk_pe);
+                (q0, k0) = (q0 + nq, k0 + nk);
+            }
         }
     }
 }
@@ -248,17 +260,19 @@ fn a_sequence_alone_equals_itself_among_others() {
 /// A prompt prefilled in chunks gives each token the bits that the whole prompt gives it.
 #[test]
 fn chunks_equal_the_whole() {
-    let (s, n) = (shape(2, 12, 6, 10), 150);
-    let whole = Case::new(DType::F32, s, &[(n, n)]);
-    let r = whole.run(&ctx());
-    for (from, to) in [(0, 37), (37, 101), (101, 102), (102, 150)] {
-        let mut part = Case::new(DType::F32, s, &[(to - from, to)]);
-        part.q = rows(&whole.q, from, to - from, s.heads * (s.nope + s.rope));
-        part.kv_up = rows(&whole.kv_up, 0, to, s.heads * (s.nope + s.v));
-        part.k_pe = rows(&whole.k_pe, 0, to, s.k_pe_stride);
-        let p = part.run(&ctx());
-        assert_same_bits("out", &rows(&r.out, from, to - from, s.heads * s.v), &p.out);
-        assert_same_bits("lse", &rows(&r.lse, from, to - from, s.heads), &p.lse);
+    for ctx in levels() {
+        let (s, n) = (shape(2, 12, 6, 10), 150);
+        let whole = Case::new(DType::F32, s, &[(n, n)]);
+        let r = whole.run(&ctx);
+        for (from, to) in [(0, 37), (37, 101), (101, 102), (102, 150)] {
+            let mut part = Case::new(DType::F32, s, &[(to - from, to)]);
+            part.q = rows(&whole.q, from, to - from, s.heads * (s.nope + s.rope));
+            part.kv_up = rows(&whole.kv_up, 0, to, s.heads * (s.nope + s.v));
+            part.k_pe = rows(&whole.k_pe, 0, to, s.k_pe_stride);
+            let p = part.run(&ctx);
+            assert_same_bits("out", &rows(&r.out, from, to - from, s.heads * s.v), &p.out);
+            assert_same_bits("lse", &rows(&r.lse, from, to - from, s.heads), &p.lse);
+        }
     }
 }
 
@@ -271,49 +285,10 @@ fn a_wrong_size_is_named() {
 }
 
 mod tiles {
-    use super::super::tile::{self, Job, Lanes, PAD, Portable, Product, TILE};
-    use crate::testing::normals;
-
-    struct Exp<'a>(&'a mut [f32]);
-    impl Job for Exp<'_> {
-        #[inline(always)]
-        fn run<V: Lanes>(self) {
-            self.0.iter_mut().for_each(|x| *x = tile::exp::<V>(*x));
-        }
-    }
-
-    fn check_exp(run: impl Fn(Exp<'_>)) {
-        let x: Vec<f32> = (-86_990..88_000).map(|i| i as f32 * 1e-3).collect();
-        let mut y = x.clone();
-        run(Exp(&mut y));
-        for (x, y) in x.iter().zip(&y) {
-            let e = f64::from(*x).exp();
-            assert!((f64::from(*y) - e).abs() <= 2e-7 * e, "exp({x}) = {y}, expected {e}");
-        }
-        let mut y = [f32::NEG_INFINITY, -1e30, -87.1, 0.0, -0.0, f32::NAN, 1e9];
-        run(Exp(&mut y));
-        assert_eq!(y[..5], [0.0, 0.0, 0.0, 1.0, 1.0]);
-        assert!(y[5].is_nan() && y[6] > 1e38, "{y:?}");
-    }
-
-    /// A job on AVX2, where the CPU has it: there the best ISA may be another.
-    #[cfg(target_arch = "x86_64")]
-    fn on_avx2(job: impl Job) {
-        if tile::x86::has_avx2() {
-            // SAFETY: the CPU has what the function is compiled for.
-            unsafe { tile::x86::run_avx2(job) }
-        } else {
-            job.run::<Portable>();
-        }
-    }
-
-    #[test]
-    fn exp_on_this_cpu_and_without_extensions() {
-        check_exp(|job| tile::run(job));
-        check_exp(|job| job.run::<Portable>());
-        #[cfg(target_arch = "x86_64")]
-        check_exp(|job| on_avx2(job));
-    }
+    use super::super::tile::{PAD, Product, TILE};
+    use crate::Isa;
+    use crate::isa::{Job, Lanes};
+    use crate::testing::{isas, normals};
 
     struct Multiply<'a>(Product<'a>, &'a mut [f32]);
     impl Job for Multiply<'_> {
@@ -323,7 +298,7 @@ mod tiles {
         }
     }
 
-    fn check_product(run: impl Fn(Multiply<'_>)) {
+    fn check_product(isa: Isa) {
         for (m, n, k) in [(1, PAD, 1), (7, 2 * PAD, 3), (64, 3 * PAD, 50), (19, 4 * PAD, 64), (5, PAD, 0)] {
             for (a_row, a_col) in [(k + 2, 1), (1, TILE)] {
                 for add in [false, true] {
@@ -332,7 +307,7 @@ mod tiles {
                     let before = normals(3, m * (n + 1), 1.0);
                     let mut c = before.clone();
                     let (b_row, c_row) = (n + 3, n + 1);
-                    run(Multiply(Product { m, n, k, a: &a, a_row, a_col, b: &b, b_row, c_row, add }, &mut c));
+                    isa.run(Multiply(Product { m, n, k, a: &a, a_row, a_col, b: &b, b_row, c_row, add }, &mut c));
                     for (i, (&c, &old)) in c.iter().zip(&before).enumerate() {
                         let (i, j) = (i / c_row, i % c_row);
                         let mut e = if add || j == n { f64::from(old) } else { 0.0 };
@@ -347,10 +322,7 @@ mod tiles {
     }
 
     #[test]
-    fn products_on_this_cpu_and_without_extensions() {
-        check_product(|job| tile::run(job));
-        check_product(|job| job.run::<Portable>());
-        #[cfg(target_arch = "x86_64")]
-        check_product(|job| on_avx2(job));
+    fn products_on_every_level() {
+        isas().into_iter().for_each(check_product);
     }
 }

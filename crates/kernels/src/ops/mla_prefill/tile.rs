@@ -1,11 +1,13 @@
-//! Tile arithmetic shared by prefill and decode: a register-blocked f32 product over small dense tiles, the online
-//! softmax on a tile, and `exp`. One algorithm; the ISA enters as thin vector types chosen at run time.
+//! Tile arithmetic shared by prefill and decode: a register-blocked f32 product over small dense tiles, and the online
+//! softmax on a tile. One algorithm; the level of vector instructions enters as thin types (`isa::Lanes`).
 //!
 //! Every element of a product is one sum over k in ascending order, whatever the block it is computed in. A row's bits
 //! therefore depend neither on how many rows stand beside it nor on where it lies in its tile: batch invariance and
 //! "decode equals prefill in chunks" rest on this.
 
 use crate::Elem;
+use crate::isa::{Lanes, Level, fma};
+use crate::math::exp_fused;
 use std::cell::Cell;
 
 /// Queries, and keys, per tile.
@@ -17,50 +19,6 @@ pub const PAD: usize = 16;
 /// The padded number of columns.
 pub fn padded(n: usize) -> usize {
     n.next_multiple_of(PAD)
-}
-
-/// A vector of f32 of one ISA.
-///
-/// # Safety
-/// An implementor may be used only inside a function compiled for its ISA (see [`run`]), and `load` and `store` reach
-/// `N` elements from the pointer.
-pub unsafe trait Lanes: Copy {
-    /// Lanes.
-    const N: usize;
-    /// Multiply-add rounds once (and is an instruction).
-    const FMA: bool;
-    /// All lanes x.
-    unsafe fn splat(x: f32) -> Self;
-    /// N elements, unaligned.
-    unsafe fn load(p: *const f32) -> Self;
-    /// Writes N elements, unaligned.
-    unsafe fn store(self, p: *mut f32);
-    /// self * b + c.
-    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
-    /// The product, in the register blocks that suit this ISA.
-    unsafe fn blocks(t: &Product<'_>, c: &mut [f32]);
-}
-
-/// Work that is compiled once per ISA. `run` must be `#[inline(always)]`, as must all it calls.
-pub trait Job {
-    /// Does it.
-    fn run<V: Lanes>(self);
-}
-
-/// Runs the job on the best ISA this CPU has.
-pub fn run<J: Job>(job: J) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if x86::has_avx512() {
-            // SAFETY: the CPU has the features that the function is compiled for.
-            return unsafe { x86::run_avx512(job) };
-        }
-        if x86::has_avx2() {
-            // SAFETY: the CPU has the features that the function is compiled for.
-            return unsafe { x86::run_avx2(job) };
-        }
-    }
-    job.run::<Portable>();
 }
 
 /// C[m, n] (+)= A[m, k] B[k, n]; A is read element by element at any strides, B and C by rows.
@@ -100,7 +58,28 @@ impl Product<'_> {
             assert!((self.k - 1) * self.b_row + self.n <= self.b.len(), "B is too short");
         }
         // SAFETY: V is used inside a function compiled for it, and the asserts above bound every access of a block.
-        unsafe { V::blocks(self, c) }
+        unsafe { self.blocks::<V>(c) }
+    }
+
+    /// The product, in the register blocks that suit the level.
+    #[inline(always)]
+    unsafe fn blocks<V: Lanes>(&self, c: &mut [f32]) {
+        let step = if V::LEVEL == Level::Avx512 { 32 } else { 16 };
+        let wide = self.n / step * step;
+        for j in (0..wide).step_by(step) {
+            // SAFETY: passed on from the caller; a step is as wide as its level's block.
+            unsafe {
+                match V::LEVEL {
+                    Level::Avx512 => self.columns::<V, 8, 2>(c, j),
+                    Level::Avx2 => self.columns::<V, 4, 2>(c, j),
+                    Level::Portable => self.columns::<V, 2, 4>(c, j),
+                }
+            }
+        }
+        if wide < self.n {
+            // SAFETY: passed on from the caller; n is a multiple of 16.
+            unsafe { self.columns::<V, 8, 1>(c, wide) };
+        }
     }
 
     /// All rows of the columns j .. j + NV * N, MR rows at a time, then one at a time.
@@ -158,34 +137,6 @@ impl Product<'_> {
     }
 }
 
-/// e^x for x <= 88; below -87 the result is 0 (no denormals), so that a masked score of -inf weighs exactly nothing.
-/// NaN stays NaN. Relative error below 2e-7.
-#[inline(always)]
-pub fn exp<V: Lanes>(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-    const MAGIC: f32 = 12_582_912.0;
-    let x = if x > 88.0 { 88.0 } else { x };
-    let t = fma::<V>(x, std::f32::consts::LOG2_E, MAGIC);
-    let n = t - MAGIC;
-    // ln 2 in two parts, the first exact in few bits (Cody and Waite).
-    let r = fma::<V>(n, -0.693_359_4, x);
-    let r = fma::<V>(n, 2.121_944_4e-4, r);
-    // The minimax polynomial of Cephes' expf.
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = fma::<V>(p, r, c);
-    }
-    let p = fma::<V>(p * r, r, r) + 1.0;
-    let two_n = f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000));
-    if x < -87.0 { 0.0 } else { p * two_n }
-}
-
-/// a * b + c, fused where the ISA fuses (a call into libm elsewhere would be many times slower).
-#[inline(always)]
-pub fn fma<V: Lanes>(a: f32, b: f32, c: f32) -> f32 {
-    if V::FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
 /// The state of the online softmax of up to [`TILE`] rows, one column of the transposed score tile each.
 pub struct Softmax {
     /// Largest scaled score so far.
@@ -219,17 +170,17 @@ impl Softmax {
         let mut base = [0.0; TILE];
         for q in 0..columns {
             base[q] = if max[q] == f32::NEG_INFINITY { 0.0 } else { max[q] };
-            self.alpha[q] = exp::<V>(self.max[q] - base[q]);
+            self.alpha[q] = exp_fused(V::FMA, self.max[q] - base[q]);
         }
         let mut sum = [0.0; TILE];
         for row in keys.iter_mut() {
             for q in 0..columns {
-                row[q] = exp::<V>(row[q] - base[q]);
+                row[q] = exp_fused(V::FMA, row[q] - base[q]);
                 sum[q] += row[q];
             }
         }
         for q in 0..columns {
-            self.sum[q] = fma::<V>(self.sum[q], self.alpha[q], sum[q]);
+            self.sum[q] = fma(V::FMA, self.sum[q], self.alpha[q], sum[q]);
         }
         self.max = max;
     }
@@ -317,144 +268,4 @@ pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
 #[inline(always)]
 pub fn cut<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     rest.split_off_mut(..len).expect("scratch was sized for its parts")
-}
-
-/// Four floats without any ISA extension: what remains on an old x86, and NEON where the compiler sees fit.
-#[derive(Clone, Copy)]
-pub struct Portable([f32; 4]);
-
-// SAFETY: no ISA beyond the build's own is needed.
-unsafe impl Lanes for Portable {
-    const N: usize = 4;
-    const FMA: bool = cfg!(target_arch = "aarch64");
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
-        Self([x; 4])
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> Self {
-        // SAFETY: the caller vouches for four elements.
-        Self(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn store(self, p: *mut f32) {
-        // SAFETY: the caller vouches for four elements.
-        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
-    }
-    #[inline(always)]
-    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        Self(std::array::from_fn(|i| fma::<Self>(self.0[i], b.0[i], c.0[i])))
-    }
-    #[inline(always)]
-    unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
-        for j in (0..t.n).step_by(16) {
-            // SAFETY: passed on from the caller; n is a multiple of 16.
-            unsafe { t.columns::<Self, 2, 4>(c, j) };
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-pub mod x86 {
-    use super::{Job, Lanes, Product};
-    use std::arch::x86_64::*;
-
-    pub fn has_avx512() -> bool {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && has_avx2()
-    }
-
-    pub fn has_avx2() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    pub fn run_avx512<J: Job>(job: J) {
-        job.run::<Avx512>();
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub fn run_avx2<J: Job>(job: J) {
-        job.run::<Avx2>();
-    }
-
-    #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
-
-    // SAFETY: reached only through `run_avx512`.
-    unsafe impl Lanes for Avx512 {
-        const N: usize = 16;
-        const FMA: bool = true;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> Self {
-            // SAFETY: the caller is compiled for AVX512F.
-            Self(unsafe { _mm512_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self {
-            // SAFETY: as above, and the caller vouches for 16 elements.
-            Self(unsafe { _mm512_loadu_ps(p) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, p: *mut f32) {
-            // SAFETY: as above, and the caller vouches for 16 elements.
-            unsafe { _mm512_storeu_ps(p, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: the caller is compiled for AVX512F.
-            Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
-        }
-        #[inline(always)]
-        unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
-            let wide = t.n / 32 * 32;
-            for j in (0..wide).step_by(32) {
-                // SAFETY: passed on from the caller.
-                unsafe { t.columns::<Self, 8, 2>(c, j) };
-            }
-            if wide < t.n {
-                // SAFETY: passed on from the caller; n is a multiple of 16.
-                unsafe { t.columns::<Self, 8, 1>(c, wide) };
-            }
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    pub struct Avx2(__m256);
-
-    // SAFETY: reached only through `run_avx2`.
-    unsafe impl Lanes for Avx2 {
-        const N: usize = 8;
-        const FMA: bool = true;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> Self {
-            // SAFETY: the caller is compiled for AVX2.
-            Self(unsafe { _mm256_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self {
-            // SAFETY: as above, and the caller vouches for 8 elements.
-            Self(unsafe { _mm256_loadu_ps(p) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, p: *mut f32) {
-            // SAFETY: as above, and the caller vouches for 8 elements.
-            unsafe { _mm256_storeu_ps(p, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: the caller is compiled for FMA.
-            Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
-        }
-        #[inline(always)]
-        unsafe fn blocks(t: &Product<'_>, c: &mut [f32]) {
-            for j in (0..t.n).step_by(16) {
-                // SAFETY: passed on from the caller; n is a multiple of 16.
-                unsafe { t.columns::<Self, 4, 2>(c, j) };
-            }
-        }
-    }
 }

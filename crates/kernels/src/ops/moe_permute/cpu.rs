@@ -2,7 +2,7 @@
 //! counting sort over N * K small integers that costs less than handing it out.
 
 use super::Combine;
-use crate::math::vectorised;
+use crate::isa::{Isa, vectorised};
 use crate::{Cpu, Elem};
 
 /// Elements of one task, about.
@@ -61,12 +61,12 @@ pub fn permute_backward<T: Elem>(
 ) {
     by_token(cpu, dx, dim, |n, at, sums, dx| {
         for &row in &row_of_slot[n * top_k..][..top_k] {
-            add(sums, &d_rows[row as usize * dim + at..]);
+            add(cpu.isa(), sums, &d_rows[row as usize * dim + at..]);
         }
         if accumulate {
-            add(sums, dx);
+            add(cpu.isa(), sums, dx);
         }
-        round(sums, dx);
+        round(cpu.isa(), sums, dx);
     });
 }
 
@@ -77,16 +77,16 @@ pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     let (dim, top_k) = (a.dim, a.top_k);
     by_token(cpu, T::of_mut(a.y), dim, |n, at, sums, y| {
         if let Some(base) = base {
-            add(sums, &base[n * dim + at..]);
+            add(cpu.isa(), sums, &base[n * dim + at..]);
         }
         for slot in n * top_k..(n + 1) * top_k {
             let (weight, row) = (weights[slot], row_of_slot[slot] as usize);
-            add_weighted(sums, weight, &rows[row * dim + at..]);
+            add_weighted(cpu.isa(), sums, weight, &rows[row * dim + at..]);
         }
         if let Some(extra) = extra {
-            add(sums, &extra[n * dim + at..]);
+            add(cpu.isa(), sums, &extra[n * dim + at..]);
         }
-        round(sums, y);
+        round(cpu.isa(), sums, y);
     });
 }
 
@@ -106,25 +106,25 @@ fn by_token<T: Elem>(cpu: &Cpu, out: &mut [T], dim: usize, f: impl Fn(usize, usi
 }
 
 vectorised! {
-    fn add<T: Elem>(sums: &mut [f32], x: &[T]) {
+    fn add<T: Elem>(isa: Isa, sums: &mut [f32], x: &[T]) {
         sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.f32());
     }
 }
 
 vectorised! {
-    fn add_weighted<T: Elem>(sums: &mut [f32], weight: f32, x: &[T]) {
+    fn add_weighted<T: Elem>(isa: Isa, sums: &mut [f32], weight: f32, x: &[T]) {
         sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += weight * x.f32());
     }
 }
 
 vectorised! {
-    fn round<T: Elem>(sums: &[f32], out: &mut [T]) {
+    fn round<T: Elem>(isa: Isa, sums: &[f32], out: &mut [T]) {
         out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
     }
 }
 
 vectorised! {
-    fn weigh<T: Elem>(out: &mut [T], weight: f32, x: &[T]) {
+    fn weigh<T: Elem>(isa: Isa, out: &mut [T], weight: f32, x: &[T]) {
         out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(weight * x.f32()));
     }
 }
@@ -149,8 +149,8 @@ pub fn combine_backward<T: Elem>(
             let r = b * block + i;
             let slot = slot_of_row[r] as usize;
             let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
-            weigh(d_row, weight, dy);
-            *out = dot(dy, &rows[r * dim..][..dim]);
+            weigh(cpu.isa(), d_row, weight, dy);
+            *out = dot(cpu.isa(), dy, &rows[r * dim..][..dim]);
         }
     });
     for (&slot, dot) in slot_of_row.iter().zip(dots) {
@@ -159,7 +159,7 @@ pub fn combine_backward<T: Elem>(
 }
 
 vectorised! {
-    fn dot<T: Elem>(a: &[T], b: &[T]) -> f32 {
+    fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
         let mut lanes = [0.0f32; LANES];
         let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
         for (a, b) in a.iter().zip(b) {

@@ -1,5 +1,7 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType};
 use hadal_numerics::{Purpose, Rng};
 
@@ -97,26 +99,28 @@ fn plan_matches_the_reference() {
 
 #[test]
 fn permutation_matches_the_reference() {
-    for dtype in [DType::F32, DType::Bf16] {
-        for case in cases() {
-            let (dim, k, ctx) = (case.dim, case.top_k, ctx());
-            let [_, row_of_slot, slot_of_row] = case.plan(&ctx);
-            let x = buf(dtype, &normals(1, case.tokens() * dim, 1.0));
-            let mut rows = ctx.zeros(dtype, case.indices.len() * dim);
-            permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
-            assert_eq!(wide(&rows), to_rows(&reference::spread(&wide(&x), dim, k), dim, &slot_of_row));
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for case in cases() {
+                let (dim, k) = (case.dim, case.top_k);
+                let [_, row_of_slot, slot_of_row] = case.plan(&ctx);
+                let x = buf(dtype, &normals(1, case.tokens() * dim, 1.0));
+                let mut rows = ctx.zeros(dtype, case.indices.len() * dim);
+                permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
+                assert_eq!(wide(&rows), to_rows(&reference::spread(&wide(&x), dim, k), dim, &slot_of_row));
 
-            let d_slots = wide(&buf(dtype, &normals(2, rows.len(), 1.0)));
-            let narrow: Vec<f32> = to_rows(&d_slots, dim, &slot_of_row).iter().map(|&v| v as f32).collect();
-            let d_rows = buf(dtype, &narrow);
-            let mut expected = reference::gather(&d_slots, dim, k);
-            let mut dx = x.clone();
-            permute_backward(&ctx, d_rows.view(), dim, k, row_of_slot.view(), dx.view_mut(), false);
-            assert_close("dx", &dx, &expected, op_tolerance(dtype));
-            let mut dx = x.clone();
-            permute_backward(&ctx, d_rows.view(), dim, k, row_of_slot.view(), dx.view_mut(), true);
-            expected.iter_mut().zip(wide(&x)).for_each(|(e, x)| *e += x);
-            assert_close("dx, accumulated", &dx, &expected, op_tolerance(dtype));
+                let d_slots = wide(&buf(dtype, &normals(2, rows.len(), 1.0)));
+                let narrow: Vec<f32> = to_rows(&d_slots, dim, &slot_of_row).iter().map(|&v| v as f32).collect();
+                let d_rows = buf(dtype, &narrow);
+                let mut expected = reference::gather(&d_slots, dim, k);
+                let mut dx = x.clone();
+                permute_backward(&ctx, d_rows.view(), dim, k, row_of_slot.view(), dx.view_mut(), false);
+                assert_close("dx", &dx, &expected, op_tolerance(dtype));
+                let mut dx = x.clone();
+                permute_backward(&ctx, d_rows.view(), dim, k, row_of_slot.view(), dx.view_mut(), true);
+                expected.iter_mut().zip(wide(&x)).for_each(|(e, x)| *e += x);
+                assert_close("dx, accumulated", &dx, &expected, op_tolerance(dtype));
+            }
         }
     }
 }
@@ -187,27 +191,29 @@ impl Combined {
 
 #[test]
 fn combine_matches_the_dense_formula() {
-    for dtype in [DType::F32, DType::Bf16] {
-        for case in cases() {
-            let c = Combined::new(&case, dtype);
-            for (base, extra) in [(true, true), (true, false), (false, true), (false, false)] {
-                let part = |on, b: &Buf| if on { wide(b) } else { vec![0.0; b.len()] };
-                let expected = reference::combine(
-                    &c.slots(&case),
-                    &wide(&c.weights),
-                    &part(base, &c.base),
-                    &part(extra, &c.extra),
-                    case.dim,
-                    case.top_k,
-                );
-                assert_close("y", &c.forward(&ctx(), &case, base, extra), &expected, op_tolerance(dtype));
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for case in cases() {
+                let c = Combined::new(&case, dtype);
+                for (base, extra) in [(true, true), (true, false), (false, true), (false, false)] {
+                    let part = |on, b: &Buf| if on { wide(b) } else { vec![0.0; b.len()] };
+                    let expected = reference::combine(
+                        &c.slots(&case),
+                        &wide(&c.weights),
+                        &part(base, &c.base),
+                        &part(extra, &c.extra),
+                        case.dim,
+                        case.top_k,
+                    );
+                    assert_close("y", &c.forward(&ctx, &case, base, extra), &expected, op_tolerance(dtype));
+                }
+                let (d_rows, d_weights) = c.backward(&ctx, &case);
+                let (rows, weights) =
+                    reference::combine_backward(&wide(&c.dy), &c.slots(&case), &wide(&c.weights), case.dim, case.top_k);
+                let [_, _, slot_of_row] = case.plan(&ctx);
+                assert_close("d_rows", &d_rows, &to_rows(&rows, case.dim, &slot_of_row), op_tolerance(dtype));
+                assert_close("d_weights", &d_weights, &weights, op_tolerance(dtype));
             }
-            let (d_rows, d_weights) = c.backward(&ctx(), &case);
-            let (rows, weights) =
-                reference::combine_backward(&wide(&c.dy), &c.slots(&case), &wide(&c.weights), case.dim, case.top_k);
-            let [_, _, slot_of_row] = case.plan(&ctx());
-            assert_close("d_rows", &d_rows, &to_rows(&rows, case.dim, &slot_of_row), op_tolerance(dtype));
-            assert_close("d_weights", &d_weights, &weights, op_tolerance(dtype));
         }
     }
 }

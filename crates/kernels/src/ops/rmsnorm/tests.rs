@@ -1,5 +1,7 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 const EPS: f32 = 1e-6;
@@ -84,28 +86,29 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference() {
-    let ctx = ctx();
-    for shape in SHAPES {
-        for dtype in [F32, Bf16] {
-            let case = Case::new(shape, dtype);
-            let w = wide(&case.w);
-            let (y, rstd) = case.forward(&ctx);
-            let (ey, er) = reference::forward(&case.dense_x, &w, f64::from(EPS));
-            assert_close("y", &y, &ey, op_tolerance(dtype));
-            assert_close("rstd", &rstd, &er, op_tolerance(F32));
-            let (ex, ew) = reference::backward(&wide(&case.dy), &case.dense_x, &w, &er);
-            for accumulate in [false, true] {
-                let (dx, dw) = case.backward(&ctx, &rstd, accumulate);
-                // Elements between the rows keep what they held.
-                let mut expected = wide(&case.old);
-                for (row, e) in expected.chunks_exact_mut(case.stride).zip(ex.chunks_exact(case.d)) {
-                    for (old, e) in row.iter_mut().zip(e) {
-                        *old = if accumulate { *old + e } else { *e };
+    for ctx in levels() {
+        for shape in SHAPES {
+            for dtype in [F32, Bf16] {
+                let case = Case::new(shape, dtype);
+                let w = wide(&case.w);
+                let (y, rstd) = case.forward(&ctx);
+                let (ey, er) = reference::forward(&case.dense_x, &w, f64::from(EPS));
+                assert_close("y", &y, &ey, op_tolerance(dtype));
+                assert_close("rstd", &rstd, &er, op_tolerance(F32));
+                let (ex, ew) = reference::backward(&wide(&case.dy), &case.dense_x, &w, &er);
+                for accumulate in [false, true] {
+                    let (dx, dw) = case.backward(&ctx, &rstd, accumulate);
+                    // Elements between the rows keep what they held.
+                    let mut expected = wide(&case.old);
+                    for (row, e) in expected.chunks_exact_mut(case.stride).zip(ex.chunks_exact(case.d)) {
+                        for (old, e) in row.iter_mut().zip(e) {
+                            *old = if accumulate { *old + e } else { *e };
+                        }
                     }
+                    assert_close("dx", &dx, &expected, op_tolerance(dtype));
+                    let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
+                    assert_close("dw", &dw, &ew, op_tolerance(F32));
                 }
-                assert_close("dx", &dx, &expected, op_tolerance(dtype));
-                let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
-                assert_close("dw", &dw, &ew, op_tolerance(F32));
             }
         }
     }

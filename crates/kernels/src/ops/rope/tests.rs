@@ -1,5 +1,7 @@
 use super::{Rope, apply, reference};
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
 
@@ -106,21 +108,23 @@ fn the_inverse_is_the_derivative() {
 
 #[test]
 fn agrees_with_the_reference_and_leaves_the_rest_alone() {
-    for l in layouts() {
-        for dtype in [DType::F32, DType::Bf16] {
-            for (factor, inverse) in [(1.0, false), (0.92104, true)] {
-                let before = buf(dtype, &normals(1, l.len(), 1.0));
-                let mut x = before.clone();
-                l.run(&ctx(), &mut x, factor, inverse);
-                let expected = l.reference(&f64s(&before), factor, inverse);
-                assert_close(&format!("{l:?}"), &x, &expected, op_tolerance(dtype));
-                let (before, after) = (before.view().to_f32(), x.view().to_f32());
-                let rotated = |i: usize| {
-                    let inside = |h| (0..l.width).contains(&(i % l.token_stride).wrapping_sub(l.at(0, h)));
-                    (0..l.heads).any(inside)
-                };
-                for i in (0..l.len()).filter(|&i| !rotated(i)) {
-                    assert_eq!(before[i].to_bits(), after[i].to_bits(), "{l:?}: element {i} is not rotary");
+    for ctx in levels() {
+        for l in layouts() {
+            for dtype in [DType::F32, DType::Bf16] {
+                for (factor, inverse) in [(1.0, false), (0.92104, true)] {
+                    let before = buf(dtype, &normals(1, l.len(), 1.0));
+                    let mut x = before.clone();
+                    l.run(&ctx, &mut x, factor, inverse);
+                    let expected = l.reference(&f64s(&before), factor, inverse);
+                    assert_close(&format!("{l:?}"), &x, &expected, op_tolerance(dtype));
+                    let (before, after) = (before.view().to_f32(), x.view().to_f32());
+                    let rotated = |i: usize| {
+                        let inside = |h| (0..l.width).contains(&(i % l.token_stride).wrapping_sub(l.at(0, h)));
+                        (0..l.heads).any(inside)
+                    };
+                    for i in (0..l.len()).filter(|&i| !rotated(i)) {
+                        assert_eq!(before[i].to_bits(), after[i].to_bits(), "{l:?}: element {i} is not rotary");
+                    }
                 }
             }
         }

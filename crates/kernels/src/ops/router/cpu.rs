@@ -3,7 +3,8 @@
 use super::select::Selector;
 use super::{Backward, Config, Forward, Scoring};
 use crate::Cpu;
-use crate::math::{exp, sigmoid, vectorised};
+use crate::isa::{Isa, vectorised};
+use crate::math::{exp, sigmoid};
 
 /// Tokens of one task.
 const BLOCK: usize = 16;
@@ -28,7 +29,7 @@ pub fn forward(cpu: &Cpu, c: &Config, a: Forward<'_>) {
         for r in 0..indices.len() / k {
             let (n, chosen, weights) = (first + r, &mut indices[r * k..][..k], &mut weights[r * k..][..k]);
             let scores = &mut scores[r * experts..][..experts];
-            score(c.scoring, &logits[n * experts..][..experts], scores);
+            score(cpu.isa(), c.scoring, &logits[n * experts..][..experts], scores);
             match given {
                 Some(given) => chosen.copy_from_slice(&given[n * k..][..k]),
                 None => selector.select(c, scores, bias, chosen),
@@ -51,7 +52,7 @@ fn check_indices(name: &str, indices: &[i32], c: &Config) {
 }
 
 vectorised! {
-    fn score(by: Scoring, logits: &[f32], scores: &mut [f32]) {
+    fn score(isa: Isa, by: Scoring, logits: &[f32], scores: &mut [f32]) {
         match by {
             Scoring::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x)),
             Scoring::Softmax => {
@@ -91,7 +92,7 @@ pub fn backward(cpu: &Cpu, c: &Config, a: Backward<'_>) {
             }
             let scores = &scores[n * experts..][..experts];
             add_weight_gradient(c, scores, &indices[n * k..][..k], &d_weights[n * k..][..k], d);
-            score_backward(c.scoring, scores, d);
+            score_backward(cpu.isa(), c.scoring, scores, d);
         }
     });
 }
@@ -112,7 +113,7 @@ fn add_weight_gradient(c: &Config, scores: &[f32], chosen: &[i32], d_weights: &[
 
 vectorised! {
     /// Turns d_scores into d_logits, in place.
-    fn score_backward(by: Scoring, scores: &[f32], d: &mut [f32]) {
+    fn score_backward(isa: Isa, by: Scoring, scores: &[f32], d: &mut [f32]) {
         match by {
             Scoring::Sigmoid => d.iter_mut().zip(scores).for_each(|(d, s)| *d *= s * (1.0 - s)),
             Scoring::Softmax => {

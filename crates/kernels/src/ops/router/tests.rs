@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, normals};
+use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, levels, normals};
 use crate::{Buf, DType};
 use hadal_numerics::Tolerance;
 
@@ -106,35 +106,38 @@ fn reference_gradient_is_the_difference_quotient() {
 
 #[test]
 fn cpu_matches_the_reference() {
-    for c in configs() {
-        // None, one, and one past a block of tokens; biases of either sign and far above the scores.
-        for (n, bias_scale) in [(0, 0.0), (1, 0.1), (17, 0.1), (33, 100.0)] {
-            let logits = normals(1, n * c.experts, 2.0);
-            let bias = normals(2, c.experts, bias_scale);
-            let (dw, ds) = (normals(3, n * c.top_k, 1.0), normals(4, n * c.experts, 0.3));
-            let o = run(&ctx(), &c, &logits, Some(&bias), None);
-            let d_both = run_backward(&ctx(), &c, &o, &dw, Some(&ds));
-            let d_one = run_backward(&ctx(), &c, &o, &dw, None);
-            let (mut scores, mut indices, mut weights, mut both, mut one) = (vec![], vec![], vec![], vec![], vec![]);
-            for t in 0..n {
-                let row = |x: &[f32], w: usize| wide(&x[t * w..][..w]);
-                let r = reference::forward(&c, &row(&logits, c.experts), &wide(&bias), None);
-                let (dw, ds) = (row(&dw, c.top_k), row(&ds, c.experts));
-                both.extend(reference::backward(&c, &r.scores, &r.indices, &dw, &ds));
-                one.extend(reference::backward(&c, &r.scores, &r.indices, &dw, &vec![0.0; c.experts]));
-                scores.extend(r.scores);
-                indices.extend(r.indices.iter().map(|&e| e as i32));
-                weights.extend(r.weights);
-            }
-            assert_eq!(o.indices.view().i32(), indices, "{c:?}");
-            assert_close("scores", &o.scores, &scores, Tolerance::F32_OP);
-            assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
-            assert_close("d_logits", &d_both, &both, Tolerance::F32_OP);
-            if c.experts == 1 {
-                // One normalised weight is constant: its gradient is zero but for rounding.
-                assert!(d_one.view().f32().iter().all(|d| d.abs() < 1e-6));
-            } else {
-                assert_close("d_logits without d_scores", &d_one, &one, Tolerance::F32_OP);
+    for ctx in levels() {
+        for c in configs() {
+            // None, one, and one past a block of tokens; biases of either sign and far above the scores.
+            for (n, bias_scale) in [(0, 0.0), (1, 0.1), (17, 0.1), (33, 100.0)] {
+                let logits = normals(1, n * c.experts, 2.0);
+                let bias = normals(2, c.experts, bias_scale);
+                let (dw, ds) = (normals(3, n * c.top_k, 1.0), normals(4, n * c.experts, 0.3));
+                let o = run(&ctx, &c, &logits, Some(&bias), None);
+                let d_both = run_backward(&ctx, &c, &o, &dw, Some(&ds));
+                let d_one = run_backward(&ctx, &c, &o, &dw, None);
+                let (mut scores, mut indices, mut weights, mut both, mut one) =
+                    (vec![], vec![], vec![], vec![], vec![]);
+                for t in 0..n {
+                    let row = |x: &[f32], w: usize| wide(&x[t * w..][..w]);
+                    let r = reference::forward(&c, &row(&logits, c.experts), &wide(&bias), None);
+                    let (dw, ds) = (row(&dw, c.top_k), row(&ds, c.experts));
+                    both.extend(reference::backward(&c, &r.scores, &r.indices, &dw, &ds));
+                    one.extend(reference::backward(&c, &r.scores, &r.indices, &dw, &vec![0.0; c.experts]));
+                    scores.extend(r.scores);
+                    indices.extend(r.indices.iter().map(|&e| e as i32));
+                    weights.extend(r.weights);
+                }
+                assert_eq!(o.indices.view().i32(), indices, "{c:?}");
+                assert_close("scores", &o.scores, &scores, Tolerance::F32_OP);
+                assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
+                assert_close("d_logits", &d_both, &both, Tolerance::F32_OP);
+                if c.experts == 1 {
+                    // One normalised weight is constant: its gradient is zero but for rounding.
+                    assert!(d_one.view().f32().iter().all(|d| d.abs() < 1e-6));
+                } else {
+                    assert_close("d_logits without d_scores", &d_one, &one, Tolerance::F32_OP);
+                }
             }
         }
     }

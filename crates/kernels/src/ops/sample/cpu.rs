@@ -3,7 +3,8 @@
 
 use super::Params;
 use crate::Cpu;
-use crate::math::{exp, vectorised};
+use crate::isa::{Isa, vectorised};
+use crate::math::exp;
 use hadal_numerics::{Purpose, Rng};
 use std::cmp::Ordering;
 
@@ -11,18 +12,18 @@ use std::cmp::Ordering;
 pub(super) fn sample(cpu: &Cpu, logits: &[f32], params: &[Params], tokens: &mut [i32], logp: &mut [f32]) {
     let v = logits.len() / params.len();
     cpu.chunks2_mut((tokens, 1), (logp, 1), |r, token, logp| {
-        let (id, lp) = row(r, &logits[r * v..(r + 1) * v], &params[r]);
+        let (id, lp) = row(cpu.isa(), r, &logits[r * v..(r + 1) * v], &params[r]);
         (token[0], logp[0]) = (id as i32, lp);
     });
 }
 
 /// The token of row `r` and its log-probability.
-fn row(r: usize, logits: &[f32], p: &Params) -> (usize, f32) {
+fn row(isa: Isa, r: usize, logits: &[f32], p: &Params) -> (usize, f32) {
     let best = most_likely(r, logits);
     let greedy = p.temperature == 0.0;
     let temperature = if greedy { 1.0 } else { p.temperature };
     let (mut scaled, mut weights) = (vec![0.0; logits.len()], vec![0.0; logits.len()]);
-    exponentials(logits, logits[best], temperature, &mut scaled, &mut weights);
+    exponentials(isa, logits, logits[best], temperature, &mut scaled, &mut weights);
     let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
     let id = if greedy { best } else { Row { scaled: &scaled, weights: &weights }.draw(p) };
     (id, (f64::from(scaled[id]) - total.ln()) as f32)
@@ -30,7 +31,7 @@ fn row(r: usize, logits: &[f32], p: &Params) -> (usize, f32) {
 
 vectorised! {
     /// scaled = (logits - max) / temperature, weights = e^scaled.
-    fn exponentials(logits: &[f32], max: f32, temperature: f32, scaled: &mut [f32], weights: &mut [f32]) {
+    fn exponentials(isa: Isa, logits: &[f32], max: f32, temperature: f32, scaled: &mut [f32], weights: &mut [f32]) {
         for ((&l, t), w) in logits.iter().zip(scaled).zip(weights) {
             *t = (l - max) / temperature;
             *w = exp(*t);

@@ -1,5 +1,5 @@
 use super::{Params, reference, sample};
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, normals};
+use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, levels, normals};
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
 
@@ -36,17 +36,19 @@ const SHAPES: [[usize; 2]; 6] = [[0, 9], [1, 1], [60, 2], [121, 63], [60, 65], [
 
 #[test]
 fn agrees_with_the_reference() {
-    for [s, v] in SHAPES {
-        let (logits, params) = (normals(1, s * v, 3.0), params(s, v));
-        let (tokens, logp) = run(&ctx(), &logits, &params);
-        let mut want_logp = Vec::new();
-        for (r, p) in params.iter().enumerate() {
-            let row: Vec<f64> = logits[r * v..(r + 1) * v].iter().map(|&x| f64::from(x)).collect();
-            let (id, lp) = reference::sample(&row, p);
-            assert_eq!(tokens[r], id as i32, "row {r} of [{s}, {v}]: {p:?}");
-            want_logp.push(lp);
+    for ctx in levels() {
+        for [s, v] in SHAPES {
+            let (logits, params) = (normals(1, s * v, 3.0), params(s, v));
+            let (tokens, logp) = run(&ctx, &logits, &params);
+            let mut want_logp = Vec::new();
+            for (r, p) in params.iter().enumerate() {
+                let row: Vec<f64> = logits[r * v..(r + 1) * v].iter().map(|&x| f64::from(x)).collect();
+                let (id, lp) = reference::sample(&row, p);
+                assert_eq!(tokens[r], id as i32, "row {r} of [{s}, {v}]: {p:?}");
+                want_logp.push(lp);
+            }
+            assert_close("logp", &logp, &want_logp, Tolerance::F32_OP);
         }
-        assert_close("logp", &logp, &want_logp, Tolerance::F32_OP);
     }
 }
 

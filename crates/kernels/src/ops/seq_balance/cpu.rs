@@ -3,7 +3,7 @@
 
 use super::SeqBalance;
 use crate::Cpu;
-use crate::math::vectorised;
+use crate::isa::{Isa, vectorised};
 use crate::ops::router::top_k;
 use std::ops::Range;
 
@@ -39,7 +39,7 @@ pub fn forward_backward(cpu: &Cpu, a: SeqBalance<'_>) {
         let factor = f64::from(seq_weights[s]) / (cu[s + 1] - cu[s]) as f64;
         let rows = scores[block.tokens.start * experts..].chunks_exact(experts);
         for (d, row) in d.chunks_exact_mut(experts).zip(rows) {
-            gradient(row, &f[s * experts..][..experts], factor, d);
+            gradient(cpu.isa(), row, &f[s * experts..][..experts], factor, d);
         }
     });
 }
@@ -74,14 +74,14 @@ fn tally(cpu: &Cpu, scores: &[f32], experts: usize, k: usize, blocks: &[Block]) 
             let row = &scores[t * experts..][..experts];
             top_k(row, 0..experts, &mut chosen);
             chosen.iter().for_each(|&e| counts[e as usize] += 1);
-            add_shares(row, shares);
+            add_shares(cpu.isa(), row, shares);
         }
     });
     (counts, shares)
 }
 
 vectorised! {
-    fn add_shares(row: &[f32], shares: &mut [f64]) {
+    fn add_shares(isa: Isa, row: &[f32], shares: &mut [f64]) {
         let inverse = inverse_sum(row);
         shares.iter_mut().zip(row).for_each(|(share, &s)| *share += f64::from(s) * inverse);
     }
@@ -145,7 +145,7 @@ fn sum_losses(cu: &[usize], blocks: &[Block], shares: &[f64], f: &[f64], experts
 
 vectorised! {
     /// One token's d_scores = factor (f_j / Z - sum_i f_i s_i / Z^2).
-    fn gradient(row: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
+    fn gradient(isa: Isa, row: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
         let inverse = inverse_sum(row);
         let mean = dot(f, row) * inverse;
         let factor = factor * inverse;

@@ -1,6 +1,7 @@
 //! SwiGLU on the cores, in blocks of rows; every element is on its own, so the cut changes no bits.
 
-use crate::math::{sigmoid, vectorised};
+use crate::isa::{Isa, vectorised};
+use crate::math::sigmoid;
 use crate::{Cpu, Elem};
 
 /// Rows of one task: about 16,384 outputs.
@@ -15,13 +16,13 @@ pub fn forward<T: Elem>(cpu: &Cpu, gate_up: &[T], width: usize, rows: usize, y: 
     cpu.chunks_mut(&mut y[..live], block * width, |b, y| {
         let inputs = gate_up[b * block * 2 * width..].chunks_exact(2 * width);
         for (y, x) in y.chunks_exact_mut(width).zip(inputs) {
-            forward_row(x, y);
+            forward_row(cpu.isa(), x, y);
         }
     });
 }
 
 vectorised! {
-    fn forward_row<T: Elem>(x: &[T], y: &mut [T]) {
+    fn forward_row<T: Elem>(isa: Isa, x: &[T], y: &mut [T]) {
         let (gate, up) = x.split_at(y.len());
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
             let g = g.f32();
@@ -38,13 +39,13 @@ pub fn backward<T: Elem>(cpu: &Cpu, dy: &[T], gate_up: &[T], width: usize, rows:
         let inputs = gate_up[b * block * 2 * width..].chunks_exact(2 * width);
         let grads = dy[b * block * width..].chunks_exact(width);
         for ((d, x), dy) in d.chunks_exact_mut(2 * width).zip(inputs).zip(grads) {
-            backward_row(dy, x, d);
+            backward_row(cpu.isa(), dy, x, d);
         }
     });
 }
 
 vectorised! {
-    fn backward_row<T: Elem>(dy: &[T], x: &[T], d: &mut [T]) {
+    fn backward_row<T: Elem>(isa: Isa, dy: &[T], x: &[T], d: &mut [T]) {
         let (d_gate, d_up) = d.split_at_mut(dy.len());
         let (gate, up) = x.split_at(dy.len());
         for ((((dg, du), g), u), dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {

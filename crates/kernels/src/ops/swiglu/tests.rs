@@ -1,5 +1,7 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, normals, op_tolerance};
+use crate::testing::{
+    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+};
 use crate::{Buf, DType};
 
 /// (rows, width): V3's and V2-Lite's expert widths scaled down, ragged, one past a block, one row, none.
@@ -36,16 +38,18 @@ fn reference_gradient_is_the_difference_quotient() {
 
 #[test]
 fn cpu_matches_the_reference() {
-    for dtype in [DType::F32, DType::Bf16] {
-        for (n, f) in CASES {
-            let x = buf(dtype, &normals(3, n * 2 * f, 3.0));
-            let dy = buf(dtype, &normals(4, n * f, 1.0));
-            let name = format!("{dtype:?} {n}x{f}");
-            let y = run_forward(&ctx(), &x, f, None);
-            assert_close(&format!("y {name}"), &y, &reference::forward(&wide(&x), f), op_tolerance(dtype));
-            let d = run_backward(&ctx(), &dy, &x, f, None);
-            let expected = reference::backward(&wide(&dy), &wide(&x), f);
-            assert_close(&format!("d {name}"), &d, &expected, op_tolerance(dtype));
+    for ctx in levels() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for (n, f) in CASES {
+                let x = buf(dtype, &normals(3, n * 2 * f, 3.0));
+                let dy = buf(dtype, &normals(4, n * f, 1.0));
+                let name = format!("{dtype:?} {n}x{f}");
+                let y = run_forward(&ctx, &x, f, None);
+                assert_close(&format!("y {name}"), &y, &reference::forward(&wide(&x), f), op_tolerance(dtype));
+                let d = run_backward(&ctx, &dy, &x, f, None);
+                let expected = reference::backward(&wide(&dy), &wide(&x), f);
+                assert_close(&format!("d {name}"), &d, &expected, op_tolerance(dtype));
+            }
         }
     }
 }

@@ -1,0 +1,142 @@
+//! Vectors of f32, one type per level, and work that is written in them once.
+
+use super::Level;
+
+/// A vector of f32 of one level.
+///
+/// # Safety
+/// An implementor may be used only inside a function compiled for its level (see [`super::Isa::run`]), and `load` and
+/// `store` reach `N` elements from the pointer.
+pub(crate) unsafe trait Lanes: Copy {
+    /// The level it belongs to.
+    const LEVEL: Level;
+    /// Lanes.
+    const N: usize;
+    /// Multiply-add rounds once (and is an instruction).
+    const FMA: bool;
+    /// All lanes x.
+    unsafe fn splat(x: f32) -> Self;
+    /// N elements, unaligned.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Writes N elements, unaligned.
+    unsafe fn store(self, p: *mut f32);
+    /// self * b + c.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+}
+
+/// Work that is compiled once per level. `run` must be `#[inline(always)]`, as must all it calls.
+pub(crate) trait Job {
+    /// Does it.
+    fn run<V: Lanes>(self);
+}
+
+/// a * b + c, rounded once if `fused`: of use as [`Lanes::FMA`] says, for a call into libm is many times slower.
+#[inline(always)]
+pub(crate) fn fma(fused: bool, a: f32, b: f32, c: f32) -> f32 {
+    if fused { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// Four floats without any extension: what remains on an old x86, and NEON on aarch64, which fuses.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 4]);
+
+// SAFETY: nothing beyond the build's own target is needed.
+unsafe impl Lanes for Portable {
+    const LEVEL: Level = Level::Portable;
+    const N: usize = 4;
+    const FMA: bool = cfg!(target_arch = "aarch64");
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller vouches for four elements.
+        Self(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Self(std::array::from_fn(|i| fma(Self::FMA, self.0[i], b.0[i], c.0[i])))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    use super::{Job, Lanes, Level};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn run_avx512<J: Job>(job: J) {
+        job.run::<Avx512>();
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn run_avx2<J: Job>(job: J) {
+        job.run::<Avx2>();
+    }
+
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    // SAFETY: reached only through `run_avx512`.
+    unsafe impl Lanes for Avx512 {
+        const LEVEL: Level = Level::Avx512;
+        const N: usize = 16;
+        const FMA: bool = true;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller is compiled for AVX512F.
+            Self(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and the caller vouches for 16 elements.
+            Self(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above, and the caller vouches for 16 elements.
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: the caller is compiled for AVX512F.
+            Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256);
+
+    // SAFETY: reached only through `run_avx2`.
+    unsafe impl Lanes for Avx2 {
+        const LEVEL: Level = Level::Avx2;
+        const N: usize = 8;
+        const FMA: bool = true;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller is compiled for AVX2.
+            Self(unsafe { _mm256_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and the caller vouches for 8 elements.
+            Self(unsafe { _mm256_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above, and the caller vouches for 8 elements.
+            unsafe { _mm256_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: the caller is compiled for FMA.
+            Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+        }
+    }
+}
