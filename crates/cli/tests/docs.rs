@@ -62,7 +62,7 @@ fn links(text: &str) -> Vec<&str> {
 fn path_of(quotation: &str) -> Option<&str> {
     let path = quotation.split(['*', '<', '{']).next().unwrap_or_default();
     let whole = path.len() == quotation.len();
-    let path = if whole { path } else { &path[..path.rfind('/')?] };
+    let path = if whole { path } else { &path[..=path.rfind('/')?] };
     let named = path.chars().all(|c| c.is_ascii_alphanumeric() || "._-/".contains(c));
     let ours = FOLDERS.iter().any(|f| path.starts_with(f)) || (whole && ENDS.iter().any(|e| path.ends_with(e)));
     // `.rs` alone is an end, not a file.
@@ -106,8 +106,8 @@ fn named_paths_exist() {
 fn paths_are_told_from_other_quotations() {
     for (quotation, path) in [
         ("crates/model/src/params.rs", Some("crates/model/src/params.rs")),
-        ("crates/kernels/src/ops/<op>/mod.rs", Some("crates/kernels/src/ops")),
-        ("crates/*/src", Some("crates")),
+        ("crates/kernels/src/ops/<op>/mod.rs", Some("crates/kernels/src/ops/")),
+        ("crates/*/src", Some("crates/")),
         ("stages/mlp.rs", Some("stages/mlp.rs")),
         ("docs/", Some("docs/")),
         ("cargo test --workspace", None),
