@@ -2,7 +2,6 @@
 
 use crate::output::Output;
 use crate::{Global, open};
-use anyhow::Context;
 use clap::Args;
 use hadal_engine::{CacheOptions, Engine, logits_uncached};
 use safetensors::tensor::{Dtype, TensorView};
@@ -49,25 +48,9 @@ impl Logits {
         let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, vec![self.tokens.len(), vocab], &bytes)?;
         let file = safetensors::serialize([("logits", view)], None)?;
-        write_whole(&self.out, &file)?;
+        hadal_model::io::write_whole(&self.out, &file)?;
         out.text(&format!("logits [{}, {vocab}] f32 in {}\n", self.tokens.len(), self.out.display()));
         out.object(&serde_json::json!({ "out": self.out, "shape": [self.tokens.len(), vocab], "dtype": "f32" }));
         Ok(())
     }
-}
-
-/// Writes beside the target, syncs and renames: the file is whole or not there.
-fn write_whole(path: &std::path::Path, bytes: &[u8]) -> anyhow::Result<()> {
-    use std::io::Write;
-    let mut name =
-        path.file_name().with_context(|| format!("{}: expected a file name", path.display()))?.to_os_string();
-    name.push(".partial");
-    let partial = path.with_file_name(name);
-    let write = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    };
-    write().with_context(|| format!("{}: cannot write", path.display()))
 }

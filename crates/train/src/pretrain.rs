@@ -13,9 +13,6 @@ use hadal_model::{Model, ModelConfig, Params, Sequence};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Bytes of the corpus that we generate where no text is given.
-const BUILTIN_BYTES: usize = 3 << 20;
-
 /// Held-out share of the documents unless said otherwise.
 const VALID_FRACTION: f64 = 0.05;
 
@@ -92,7 +89,7 @@ pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prep
         }
         _ => {
             observer.phase("generating the built-in corpus");
-            corpus::builtin::documents(seed, BUILTIN_BYTES)
+            corpus::builtin::documents(seed, corpus::builtin::DEFAULT_BYTES)
         }
     };
     let split = hadal_data::split(documents.len(), run.data.valid_fraction.unwrap_or(VALID_FRACTION), seed)?;

@@ -22,8 +22,12 @@ impl Recorder {
 
     /// One i32 tensor `tokens`.
     pub fn write(&self, path: &Path) -> Result<(), TrainError> {
-        let io = |what: String| TrainError::Io { path: path.display().to_string(), what };
-        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(|e| io(e.to_string()))?;
-        safetensors::serialize_to_file([("tokens", view)], None, path).map_err(|e| io(format!("cannot write: {e}")))
+        let io = |e: safetensors::SafeTensorError| TrainError::Io {
+            path: path.display().to_string(),
+            what: format!("cannot write: {e}"),
+        };
+        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(io)?;
+        let bytes = safetensors::serialize([("tokens", view)], None).map_err(io)?;
+        Ok(hadal_model::io::write_whole(path, &bytes)?)
     }
 }
