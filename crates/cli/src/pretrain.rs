@@ -96,13 +96,18 @@ impl Pretrain {
             Some(path) => RunFile::read(path)?,
             None => RunFile::default(),
         };
+        // What settings came from, as messages name it.
+        let from = self.config.as_deref().unwrap_or(Path::new("settings")).display().to_string();
         let model = match (&self.preset, &file.model) {
             (Some(name), _) => ModelConfig::preset(name)?,
-            (None, Some(table)) => ModelConfig::from_toml_table(table)?,
-            (None, None) => {
-                let path = self.config.as_deref().unwrap_or(Path::new("")).display();
-                anyhow::bail!("{path}: expected a [model] table, found none");
+            (None, Some(table)) => {
+                let own = ["bos_token_id", "eos_token_ids"].into_iter().find(|key| table.contains_key(*key));
+                if let Some(key) = own {
+                    anyhow::bail!("{from}: [model]: {key} has no effect: the tokenizer says which tokens these are");
+                }
+                ModelConfig::from_toml_table(table).with_context(|| from.clone())?
             }
+            (None, None) => anyhow::bail!("{from}: expected a [model] table, found none"),
         };
         let over = Settings {
             steps: self.steps,
@@ -118,7 +123,7 @@ impl Pretrain {
             record_batches: self.record_batches.clone(),
             ..Settings::default()
         };
-        let config = TrainConfig::resolve(file.train.overlay(over), &model).context("settings")?;
+        let config = TrainConfig::resolve(file.train.overlay(over), &model).context(from)?;
         let data = DataSettings {
             paths: self.data.clone().or(file.data.paths),
             tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
@@ -147,7 +152,7 @@ fn samples(
         }
         let sampling =
             Sampling { max_tokens: free.min(64), temperature: 0.7, top_p: 0.95, top_k: 0, seed: run.config.seed };
-        out.text(&format!("\n--- {prompt}"));
+        out.text("\n--- ");
         let generated = writer.write(ctx, prompt, ids, sampling, |text| out.text(text))?;
         out.text("\n");
         written.push(serde_json::to_value(generated)?);
