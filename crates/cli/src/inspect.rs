@@ -152,7 +152,7 @@ pub fn scaled(x: f64, unit: &str) -> String {
 
 impl Report {
     fn text(&self) -> String {
-        let line = |name: &str, value: String| format!("{name:<42}{value}\n");
+        let line = |name: &str, value: String| format!("{name:<43} {value}\n");
         let bytes = |n: usize| scaled(n as f64, "B");
         let m = &self.training_memory;
         let mut s = line("model", format!("{} (family {})", self.model, self.family));

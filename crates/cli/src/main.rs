@@ -66,9 +66,7 @@ fn main() -> ExitCode {
     });
     let out = Output::new(cli.global.json);
     // A panic is a fault of ours, never a message for the user to decode.
-    std::panic::set_hook(Box::new(|info| {
-        eprintln!("internal error, please report it: {}", info.to_string().replace('\n', " "));
-    }));
+    std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
     let result = match &cli.verb {
         Verb::Pretrain(v) => v.run(&cli.global, &out),
         Verb::Generate(v) => v.run(&cli.global, &out),

@@ -119,6 +119,14 @@ fn training_settings_that_cannot_be_are_refused() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_run_that_no_memory_holds_is_refused() {
+    let place = Place::new();
+    refused(&["pretrain", "--preset", "v3", "--out", &place.arg("out")], &["does not fit", "of memory, found", "TB"]);
+    assert!(!place.path("out").exists());
+}
+
+#[test]
 fn an_unknown_preset_is_refused() {
     let place = Place::new();
     refused(&["pretrain", "--preset", "v4", "--out", &place.arg("out")], &["preset", "nano, mini", "found \"v4\""]);
@@ -163,4 +171,8 @@ fn wrong_arguments_are_json_too() {
     let error = ran.objects()[0]["error"].as_str().unwrap().to_string();
     assert!(error.contains("'many'") && ran.stderr.starts_with(&format!("error: {error}")), "{ran:?}");
     assert!(hadal(&["pretrain", "--steps", "many"]).stdout.is_empty());
+    let neither = hadal(&["pretrain", "--out", "x"]).stderr;
+    assert!(neither.contains("--preset <P>") && neither.contains("--config <F>"), "{neither}");
+    let both = hadal(&["pretrain", "--out", "x", "--preset", "nano", "--config", "x.toml"]);
+    assert!(both.code == Some(2) && both.stderr.contains("cannot be used with"), "{both:?}");
 }

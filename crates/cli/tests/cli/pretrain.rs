@@ -141,6 +141,18 @@ fn the_loss_falls_on_text_that_repeats() {
 }
 
 #[test]
+fn a_run_that_diverges_stops_and_writes_no_such_weights() {
+    let place = Place::new();
+    let ran = hadal(&place.pretrain("out", &["--steps", "6", "--lr", "1e30"]));
+    assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
+    // Norms keep the loss of huge weights finite for a step; their gradients are not.
+    assert!(ran.stderr.starts_with("error: step 2: expected a finite gradient norm, found NaN; "), "{ran:?}");
+    let left: Vec<_> = std::fs::read_dir(place.path("out")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["metrics.jsonl"]);
+    assert_eq!(metrics(&place.path("out")).len(), 1, "lines are of finite numbers");
+}
+
+#[test]
 fn options_win_over_the_file_and_paths_may_come_from_it() {
     let place = Place::new();
     let data = place.arg("text.txt");
