@@ -48,6 +48,9 @@ fn damaged_weights() {
     damage("shape", &shape, &["model.safetensors", norm, "expected shape [32], found shape [31]"]);
     let dtype = |d: &Path| edit(d, norm, Some((Dtype::I64, vec![32], vec![0; 8 * 32])));
     damage("dtype", &dtype, &["model.safetensors", norm, "expected BF16, F16 or F32, found I64"]);
+    let nan = [[0; 4 * 31].as_slice(), &f32::NAN.to_le_bytes()].concat();
+    let nan = |d: &Path| edit(d, norm, Some((Dtype::F32, vec![32], nan.clone())));
+    damage("nan", &nan, &["model.safetensors", norm, "expected finite numbers, found NaN"]);
     let lost = |d: &Path| edit(d, norm, None);
     damage("lost", &lost, &["1 of 41 tensors are missing, the first is model.norm.weight"]);
     let file = |d: &Path| d.join("model.safetensors");
@@ -92,6 +95,7 @@ fn configurations_that_mean_something_else() {
         ("hidden_act", "gelu".into(), &["hidden_act", "expected \"silu\"", "found \"gelu\""]),
         ("n_group", 3.into(), &["n_group", "divisor of n_routed_experts = 4", "found 3"]),
         ("hidden_size", (-1).into(), &["hidden_size", "integer", "found -1"]),
+        ("routed_scaling_factor", 1e300.into(), &["routed_scaling_factor", "above 0 that f32 holds"]),
         ("hidden_size", 64.into(), &["shape [320, 64], found shape [320, 32]"]),
     ] {
         configure(&dir, key, value);
