@@ -36,15 +36,21 @@ impl Logits {
     /// Writes the file.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let ctx = global.ctx()?;
+        // Before the work, not after it.
+        let parent = self.out.parent().filter(|p| !p.as_os_str().is_empty());
+        if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
+            anyhow::bail!("{}: expected a file to write in a directory that is there", self.out.display());
+        }
         let opened = open::model(&ctx, &self.model, hadal_train::precision(&self.dtype)?, out)?;
         let vocab = opened.model.config.vocab_size;
         let logits = if self.no_cache {
-            logits_uncached(&ctx, &opened.model, &opened.params, &self.tokens)?
+            logits_uncached(&ctx, &opened.model, &opened.params, &self.tokens)
         } else {
             let room = self.tokens.len().min(opened.model.config.max_position_embeddings);
             let mut engine = Engine::new(&ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
-            engine.logits(&ctx, &self.tokens, CHUNK)?
+            engine.logits(&ctx, &self.tokens, CHUNK)
         };
+        let logits = logits.with_context(|| self.model.display().to_string())?;
         let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, vec![self.tokens.len(), vocab], &bytes)?;
         let file = safetensors::serialize([("logits", view)], None)?;

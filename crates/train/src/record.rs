@@ -4,6 +4,18 @@ use crate::TrainError;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
+/// Says before a run what would stop [`Recorder::write`] after it.
+pub(crate) fn check(path: &Path) -> Result<(), TrainError> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = match (parent.is_dir(), path.is_dir()) {
+        (true, false) => return Ok(()),
+        (false, _) => "no such directory".to_string(),
+        (true, true) => "a directory".to_string(),
+    };
+    let what = format!("expected a file to record batches in, found {found}");
+    Err(TrainError::Io { path: path.display().to_string(), what })
+}
+
 /// Collects windows [steps, batch, seq + 1].
 pub(crate) struct Recorder {
     shape: [usize; 3],

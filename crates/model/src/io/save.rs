@@ -70,12 +70,12 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
     };
     let partial = path.with_file_name(format!(".{}.partial", name.to_string_lossy()));
     let _ = std::fs::remove_file(&partial); // Left by an interrupted writer, or not there.
-    write_file(&partial, |out| out.write_all(bytes))?;
-    let renamed = std::fs::rename(&partial, path).map_err(IoError::system(path, "renaming the finished file"));
-    if renamed.is_err() {
-        let _ = std::fs::remove_file(&partial); // The rename's error is the one to report.
+    let written = write_file(&partial, |out| out.write_all(bytes))
+        .and_then(|()| std::fs::rename(&partial, path).map_err(IoError::system(path, "renaming the finished file")));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&partial); // The first error is the one to report.
     }
-    renamed?;
+    written?;
     sync_dir(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
 
