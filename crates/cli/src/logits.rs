@@ -2,6 +2,7 @@
 
 use crate::output::Output;
 use crate::{Global, open};
+use anyhow::Context;
 use clap::Args;
 use hadal_engine::{CacheOptions, Engine, logits_uncached};
 use safetensors::tensor::{Dtype, TensorView};
