@@ -2,11 +2,12 @@
 
 use crate::output::Output;
 use crate::{Global, open};
+use anyhow::Context;
 use clap::Args;
 use hadal_data::Tokenizer;
 use hadal_engine::{CacheOptions, Engine, Finish, Request};
 use hadal_kernels::Ctx;
-use hadal_model::{Precision, account};
+use hadal_model::{ModelConfig, Precision, account};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -22,9 +23,9 @@ pub struct Generate {
     model: PathBuf,
     /// Text to continue.
     prompt: String,
-    /// Tokens to write at most.
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    max_tokens: usize,
+    /// Tokens to write at most [default: 128, or what the model's positions leave].
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
     /// Randomness; 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.8, value_name = "X")]
     temperature: f32,
@@ -41,6 +42,9 @@ pub struct Generate {
     #[arg(long)]
     bos: bool,
 }
+
+/// Tokens written unless said otherwise.
+const MAX_TOKENS: usize = 128;
 
 /// What a generation gave.
 #[derive(Serialize)]
@@ -85,7 +89,7 @@ impl Writer {
         self.tokenizer.encode(text)
     }
 
-    /// Continues `prompt`; `each` sees text as it comes.
+    /// Continues `prompt`; `each` sees text as it comes, the prompt first, once nothing can be wrong any more.
     pub fn write(
         &mut self,
         ctx: &Ctx,
@@ -103,12 +107,14 @@ impl Writer {
             top_k: s.top_k,
             top_p: s.top_p,
             seed: s.seed,
-            stop: stop.clone(),
+            stop,
         };
         let (mut tokens, mut shown, mut finish) = (Vec::new(), 0, Finish::Length);
+        self.engine.submit(request)?;
+        each(prompt);
         let begin = Instant::now();
         let tokenizer = &self.tokenizer;
-        self.engine.generate(ctx, [request], |event| {
+        self.engine.generate(ctx, [], |event| {
             finish = event.finished.unwrap_or(finish);
             if event.finished == Some(Finish::Stop) {
                 return;
@@ -116,15 +122,17 @@ impl Writer {
             tokens.push(event.token);
             let text = tokenizer.decode(&tokens, true);
             // The bytes of a character may come in several tokens: wait for the rest.
-            if !text.ends_with('\u{fffd}') && text.len() > shown {
-                each(&text[shown..]);
+            if !text.ends_with('\u{fffd}')
+                && let Some(new) = text.get(shown..)
+            {
+                each(new);
                 shown = text.len();
             }
         })?;
         let seconds = begin.elapsed().as_secs_f64();
         let text = tokenizer.decode(&tokens, true);
-        if text.len() > shown && text.is_char_boundary(shown) {
-            each(&text[shown..]);
+        if let Some(rest) = text.get(shown..) {
+            each(rest);
         }
         let config = &self.engine.model().config;
         Ok(Generated {
@@ -144,22 +152,27 @@ impl Generate {
         let ctx = global.ctx()?;
         let precision = hadal_train::precision(&self.dtype)?;
         let dir = open::resolve(&self.model)?;
-        let tokenizer = open::tokenizer(&dir, &open::config(&dir, &Output::new(false))?)?;
+        // Warnings come when the model is opened.
+        let (config, _) = ModelConfig::from_hf(&dir.join("config.json"))?;
+        let tokenizer = open::tokenizer(&dir, &config)?;
         let mut ids = tokenizer.encode(&self.prompt);
         if self.bos {
             let bos = tokenizer.bos();
             ids.insert(0, bos.ok_or_else(|| anyhow::anyhow!("--bos: this tokenizer has no begin-of-text token"))?);
         }
-        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(self.max_tokens), out)?;
+        // A prompt that leaves no position is refused by name, not given nothing.
+        let left = config.max_position_embeddings.saturating_sub(ids.len()).max(1);
+        let max_tokens = self.max_tokens.unwrap_or(MAX_TOKENS.min(left));
+        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(max_tokens), out)?;
         let sampling = Sampling {
-            max_tokens: self.max_tokens,
+            max_tokens,
             temperature: self.temperature,
             top_p: self.top_p,
             top_k: self.top_k,
             seed: global.seed.unwrap_or(0),
         };
-        out.text(&self.prompt);
-        let generated = writer.write(&ctx, &self.prompt, ids, sampling, |text| out.text(text))?;
+        let generated = writer.write(&ctx, &self.prompt, ids, sampling, |text| out.text(text));
+        let generated = generated.with_context(|| self.model.display().to_string())?;
         out.text("\n");
         out.object(&generated);
         if !out.json() {

@@ -22,13 +22,16 @@ pub struct Inspect {
     /// Sequences in flight, for the training memory.
     #[arg(long, default_value_t = 8, value_name = "B")]
     batch: usize,
-    /// Tokens a sequence, for FLOPs and training memory [default: 256, 4096 at most the model's].
+    /// Tokens a sequence, for FLOPs and training memory [default: 4096, or all the model's positions].
     #[arg(long, value_name = "T")]
     seq: Option<usize>,
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
 }
+
+/// Rows in flight are counted in i32.
+const MAX_TOKENS: usize = i32::MAX as usize;
 
 /// The answer.
 #[derive(Serialize)]
@@ -84,8 +87,9 @@ impl Inspect {
         let dir = open::resolve(path)?;
         let mut config = open::config(&dir, out)?;
         // Where there are weights, their MTP layers count, not the field.
-        if let Ok(checkpoint) = Checkpoint::open(&dir) {
-            config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
+        let weights = ["model.safetensors", "model.safetensors.index.json"];
+        if weights.iter().any(|name| dir.join(name).exists()) {
+            config.num_nextn_predict_layers = Checkpoint::open(&dir)?.mtp_layers(&config);
         }
         Ok(config)
     }
@@ -93,12 +97,12 @@ impl Inspect {
     fn report(&self, c: &ModelConfig) -> anyhow::Result<Report> {
         let precision = hadal_train::precision(&self.dtype)?;
         let seq = self.seq.unwrap_or(c.max_position_embeddings.min(4096));
-        if self.batch == 0 || seq == 0 || seq > c.max_position_embeddings {
-            anyhow::bail!(
-                "--batch {} --seq {seq}: expected at least 1, and at most max_position_embeddings = {} tokens",
-                self.batch,
-                c.max_position_embeddings
-            );
+        let (batch, positions) = (self.batch, c.max_position_embeddings);
+        if seq == 0 || seq > positions {
+            anyhow::bail!("--seq {seq}: expected 1 to max_position_embeddings = {positions}");
+        }
+        if batch == 0 || batch > MAX_TOKENS / seq {
+            anyhow::bail!("--batch {batch}: expected 1 to {}, at most {MAX_TOKENS} tokens in flight", MAX_TOKENS / seq);
         }
         let p = Parameters::of(c);
         let layout = Layout::new(c, Scope::whole(c));
@@ -148,7 +152,7 @@ pub fn scaled(x: f64, unit: &str) -> String {
 
 impl Report {
     fn text(&self) -> String {
-        let line = |name: &str, value: String| format!("{name:<42}{value}\n");
+        let line = |name: &str, value: String| format!("{name:<43} {value}\n");
         let bytes = |n: usize| scaled(n as f64, "B");
         let m = &self.training_memory;
         let mut s = line("model", format!("{} (family {})", self.model, self.family));

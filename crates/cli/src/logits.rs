@@ -37,37 +37,27 @@ impl Logits {
     /// Writes the file.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let ctx = global.ctx()?;
+        // Before the work, not after it.
+        let parent = self.out.parent().filter(|p| !p.as_os_str().is_empty());
+        if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
+            anyhow::bail!("{}: expected a file to write in a directory that is there", self.out.display());
+        }
         let opened = open::model(&ctx, &self.model, hadal_train::precision(&self.dtype)?, out)?;
         let vocab = opened.model.config.vocab_size;
         let logits = if self.no_cache {
-            logits_uncached(&ctx, &opened.model, &opened.params, &self.tokens)?
+            logits_uncached(&ctx, &opened.model, &opened.params, &self.tokens)
         } else {
             let room = self.tokens.len().min(opened.model.config.max_position_embeddings);
             let mut engine = Engine::new(&ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
-            engine.logits(&ctx, &self.tokens, CHUNK)?
+            engine.logits(&ctx, &self.tokens, CHUNK)
         };
+        let logits = logits.with_context(|| self.model.display().to_string())?;
         let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, vec![self.tokens.len(), vocab], &bytes)?;
         let file = safetensors::serialize([("logits", view)], None)?;
-        write_whole(&self.out, &file)?;
+        hadal_model::io::write_whole(&self.out, &file)?;
         out.text(&format!("logits [{}, {vocab}] f32 in {}\n", self.tokens.len(), self.out.display()));
         out.object(&serde_json::json!({ "out": self.out, "shape": [self.tokens.len(), vocab], "dtype": "f32" }));
         Ok(())
     }
-}
-
-/// Writes beside the target, syncs and renames: the file is whole or not there.
-fn write_whole(path: &std::path::Path, bytes: &[u8]) -> anyhow::Result<()> {
-    use std::io::Write;
-    let mut name =
-        path.file_name().with_context(|| format!("{}: expected a file name", path.display()))?.to_os_string();
-    name.push(".partial");
-    let partial = path.with_file_name(name);
-    let write = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    };
-    write().with_context(|| format!("{}: cannot write", path.display()))
 }

@@ -55,12 +55,18 @@ impl Global {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|e| {
+        // A machine that reads stdout learns of wrong arguments too; help and version are no errors.
+        if e.use_stderr() && std::env::args_os().any(|a| a == "--json") {
+            let text = e.to_string();
+            let first = text.lines().next().unwrap_or_default();
+            Output::new(true).object(&serde_json::json!({ "error": first.trim_start_matches("error: ") }));
+        }
+        e.exit()
+    });
     let out = Output::new(cli.global.json);
     // A panic is a fault of ours, never a message for the user to decode.
-    std::panic::set_hook(Box::new(|info| {
-        eprintln!("internal error, please report it: {}", info.to_string().replace('\n', " "));
-    }));
+    std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
     let result = match &cli.verb {
         Verb::Pretrain(v) => v.run(&cli.global, &out),
         Verb::Generate(v) => v.run(&cli.global, &out),

@@ -20,9 +20,17 @@ pub fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
     if !path.exists() {
         anyhow::bail!("{}: expected a model directory (config.json and safetensors), found nothing", path.display());
     }
-    let latest = path.join("latest");
-    if path.join("config.json").exists() || !latest.exists() {
+    if !path.is_dir() {
+        anyhow::bail!("{}: expected a model directory (config.json and safetensors), found a file", path.display());
+    }
+    if path.join("config.json").exists() {
         return Ok(path.to_path_buf());
+    }
+    let latest = path.join("latest");
+    if !latest.exists() {
+        let what =
+            "expected a model directory (config.json) or that of a run with a checkpoint (latest), found neither";
+        anyhow::bail!("{}: {what}", path.display());
     }
     // A link to the checkpoint, or, where links need privileges, a file with its name.
     match std::fs::read_to_string(&latest) {
@@ -58,7 +66,7 @@ pub fn tokenizer(path: &Path, config: &ModelConfig) -> anyhow::Result<Tokenizer>
     let (found, expected) = (tokenizer.vocab_size(), config.vocab_size);
     if found > expected {
         anyhow::bail!(
-            "{}: tokenizer and model disagree: {found} token ids, expected at most vocab_size = {expected}",
+            "{}: tokenizer and model disagree: expected at most vocab_size = {expected} ids, found {found}",
             dir.display()
         );
     }

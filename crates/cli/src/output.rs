@@ -43,9 +43,9 @@ impl Output {
         eprintln!("warning: {what}");
     }
 
-    /// The end of a failed run: one line.
+    /// The end of a failed run: one line, whatever paths and libraries put into it.
     pub fn error(&self, what: &str) {
-        let line = what.replace('\n', " ");
+        let line = what.replace(char::is_control, " ");
         self.object(&serde_json::json!({ "error": line }));
         eprintln!("error: {line}");
     }

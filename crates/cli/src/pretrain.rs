@@ -5,15 +5,17 @@ use crate::generate::{Sampling, Writer};
 use crate::inspect::scaled;
 use crate::output::Output;
 use anyhow::Context;
-use clap::Args;
-use hadal_kernels::Ctx;
-use hadal_model::ModelConfig;
+use clap::{ArgGroup, Args};
+use hadal_kernels::{Ctx, DType};
+use hadal_model::account::{self, TrainingMemory};
+use hadal_model::{Layout, ModelConfig, Scope};
 use hadal_train::{DataSettings, Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
 
 /// Options of `pretrain`.
 #[derive(Args)]
+#[command(group = ArgGroup::new("model").required(true))]
 #[command(after_help = "Examples:
   hadal pretrain --preset nano --out first-run
   hadal pretrain --preset nano --data shakespeare.txt poems.txt --out run --steps 1000
@@ -23,10 +25,10 @@ Without --data the text is a corpus that hadal generates itself: English, Chines
 DIR gets metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that transformers loads), latest.")]
 pub struct Pretrain {
     /// Model by name: nano, mini, 1b, v2-lite, moonlight-16b, v3.
-    #[arg(long, value_name = "P", required_unless_present = "config", conflicts_with = "config")]
+    #[arg(long, value_name = "P", group = "model")]
     preset: Option<String>,
     /// TOML file with [model], [data] and [train]; options here win over it.
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", group = "model")]
     config: Option<PathBuf>,
     /// UTF-8 text files.
     #[arg(long, value_name = "PATH", num_args = 1..)]
@@ -74,6 +76,7 @@ impl Pretrain {
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
+        fits(&run)?;
         let mut progress = Progress { out: *out, bar: None };
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
         progress.finish();
@@ -96,13 +99,18 @@ impl Pretrain {
             Some(path) => RunFile::read(path)?,
             None => RunFile::default(),
         };
+        // What settings came from, as messages name it.
+        let from = self.config.as_deref().unwrap_or(Path::new("settings")).display().to_string();
         let model = match (&self.preset, &file.model) {
             (Some(name), _) => ModelConfig::preset(name)?,
-            (None, Some(table)) => ModelConfig::from_toml_table(table)?,
-            (None, None) => {
-                let path = self.config.as_deref().unwrap_or(Path::new("")).display();
-                anyhow::bail!("{path}: expected a [model] table, found none");
+            (None, Some(table)) => {
+                let own = ["bos_token_id", "eos_token_ids"].into_iter().find(|key| table.contains_key(*key));
+                if let Some(key) = own {
+                    anyhow::bail!("{from}: [model]: {key} has no effect: the tokenizer says which tokens these are");
+                }
+                ModelConfig::from_toml_table(table).with_context(|| from.clone())?
             }
+            (None, None) => anyhow::bail!("{from}: expected a [model] table, found none"),
         };
         let over = Settings {
             steps: self.steps,
@@ -118,7 +126,7 @@ impl Pretrain {
             record_batches: self.record_batches.clone(),
             ..Settings::default()
         };
-        let config = TrainConfig::resolve(file.train.overlay(over), &model).context("settings")?;
+        let config = TrainConfig::resolve(file.train.overlay(over), &model).context(from)?;
         let data = DataSettings {
             paths: self.data.clone().or(file.data.paths),
             tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
@@ -126,6 +134,32 @@ impl Pretrain {
         };
         Ok(Run { model, config, data, out: self.out.clone() })
     }
+}
+
+/// Refuses a run that this machine's memory can never hold: the system would end it without a word.
+fn fits(run: &Run) -> anyhow::Result<()> {
+    let (model, c) = (&run.model, &run.config);
+    let layout = Layout::new(model, Scope::whole(model));
+    let saved = account::saved_activations(model, c.precision, c.micro_batch, c.seq);
+    let needed = TrainingMemory::of(&layout, c.precision, DType::F32, saved).total();
+    match machine_memory() {
+        Some(found) if needed > found => anyhow::bail!(
+            "the run does not fit: expected at most {} of memory, found that it needs {} (hadal inspect says what for)",
+            scaled(found as f64, "B"),
+            scaled(needed as f64, "B")
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of memory and swap, where the system says so in a file (Linux).
+fn machine_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<usize>().ok()
+    };
+    Some((kib("MemTotal:")? + kib("SwapTotal:")?) << 10)
 }
 
 /// Continues the beginnings of a few held-out documents.
@@ -147,7 +181,7 @@ fn samples(
         }
         let sampling =
             Sampling { max_tokens: free.min(64), temperature: 0.7, top_p: 0.95, top_k: 0, seed: run.config.seed };
-        out.text(&format!("\n--- {prompt}"));
+        out.text("\n--- ");
         let generated = writer.write(ctx, prompt, ids, sampling, |text| out.text(text))?;
         out.text("\n");
         written.push(serde_json::to_value(generated)?);

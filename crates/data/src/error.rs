@@ -51,7 +51,10 @@ pub enum DataError {
     #[error("the corpus is empty: expected at least one document, found none")]
     EmptyCorpus,
     /// Nothing could be held out for validation, or nothing would be left to train on.
-    #[error("the corpus has one document: expected at least 2, one to train on and one to hold out")]
+    #[error(
+        "the corpus is too short: expected at least 2 documents (files, or pieces of about 4 KiB that end at a blank \
+         line), one to train on and one to hold out, found 1"
+    )]
     OneDocument,
     /// The held-out fraction is not a proper fraction.
     #[error("held-out fraction: expected more than 0 and less than 1, found {0}")]
@@ -73,7 +76,7 @@ pub enum DataError {
         reason: String,
     },
     /// The vocabulary does not hold the byte alphabet and the special tokens.
-    #[error("vocabulary size: expected at least {expected} ids (256 bytes and the special tokens), found {found}")]
+    #[error("vocab_size: expected at least {expected} ids (256 bytes and the special tokens), found {found}")]
     VocabTooSmall {
         /// Fewest ids possible.
         expected: usize,
@@ -81,7 +84,10 @@ pub enum DataError {
         found: usize,
     },
     /// The corpus has too few repeated pieces for the vocabulary asked for.
-    #[error("vocabulary size: expected {expected} ids, but this corpus repeats only enough text for {found}")]
+    #[error(
+        "the corpus is too short for the vocabulary: expected repeated text for vocab_size = {expected} ids, found \
+         enough for {found}"
+    )]
     VocabTooLarge {
         /// Ids asked for.
         expected: usize,

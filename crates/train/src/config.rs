@@ -28,7 +28,8 @@ impl RunFile {
     pub fn read(path: &Path) -> Result<Self, TrainError> {
         let text = std::fs::read_to_string(path).map_err(|e| TrainError::read(path, &e))?;
         toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(0, |s| text[..s.start].lines().count().max(1));
+            // What the parser objects to begins after so many line ends.
+            let line = 1 + e.span().map_or(0, |s| text.bytes().take(s.start).filter(|&b| b == b'\n').count());
             TrainError::Config { what: format!("{}:{line}: {}", path.display(), e.message().replace('\n', " ")) }
         })
     }
@@ -167,6 +168,11 @@ pub struct TrainConfig {
     pub record_batches: Option<PathBuf>,
 }
 
+/// Most tokens of one step: rows in flight are counted in i32.
+const MAX_STEP_TOKENS: usize = i32::MAX as usize;
+/// Most steps: a sample's number (step * batch) fits u64 whatever the batch.
+const MAX_STEPS: u64 = 1 << 32;
+
 /// Reads "bf16" or "fp32".
 pub fn precision(name: &str) -> Result<Precision, TrainError> {
     match name {
@@ -189,7 +195,7 @@ impl TrainConfig {
         // Sequences are 256 tokens unless the model reads fewer.
         let seq = s.seq.unwrap_or(256.min(model.max_position_embeddings));
         let warmup = s.warmup.unwrap_or((steps / 20).min(2000));
-        let constant = s.constant.unwrap_or(steps * 6 / 10);
+        let constant = s.constant.unwrap_or(steps / 10 * 6 + steps % 10 * 6 / 10);
         let moe = (0..model.num_hidden_layers + model.num_nextn_predict_layers).any(|i| model.is_moe(i));
         refuse(s.mtp_lambda.is_some() && model.num_nextn_predict_layers == 0, || {
             "train.mtp_lambda has no effect: the model has no MTP layer (num_nextn_predict_layers = 0)".into()
@@ -245,6 +251,11 @@ impl TrainConfig {
         refuse(!self.batch.is_multiple_of(self.micro_batch), || {
             format!("train.micro_batch = {}: expected a divisor of batch = {}", self.micro_batch, self.batch)
         })?;
+        let tokens = self.batch.checked_mul(self.seq).filter(|&n| n <= MAX_STEP_TOKENS);
+        refuse(tokens.is_none(), || {
+            let (batch, seq) = (self.batch, self.seq);
+            format!("train.batch = {batch}, seq = {seq}: expected at most {MAX_STEP_TOKENS} tokens a step together")
+        })?;
         refuse(self.seq > model.max_position_embeddings, || {
             format!(
                 "train.seq = {}: expected at most the model's max_position_embeddings = {}",
@@ -255,9 +266,11 @@ impl TrainConfig {
             format!("train.seq = {}: expected more than the MTP depth {}", self.seq, model.num_nextn_predict_layers)
         })?;
         let s = &self.schedule;
-        refuse(s.warmup + s.constant > s.steps, || {
-            format!("train.warmup + constant = {}: expected at most steps = {}", s.warmup + s.constant, s.steps)
+        refuse(s.warmup.checked_add(s.constant).is_none_or(|n| n > s.steps), || {
+            let (warmup, constant) = (s.warmup, s.constant);
+            format!("train.warmup = {warmup}, constant = {constant}: expected at most steps = {} together", s.steps)
         })?;
+        refuse(s.steps > MAX_STEPS, || format!("train.steps = {}: expected at most {MAX_STEPS}", s.steps))?;
         self.validate_numbers()
     }
 
@@ -271,13 +284,16 @@ impl TrainConfig {
             ("bias_gamma", o.bias_gamma.into()),
         ];
         let positive = [("lr", s.peak), ("eps", a.eps.into()), ("clip", a.clip.into())];
-        for (name, x) in at_least_zero {
-            refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;
-        }
         for (name, x) in positive {
             refuse(x.is_nan() || x <= 0.0, || format!("train.{name} = {x}: expected a number > 0"))?;
         }
-        refuse(!s.peak.is_finite(), || format!("train.lr = {}: expected a finite number", s.peak))?;
+        for (name, x) in [("lr", s.peak), ("eps", a.eps.into())] {
+            refuse(!x.is_finite(), || format!("train.{name} = {x}: expected a finite number"))?;
+        }
+        for (name, x) in at_least_zero {
+            refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;
+        }
+        refuse(s.floor > s.peak, || format!("train.min_lr = {}: expected at most lr = {}", s.floor, s.peak))?;
         for (name, x) in [("beta1", a.beta1), ("beta2", a.beta2)] {
             refuse(!(0.0..1.0).contains(&x), || format!("train.{name} = {x}: expected a number in [0, 1)"))?;
         }

@@ -37,22 +37,34 @@ pub enum TrainError {
         /// What happened.
         what: String,
     },
-    /// The text or the tokenizer.
+    /// A text file or the tokenizer.
     #[error(transparent)]
     Data(#[from] hadal_data::DataError),
+    /// Text that reads well and does not suffice.
+    #[error("{corpus}: {why}")]
+    Corpus {
+        /// The files, or that it is the built-in one.
+        corpus: String,
+        /// What it lacks.
+        why: hadal_data::DataError,
+    },
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] hadal_model::io::IoError),
     /// A model's configuration.
     #[error(transparent)]
     Model(#[from] hadal_model::config::ConfigError),
-    /// The loss is no number any more.
-    #[error("step {step}: the loss is {loss}; the last checkpoint is untouched (a lower train.lr may help)")]
+    /// The loss, the gradients or the weights are no numbers any more.
+    #[error(
+        "step {step}: expected a finite {what}, found {found}; the last checkpoint is untouched (a lower train.lr may help)"
+    )]
     Diverged {
         /// The step.
         step: u64,
-        /// Its loss.
-        loss: f64,
+        /// What was measured.
+        what: &'static str,
+        /// Its value.
+        found: f64,
     },
 }
 

@@ -4,17 +4,14 @@ use crate::TrainError;
 use crate::config::{DataSettings, TrainConfig};
 use crate::evaluate::{Evaluation, Held, evaluate, sequence};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::record::Recorder;
+use crate::record::{self, Recorder};
 use crate::step::{StepReport, Trainer};
-use hadal_data::{Loader, TokenStream, Tokenizer, corpus};
+use hadal_data::{DataError, Loader, TokenStream, Tokenizer, corpus};
 use hadal_kernels::{Ctx, Device};
 use hadal_model::io::{SaveOptions, save_checkpoint};
 use hadal_model::{Model, ModelConfig, Params, Sequence};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// Bytes of the corpus that we generate where no text is given.
-const BUILTIN_BYTES: usize = 3 << 20;
 
 /// Held-out share of the documents unless said otherwise.
 const VALID_FRACTION: f64 = 0.05;
@@ -86,16 +83,26 @@ pub trait Observer {
 pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prepared, TrainError> {
     let seed = run.config.seed;
     let documents = match run.data.paths.as_deref() {
-        Some(paths) if !paths.is_empty() => {
+        Some([]) => {
+            return Err(TrainError::Config { what: "data.paths = []: expected at least one text file".into() });
+        }
+        Some(paths) => {
             observer.phase("reading text");
             corpus::read_text(paths)?
         }
-        _ => {
+        None => {
             observer.phase("generating the built-in corpus");
-            corpus::builtin::documents(seed, BUILTIN_BYTES)
+            corpus::builtin::documents(seed, corpus::builtin::DEFAULT_BYTES)
         }
     };
-    let split = hadal_data::split(documents.len(), run.data.valid_fraction.unwrap_or(VALID_FRACTION), seed)?;
+    let lacking = |why| TrainError::Corpus { corpus: corpus_name(run.data.paths.as_deref()), why };
+    let fraction = run.data.valid_fraction.unwrap_or(VALID_FRACTION);
+    let split = hadal_data::split(documents.len(), fraction, seed).map_err(|e| match e {
+        DataError::Fraction(x) => {
+            TrainError::Config { what: format!("data.valid_fraction = {x}: expected a number above 0 and below 1") }
+        }
+        other => lacking(other),
+    })?;
     let pick = |side: &[usize]| -> Vec<&str> { side.iter().map(|&i| documents[i].as_ref()).collect() };
     let (train, held) = (pick(&split.train), pick(&split.validation));
     let Device::Cpu(cpu) = &ctx.device;
@@ -104,15 +111,16 @@ pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prep
         Some(path) => Tokenizer::load(path)?,
         None => {
             observer.phase("training a byte-level BPE tokenizer");
-            cpu.install(|| Tokenizer::train(&train, run.model.vocab_size))?
+            cpu.install(|| Tokenizer::train(&train, run.model.vocab_size)).map_err(lacking)?
         }
     };
-    check_vocabulary(&tokenizer, &run.model)?;
+    if let Some(path) = &run.data.tokenizer {
+        check_tokenizer(path, &tokenizer, &run.model)?;
+    }
     observer.phase("tokenising");
-    let (train, held) = cpu.install(|| {
-        Ok::<_, TrainError>((TokenStream::new(&tokenizer, &train)?, TokenStream::new(&tokenizer, &held)?))
-    })?;
-    let train = Loader::new(train, run.config.seq, seed)?;
+    let streams = cpu.install(|| Ok((TokenStream::new(&tokenizer, &train)?, TokenStream::new(&tokenizer, &held)?)));
+    let (train, held) = streams.map_err(lacking)?;
+    let train = Loader::new(train, run.config.seq, seed).map_err(lacking)?;
     let byte_lengths = tokenizer.token_byte_lengths();
     Ok(Prepared { tokenizer, train, held, byte_lengths, prompts })
 }
@@ -123,15 +131,29 @@ fn beginnings(held: &[&str]) -> Vec<String> {
     held.iter().step_by(step).map(|d| d.trim_start().chars().take(PROMPT_CHARS).collect()).collect()
 }
 
-/// A tokenizer may have fewer ids than the model (published vocabularies are padded), never more.
-fn check_vocabulary(tokenizer: &Tokenizer, model: &ModelConfig) -> Result<(), TrainError> {
-    if tokenizer.vocab_size() <= model.vocab_size {
-        return Ok(());
+/// The text as messages name it.
+fn corpus_name(paths: Option<&[PathBuf]>) -> String {
+    match paths {
+        None | Some([]) => "built-in corpus".into(),
+        Some([one]) => one.display().to_string(),
+        Some([first, rest @ ..]) => format!("{} and {} more", first.display(), rest.len()),
     }
+}
+
+/// A tokenizer may have fewer ids than the model (published vocabularies are padded), never more; and documents must
+/// end.
+fn check_tokenizer(path: &Path, tokenizer: &Tokenizer, model: &ModelConfig) -> Result<(), TrainError> {
+    let bad = |what: String| Err(TrainError::Io { path: path.display().to_string(), what });
     let (found, expected) = (tokenizer.vocab_size(), model.vocab_size);
-    Err(TrainError::Config {
-        what: format!("tokenizer and model disagree: {found} token ids, expected at most vocab_size = {expected}"),
-    })
+    if found > expected {
+        return bad(format!(
+            "tokenizer and model disagree: expected at most vocab_size = {expected} ids, found {found}"
+        ));
+    }
+    if tokenizer.eos().is_none() {
+        return bad(DataError::NoEos.to_string());
+    }
+    Ok(())
 }
 
 /// The model of a run learns which tokens begin and end a text from its tokenizer.
@@ -143,8 +165,14 @@ fn with_special_tokens(mut model: ModelConfig, tokenizer: &Tokenizer) -> ModelCo
 
 /// Trains to the end.
 pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
-    claim(&run.out)?;
-    let data = prepare(ctx, run, observer)?;
+    let new = claim(&run.out)?;
+    let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
+    let data = ready.and_then(|()| prepare(ctx, run, observer)).inspect_err(|_| {
+        if new {
+            // Nothing is in it yet; should something be, it is not ours to remove.
+            let _ = std::fs::remove_dir(&run.out);
+        }
+    })?;
     let config = with_special_tokens(run.model.clone(), &data.tokenizer);
     let model = Model::whole(ctx, config.clone());
     let params = Params::init(ctx, &config, model.layout.clone(), run.config.precision, run.config.seed);
@@ -161,14 +189,26 @@ pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Out
     Loop { run, data, config, trainer, metrics, observer }.go(ctx)
 }
 
-/// Makes the output directory, or takes an empty one.
-fn claim(out: &Path) -> Result<(), TrainError> {
-    let full = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
-    if full {
-        let what = "expected a new or empty directory for the run, found files in it".into();
-        return Err(TrainError::Io { path: out.display().to_string(), what });
+/// Makes the output directory (true), or takes an empty one (false).
+fn claim(out: &Path) -> Result<bool, TrainError> {
+    let bad = |what: String| Err(TrainError::Io { path: out.display().to_string(), what });
+    let expected = "expected a new or empty directory for the run";
+    match std::fs::read_dir(out) {
+        Ok(mut entries) => match entries.next() {
+            Some(_) => bad(format!("{expected}, found files in it")),
+            None => Ok(false),
+        },
+        Err(_) if out.is_file() => bad(format!("{expected}, found a file")),
+        Err(_) => match std::fs::create_dir_all(out) {
+            Ok(()) => Ok(true),
+            Err(e) => bad(format!("{expected}, which cannot be made: {e}")),
+        },
     }
-    std::fs::create_dir_all(out).map_err(|e| TrainError::write(out, &e))
+}
+
+/// Weights that gave something else are no checkpoint.
+fn finite(step: u64, what: &'static str, found: f64) -> Result<(), TrainError> {
+    if found.is_finite() { Ok(()) } else { Err(TrainError::Diverged { step, what, found }) }
 }
 
 struct Loop<'a> {
@@ -228,12 +268,12 @@ impl Loop<'_> {
     ) -> Result<Metrics, TrainError> {
         let c = &self.run.config;
         let loss = report.losses.total();
-        if !loss.is_finite() {
-            return Err(TrainError::Diverged { step, loss });
-        }
+        finite(step, "loss", loss)?;
+        finite(step, "gradient norm", report.grad_norm.into())?;
         let tokens = (c.batch * c.seq) as u64;
         let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
         let valid = due.then(|| self.evaluate(ctx));
+        finite(step, "validation loss", valid.map_or(0.0, |v| v.loss))?;
         let m = Metrics {
             step,
             loss,

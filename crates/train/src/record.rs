@@ -4,6 +4,18 @@ use crate::TrainError;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
+/// Says before a run what would stop [`Recorder::write`] after it.
+pub(crate) fn check(path: &Path) -> Result<(), TrainError> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = match (parent.is_dir(), path.is_dir()) {
+        (true, false) => return Ok(()),
+        (false, _) => "no such directory".to_string(),
+        (true, true) => "a directory".to_string(),
+    };
+    let what = format!("expected a file to record batches in, found {found}");
+    Err(TrainError::Io { path: path.display().to_string(), what })
+}
+
 /// Collects windows [steps, batch, seq + 1].
 pub(crate) struct Recorder {
     shape: [usize; 3],
@@ -22,8 +34,12 @@ impl Recorder {
 
     /// One i32 tensor `tokens`.
     pub fn write(&self, path: &Path) -> Result<(), TrainError> {
-        let io = |what: String| TrainError::Io { path: path.display().to_string(), what };
-        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(|e| io(e.to_string()))?;
-        safetensors::serialize_to_file([("tokens", view)], None, path).map_err(|e| io(format!("cannot write: {e}")))
+        let io = |e: safetensors::SafeTensorError| TrainError::Io {
+            path: path.display().to_string(),
+            what: format!("cannot write: {e}"),
+        };
+        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(io)?;
+        let bytes = safetensors::serialize([("tokens", view)], None).map_err(io)?;
+        Ok(hadal_model::io::write_whole(path, &bytes)?)
     }
 }

@@ -37,7 +37,7 @@ fn both_sides_have_a_document() {
 #[test]
 fn split_errors() {
     let error = |count, fraction| split(count, fraction, 0).unwrap_err().to_string();
-    assert!(error(1, 0.05).contains("corpus has one document"));
+    assert!(error(1, 0.05).contains("corpus is too short: expected at least 2 documents"));
     assert!(error(0, 0.05).contains("corpus is empty"));
     for fraction in [0.0, 1.0, -0.1, f64::NAN] {
         assert!(error(9, fraction).contains("held-out fraction"));

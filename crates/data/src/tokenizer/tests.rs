@@ -217,6 +217,6 @@ fn errors_name_the_path_and_what_is_wrong() {
 fn impossible_sizes_are_errors() {
     let error = |documents: &[&str], size| Tokenizer::train(documents, size).err().unwrap().to_string();
     assert!(error(&["some text"], 100).contains("expected at least 266 ids"));
-    assert!(error(&["abc abc"], 1000).contains("expected 1000 ids, but this corpus repeats only enough text for 26"));
+    assert!(error(&["abc abc"], 1000).contains("vocab_size = 1000 ids, found enough for 26"));
     assert!(error(&[], 300).contains("the corpus is empty"));
 }

@@ -33,11 +33,18 @@ impl ModelConfig {
         self.experts()?;
         self.family_rules()?;
         self.rope_rules()?;
-        let positive = |key, x: f64| ensure(x.is_finite() && x > 0.0, key, || "a finite number above 0".into(), x);
+        // Computed with in f32: what overflows or vanishes there is as good as infinite or 0.
+        let fine = |x: f64| (x as f32).is_finite() && x as f32 > 0.0;
+        let positive = |key, x: f64| ensure(fine(x), key, || "a number above 0 that f32 holds".into(), x);
         positive("rms_norm_eps", self.rms_norm_eps)?;
         positive("routed_scaling_factor", self.routed_scaling_factor)?;
         let std = self.initializer_range;
-        ensure(std.is_finite() && std >= 0.0, "initializer_range", || "a finite number of at least 0".into(), std)?;
+        ensure(
+            (std as f32).is_finite() && std >= 0.0,
+            "initializer_range",
+            || "a finite number of at least 0".into(),
+            std,
+        )?;
         self.extent()
     }
 

@@ -39,14 +39,14 @@ const PIECE: usize = 1 << 16;
 
 impl Job<'_> {
     fn run(&mut self) -> Result<(), IoError> {
-        let Source { shard, stored, first, .. } = &self.source;
+        let Source { shard, name, stored, first } = &self.source;
         match &mut self.out {
-            Out::F32(out) => shard.read(stored, *first, out),
+            Out::F32(out) => shard.read(name, stored, *first, out),
             Out::Bf16(out) => {
                 let mut piece = vec![0.0; PIECE.min(out.len())];
                 for (i, out) in out.chunks_mut(PIECE).enumerate() {
                     let piece = &mut piece[..out.len()];
-                    shard.read(stored, first + i * PIECE, piece)?;
+                    shard.read(name, stored, first + i * PIECE, piece)?;
                     out.iter_mut().zip(piece).for_each(|(o, x)| *o = <bf16 as Elem>::round(*x));
                 }
                 Ok(())

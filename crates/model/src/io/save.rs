@@ -62,6 +62,23 @@ pub fn save_checkpoint(
     partial.commit(dir)
 }
 
+/// Writes one file beside its place, flushes it to the disk and renames it: it is whole or not there. An existing file
+/// is replaced.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+    let Some(name) = path.file_name() else {
+        return Err(IoError::format(path, "the path of a file", "a path without a last name"));
+    };
+    let partial = path.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+    let _ = std::fs::remove_file(&partial); // Left by an interrupted writer, or not there.
+    let written = write_file(&partial, |out| out.write_all(bytes))
+        .and_then(|()| std::fs::rename(&partial, path).map_err(IoError::system(path, "renaming the finished file")));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&partial); // The first error is the one to report.
+    }
+    written?;
+    sync_dir(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
 fn vacant(dir: &Path) -> Result<(), IoError> {
     let exists = |found| Err(IoError::Exists { path: dir.to_path_buf(), found });
     match std::fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {

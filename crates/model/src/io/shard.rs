@@ -65,8 +65,9 @@ impl Shard {
         self.header.offset_keys()
     }
 
-    /// Reads elements `first .. first + out.len()` of a BF16, F16 or F32 tensor of this file, widened.
-    pub(super) fn read(&self, tensor: &TensorInfo, first: usize, out: &mut [f32]) -> Result<(), IoError> {
+    /// Reads elements `first .. first + out.len()` of a BF16, F16 or F32 tensor of this file, widened. One that is not
+    /// finite is an error: no model gives an answer with it.
+    pub(super) fn read(&self, name: &str, tensor: &TensorInfo, first: usize, out: &mut [f32]) -> Result<(), IoError> {
         let width = tensor.dtype.bitsize() / 8;
         let mut at = self.data + (tensor.data_offsets.0 + first * width) as u64;
         let mut bytes = vec![0u8; PIECE.min(out.len() * width)];
@@ -74,6 +75,12 @@ impl Shard {
             let bytes = &mut bytes[..piece.len() * width];
             read_at(&self.file, bytes, at).map_err(IoError::system(&self.path, "reading a tensor"))?;
             widen(tensor.dtype, bytes, piece);
+            // Without an early end, so that it vectorises.
+            if !piece.iter().fold(true, |fine, x| fine & x.is_finite())
+                && let Some(x) = piece.iter().find(|x| !x.is_finite())
+            {
+                return Err(IoError::tensor(&self.path, name, "finite numbers", format!("{x}")));
+            }
             at += bytes.len() as u64;
         }
         Ok(())

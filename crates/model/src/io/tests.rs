@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Layout, ModelConfig, Params, Precision, Scope};
+use crate::{Layout, ModelConfig, ParamId, Params, Precision, Scope};
 use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
 use hadal_numerics::{Purpose, Rng};
 use safetensors::tensor::{SafeTensors, TensorView};
@@ -121,6 +121,44 @@ fn loading_rounds_the_compute_copy() {
             assert_eq!(compute[i], <bf16 as Elem>::round(params.master.view().f32()[i]), "{}", p.name);
         }
     }
+}
+
+/// Inference in BF16 holds no masters, and every weight reads as training's does.
+#[test]
+fn inference_reads_the_same_weights_without_masters() {
+    let (_root, dir, c, _) = saved(SaveOptions::new(DType::F32));
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    for precision in [Precision::Bf16, Precision::Fp32] {
+        let (training, _) = checkpoint.load(&ctx(2), &c, layout(&c), precision).unwrap();
+        let (lean, _) = checkpoint.load_for_inference(&ctx(5), &c, layout(&c), precision).unwrap();
+        assert_eq!(lean.has_masters(), precision == Precision::Fp32);
+        for i in 0..lean.layout.tensors.len() {
+            let (a, b) = (lean.weight(ParamId(i)), training.weight(ParamId(i)));
+            let name = &lean.layout.tensors[i].published[0].name;
+            assert_eq!(a.data.dtype(), b.data.dtype(), "{name}");
+            assert_eq!(a.data.to_f32(), b.data.to_f32(), "{name}");
+        }
+        if precision == Precision::Bf16 {
+            assert!(lean.bytes() < training.bytes() / 2, "{} of {} bytes", lean.bytes(), training.bytes());
+        }
+    }
+}
+
+/// A file appears whole, replaces an older one, and leaves nothing beside it, also when it cannot be written.
+#[test]
+fn files_are_written_whole() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("out.bin");
+    std::fs::write(root.path().join(".out.bin.partial"), b"left by a killed writer").unwrap();
+    for bytes in [&b"first"[..], b"second"] {
+        write_whole(&path, bytes).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    }
+    std::fs::create_dir_all(root.path().join("taken/full")).unwrap();
+    let error = write_whole(&root.path().join("taken"), b"x").unwrap_err().to_string();
+    assert!(error.contains("taken") && !error.contains('\n'), "{error}");
+    let names: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
 }
 
 /// What other readers rely on: metadata, alignment, dtypes, MTP's copies.

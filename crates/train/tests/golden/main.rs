@@ -1,6 +1,7 @@
 //! The whole model against Hugging Face transformers (goldens/README.md): logits, routing, losses, every named gradient,
 //! ten optimiser steps, in fp32; and in bf16 with the golden's routing replayed.
 
+mod adamw_op;
 mod load;
 
 use hadal_kernels::{Buf, Ctx};
