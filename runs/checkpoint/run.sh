@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A checkpoint opens in transformers as it is: weights, config, tokenizer; and gives the same logits there.
 #   runs/checkpoint/run.sh [PYTHON]        PYTHON: one with torch and transformers
-# Trains `nano` for 20 steps on the built-in corpus. Records its result in runs/checkpoint/output.txt.
+# Trains `nano` for 20 steps on the built-in corpus. Exits non-zero on a difference; records what it prints in
+# runs/checkpoint/output.txt if there is none.
 set -euo pipefail
 python=${1:-python3}
 cd "$(dirname "$0")/../.."
@@ -16,5 +17,6 @@ ids=$("$python" -c 'import sys, tokenizers; print(*tokenizers.Tokenizer.from_fil
 $hadal logits "$out/run" --tokens "$ids" --out "$out/logits.safetensors" --dtype fp32 > /dev/null
 {
   echo "commit $(git rev-parse --short HEAD)"
-  "$python" runs/checkpoint/check.py "$out/run/latest" "$out/logits.safetensors" "$ids" "$text" 2>/dev/null
-} | tee runs/checkpoint/output.txt
+  "$python" runs/checkpoint/check.py "$out/run/latest" "$out/logits.safetensors" "$ids" "$text"
+} | tee "$out/output.txt"
+mv "$out/output.txt" runs/checkpoint/output.txt
