@@ -1,10 +1,9 @@
 //! Ranks as threads of one process: mailboxes in shared memory. The order of everything is fixed by rank, so results do
 //! not depend on which thread runs when. A rank that goes away (returns early or panics) is noticed by the others.
 
-use crate::{Exchange, Route};
+use crate::{Exchange, ExpertRange, GlobalExpert, LocalExpert, Route};
 use hadal_kernels::{Buf, Ctx, DType, View, ViewMut};
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 enum Message {
@@ -47,8 +46,10 @@ impl Drop for InProcess {
 }
 
 impl InProcess {
-    fn per_rank(&self) -> usize {
-        self.experts / self.hub.ranks
+    /// The experts that a rank holds.
+    fn held(&self, rank: usize) -> ExpertRange {
+        let len = self.experts / self.hub.ranks;
+        ExpertRange::new(GlobalExpert(rank * len), len)
     }
 
     /// A rank that panicked while holding the lock leaves queues intact (they are only pushed and popped whole).
@@ -86,7 +87,7 @@ impl InProcess {
         let mut out = ctx.zeros(dtype, total * dim);
         let mut at = 0;
         let mut read = vec![0; parts.len()];
-        for e in 0..self.per_rank() {
+        for LocalExpert(e) in self.experts().local() {
             for (source, part) in parts.iter().enumerate() {
                 let n = received[source][e] * dim;
                 copy(part.view().slice(read[source]..read[source] + n), out.view_mut().slice(at..at + n));
@@ -124,23 +125,22 @@ fn copy(from: View<'_>, to: ViewMut<'_>) {
 }
 
 impl Exchange for InProcess {
-    fn experts(&self) -> Range<usize> {
-        self.rank * self.per_rank()..(self.rank + 1) * self.per_rank()
+    fn experts(&self) -> ExpertRange {
+        self.held(self.rank)
     }
 
     fn dispatch(&self, ctx: &Ctx, rows: Buf, offsets: &Buf, dim: usize) -> (Buf, Route) {
         let offsets = offsets.view().i32();
         assert_eq!(offsets.len(), self.experts + 1, "offsets of {} experts", self.experts);
-        let count = |e: usize| (offsets[e + 1] - offsets[e]) as usize;
-        let per = self.per_rank();
+        let count = |GlobalExpert(e): GlobalExpert| (offsets[e + 1] - offsets[e]) as usize;
         let counts: Vec<Vec<usize>> =
-            (0..self.hub.ranks).map(|to| (to * per..(to + 1) * per).map(count).collect()).collect();
+            (0..self.hub.ranks).map(|to| self.held(to).global().map(count).collect()).collect();
         let sent = counts.iter().map(|c| c.iter().sum()).collect();
         self.scatter(ctx, &rows, counts.into_iter(), dim);
         let (received, parts) = self.gather();
         let out = self.assemble(ctx, &parts, &received, rows.dtype(), dim);
         let mut local = vec![0i32];
-        for e in 0..per {
+        for LocalExpert(e) in self.experts().local() {
             local.push(local[e] + received.iter().map(|c| c[e] as i32).sum::<i32>());
         }
         (out, Route { offsets: ctx.from_i32(&local), received, sent })
@@ -158,7 +158,7 @@ impl Exchange for InProcess {
             let counts = &route.received[to];
             let mut part = ctx.zeros(rows.dtype(), counts.iter().sum::<usize>() * dim);
             let (mut read, mut at) = (0, 0);
-            for e in 0..self.per_rank() {
+            for LocalExpert(e) in self.experts().local() {
                 for (source, received) in route.received.iter().enumerate() {
                     let n = received[e] * dim;
                     if source == to {

@@ -6,7 +6,6 @@ mod in_process;
 pub use in_process::{InProcess, group};
 
 use hadal_kernels::{Buf, Ctx};
-use std::ops::Range;
 
 /// An expert's number in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +14,35 @@ pub struct GlobalExpert(pub usize);
 /// An expert's slot on the rank that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LocalExpert(pub usize);
+
+/// Consecutive experts, by their numbers in the model: what one rank holds. A slot counts from the first of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertRange {
+    first: usize,
+    len: usize,
+}
+
+impl ExpertRange {
+    /// `len` experts from `first`.
+    pub fn new(first: GlobalExpert, len: usize) -> Self {
+        Self { first: first.0, len }
+    }
+
+    /// All experts of a model.
+    pub fn all(experts: usize) -> Self {
+        Self::new(GlobalExpert(0), experts)
+    }
+
+    /// Their numbers in the model, ascending.
+    pub fn global(self) -> impl Iterator<Item = GlobalExpert> {
+        (self.first..self.first + self.len).map(GlobalExpert)
+    }
+
+    /// Their slots, in the same order.
+    pub fn local(self) -> impl Iterator<Item = LocalExpert> {
+        (0..self.len).map(LocalExpert)
+    }
+}
 
 /// How one dispatch went; combine and the backward passes need it to go the same way.
 #[derive(Debug)]
@@ -38,8 +66,8 @@ impl Route {
 /// same order. Rows arrive sorted by local expert, then by source rank, then in the source's order, so that two ranks
 /// see what one rank would with both batches one after the other.
 pub trait Exchange: Send + Sync {
-    /// Global ids of the experts held here.
-    fn experts(&self) -> Range<usize>;
+    /// The experts held here.
+    fn experts(&self) -> ExpertRange;
 
     /// `rows` [n, dim], sorted by global expert with `offsets` (i32 [E + 1]), to the experts' ranks: the rows of the
     /// local experts and the route.
@@ -53,12 +81,6 @@ pub trait Exchange: Send + Sync {
 
     /// Sums counts over all ranks.
     fn sum_counts(&self, counts: &mut [i64]);
-
-    /// The slot of an expert here, if it is held here.
-    fn local(&self, e: GlobalExpert) -> Option<LocalExpert> {
-        let r = self.experts();
-        r.contains(&e.0).then(|| LocalExpert(e.0 - r.start))
-    }
 }
 
 /// One rank that holds all experts: nothing moves.
@@ -69,8 +91,8 @@ pub struct Identity {
 }
 
 impl Exchange for Identity {
-    fn experts(&self) -> Range<usize> {
-        0..self.experts
+    fn experts(&self) -> ExpertRange {
+        ExpertRange::all(self.experts)
     }
 
     fn dispatch(&self, _: &Ctx, rows: Buf, offsets: &Buf, _: usize) -> (Buf, Route) {

@@ -97,16 +97,6 @@ pub enum DataError {
     /// Packing needs a token that ends a document.
     #[error("the tokenizer names no end-of-sentence token: expected eos_token in tokenizer_config.json")]
     NoEos,
-    /// A token file that is not one.
-    #[error("{path}: expected {expected}, found {found}", path = path.display())]
-    TokenFile {
-        /// The file.
-        path: PathBuf,
-        /// What a token file has there.
-        expected: String,
-        /// What this one has.
-        found: String,
-    },
 }
 
 impl DataError {

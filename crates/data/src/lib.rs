@@ -6,11 +6,9 @@
 
 pub mod corpus;
 mod error;
-mod hash;
 pub mod pack;
 pub mod tokenizer;
 
 pub use error::DataError;
-pub use hash::sha256_file;
 pub use pack::{Loader, Split, TokenStream, split};
 pub use tokenizer::Tokenizer;

@@ -17,8 +17,6 @@ pub struct Parameters {
     pub biases: usize,
     /// The MTP layers' own, without correction biases; embedding and head are the main model's.
     pub mtp: usize,
-    /// Those of the MTP layers' own that one token uses.
-    pub mtp_active: usize,
     /// Correction biases of the MTP layers.
     pub mtp_biases: usize,
 }
@@ -38,7 +36,6 @@ impl Parameters {
             active_without_embedding: active - c.vocab_size * c.hidden_size,
             biases: biases(&main),
             mtp: trained(&mtp, &TensorInfo::len),
-            mtp_active: trained(&mtp, &|t| used(c, t)),
             mtp_biases: biases(&mtp),
         }
     }
@@ -63,24 +60,7 @@ impl Flops {
     /// prefill do it. Matrix products and attention only: norms, rotations and the like are under a percent.
     pub fn forward(c: &ModelConfig, keys: f64) -> Self {
         let width = c.qk_head_dim() + c.v_head_dim;
-        Self::with_attention(c, 2.0 * keys * (c.num_attention_heads * width) as f64)
-    }
-
-    /// As [`Flops::forward`] for decoding on the latent cache: queries and outputs go through kv_b_proj instead of keys
-    /// and values (equally many operations), and every head attends to latents.
-    pub fn decode(c: &ModelConfig, keys: f64) -> Self {
-        let width = c.cache_width() + c.kv_lora_rank;
-        Self::with_attention(c, 2.0 * keys * (c.num_attention_heads * width) as f64)
-    }
-
-    /// Forward and backward, per token of a sequence of `tokens` (causal: on average (tokens + 1) / 2 keys). The
-    /// backward is twice the forward; recomputation is not counted.
-    pub fn training(c: &ModelConfig, tokens: usize) -> Self {
-        let f = Self::forward(c, (tokens as f64 + 1.0) / 2.0);
-        Self { main: 3.0 * f.main, mtp: 3.0 * f.mtp }
-    }
-
-    fn with_attention(c: &ModelConfig, per_layer: f64) -> Self {
+        let per_layer = 2.0 * keys * (c.num_attention_heads * width) as f64;
         let (main, mtp) = tables(c);
         let products = |ts: &[TensorInfo]| -> f64 {
             let matrices = ts.iter().filter(|t| t.decay && t.kind != Kind::Embedding);
@@ -92,6 +72,13 @@ impl Flops {
             main: products(&main) + c.num_hidden_layers as f64 * per_layer,
             mtp: products(&mtp) + depth * (head + per_layer),
         }
+    }
+
+    /// Forward and backward, per token of a sequence of `tokens` (causal: on average (tokens + 1) / 2 keys). The
+    /// backward is twice the forward; recomputation is not counted.
+    pub fn training(c: &ModelConfig, tokens: usize) -> Self {
+        let f = Self::forward(c, (tokens as f64 + 1.0) / 2.0);
+        Self { main: 3.0 * f.main, mtp: 3.0 * f.mtp }
     }
 }
 
@@ -162,7 +149,7 @@ pub struct TrainingMemory {
     pub gradients: usize,
     /// Both of AdamW's moments.
     pub moments: usize,
-    /// What forward saves for backward, and scratch.
+    /// What forward saves for backward; scratch is not counted.
     pub activations: usize,
 }
 
@@ -218,14 +205,12 @@ mod tests {
         assert_eq!(v3.mtp_biases, 256);
         assert_eq!((v3.active as f64 / 1e7).round(), 3755.0);
         assert_eq!((v3.active_without_embedding as f64 / 1e7).round(), 3663.0);
-        let mtp = v3.mtp_active + 2 * 129280 * 7168;
-        assert_eq!((mtp as f64 / 1e7).round(), 254.0, "MTP with embedding and head");
 
         let lite = Parameters::of(&preset("v2-lite"));
         assert_eq!(lite.total, 15_706_484_224);
         assert_eq!((lite.active as f64 / 1e7).round(), 266.0);
         assert_eq!((lite.active_without_embedding as f64 / 1e7).round(), 245.0);
-        assert_eq!((lite.mtp, lite.mtp_active, lite.biases, lite.mtp_biases), (0, 0, 0, 0));
+        assert_eq!((lite.mtp, lite.biases, lite.mtp_biases), (0, 0, 0));
 
         // Its authors count 15.29B and 2.24B, both without embedding and head.
         let moon = Parameters::of(&preset("moonlight-16b"));
@@ -274,7 +259,6 @@ mod tests {
         let f = Flops::forward(&c, 10.0);
         assert_eq!(f.main, main + 2.0 * 2.0 * 10.0 * (2 * (5 + 7)) as f64);
         assert_eq!(f.mtp, 2.0 * (active_moe + 72 + 66) as f64 + 2.0 * 10.0 * 24.0);
-        assert_eq!(Flops::decode(&c, 10.0).main, main + 2.0 * 2.0 * 10.0 * (2 * (6 + 4)) as f64);
         assert_eq!(Flops::training(&c, 19).total(), 3.0 * f.total());
     }
 

@@ -28,6 +28,8 @@ pub struct Request {
     pub temperature: f32,
     /// i32 [n, G]: ids whose log-probabilities are wanted.
     pub given: Option<Shared>,
+    /// K: how many of the most likely ids are wanted; 0 for none.
+    pub top_k: usize,
 }
 
 /// Each position's answer, and what backward needs.
@@ -43,13 +45,16 @@ pub struct HeadOutput {
     pub entropy: Shared,
     /// f32 [n, G].
     pub given_logp: Option<Buf>,
+    /// (i32 [n, K], f32 [n, K]): the most likely ids and their log-probabilities, descending, ties to the lowest id.
+    pub top: Option<(Buf, Buf)>,
 }
 
 impl HeadOutput {
     /// Bytes kept until backward; targets and given ids are the caller's.
     pub fn bytes(&self) -> usize {
         let given = self.given_logp.as_ref().map_or(0, Buf::bytes);
-        self.hidden.bytes() + self.lse.bytes() + self.logp.bytes() + self.entropy.bytes() + given
+        let top = self.top.as_ref().map_or(0, |(ids, logp)| ids.bytes() + logp.bytes());
+        self.hidden.bytes() + self.lse.bytes() + self.logp.bytes() + self.entropy.bytes() + given + top
     }
 }
 
@@ -69,6 +74,8 @@ pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, reque
     let mut lse = ctx.zeros(DType::F32, tokens);
     let (mut logp, mut entropy) = (ctx.zeros(DType::F32, tokens), ctx.zeros(DType::F32, tokens));
     let mut given_logp = request.given.as_ref().map(|g| ctx.zeros(DType::F32, g.len()));
+    let k = request.top_k;
+    let mut top = (k > 0).then(|| (ctx.zeros(DType::I32, tokens * k), ctx.zeros(DType::F32, tokens * k)));
     let inputs = head_loss::Inputs {
         hidden: hidden.view(),
         weight: params.weight(head_id(model)),
@@ -81,10 +88,11 @@ pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, reque
         logp: logp.view_mut(),
         entropy: entropy.view_mut(),
         given_logp: given_logp.as_mut().map(Buf::view_mut),
-        top: None,
+        top: top.as_mut().map(|(ids, logp)| (ids.view_mut(), logp.view_mut())),
     };
     head_loss::forward(ctx, inputs, outputs);
-    HeadOutput { hidden: hidden.clone(), request, n, lse: Arc::new(lse), logp, entropy: Arc::new(entropy), given_logp }
+    let (lse, entropy) = (Arc::new(lse), Arc::new(entropy));
+    HeadOutput { hidden: hidden.clone(), request, n, lse, logp, entropy, given_logp, top }
 }
 
 fn head_id(model: &Model) -> ParamId {

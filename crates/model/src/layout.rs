@@ -3,6 +3,7 @@
 //! range. Every tensor begins at a multiple of 256 bytes (counted in bf16, so that both dtypes are aligned).
 
 use crate::ModelConfig;
+use hadal_comm::{ExpertRange, GlobalExpert};
 use hadal_kernels::ops::adamw::Segment;
 use std::ops::Range;
 
@@ -105,8 +106,8 @@ pub struct Scope {
     pub head: bool,
     /// MTP layers held: 0..depth.
     pub mtp: usize,
-    /// Global ids of the routed experts held.
-    pub experts: Range<usize>,
+    /// The routed experts held.
+    pub experts: ExpertRange,
 }
 
 impl Scope {
@@ -117,7 +118,7 @@ impl Scope {
             embedding: true,
             head: true,
             mtp: c.num_nextn_predict_layers,
-            experts: 0..c.n_routed_experts,
+            experts: ExpertRange::all(c.n_routed_experts),
         }
     }
 }
@@ -302,7 +303,8 @@ impl Builder<'_> {
         });
         let shared =
             (c.n_shared_experts > 0).then(|| self.mlp(Kind::Dense, &[format!("{p}.shared_experts")], c.shared_width()));
-        let names: Vec<String> = self.scope.experts.clone().map(|i| format!("{p}.experts.{i}")).collect();
+        let name = |GlobalExpert(e): GlobalExpert| format!("{p}.experts.{e}");
+        let names: Vec<String> = self.scope.experts.global().map(name).collect();
         let experts = self.mlp(Kind::RoutedExpert, &names, c.moe_intermediate_size);
         FeedForwardIds::Moe(MoeIds { gate, bias, experts, shared })
     }

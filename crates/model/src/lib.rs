@@ -23,7 +23,7 @@ mod weight_grad;
 pub use batch::{Batch, Depth, Sequence};
 pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Rope, Yarn};
 pub use grads::Grads;
-pub use io::{Checkpoint, IoError, SaveOptions, load_params, save_checkpoint};
+pub use io::{Checkpoint, IoError, SaveOptions, save_checkpoint};
 pub use layout::{
     AttentionIds, BlockIds, FeedForwardIds, Kind, Layout, MlpIds, MoeIds, MtpIds, ParamId, Published, Scope, TensorInfo,
 };

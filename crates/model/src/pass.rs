@@ -69,7 +69,7 @@ fn predict(
     hidden: &Shared,
     weight: f32,
 ) -> (HeadOutput, Shared, f64) {
-    let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None };
+    let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None, top_k: 0 };
     let out = heads::forward(ctx, model, params, hidden, request, k);
     let d: Vec<f32> = depth.host_targets.iter().map(|&t| if t >= 0 { -weight } else { 0.0 }).collect();
     // logp is 0 where there is no target.

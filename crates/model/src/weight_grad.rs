@@ -2,9 +2,9 @@
 //! them later, in the same order, gives the same bits (V3 report 3.2.1: backward split into input and weight parts).
 
 use crate::{Grads, ParamId, Params};
-use hadal_kernels::ops::gemm::{self, Gemm, Mat, MatMut};
+use hadal_kernels::ops::gemm::{self, MatMut};
 use hadal_kernels::ops::{embedding, gemm_grouped, head_loss, rmsnorm};
-use hadal_kernels::{Buf, Ctx, View, ViewMut};
+use hadal_kernels::{Buf, Ctx, ViewMut};
 use std::sync::Arc;
 
 /// An activation that both a pass and queued jobs may hold.
@@ -121,9 +121,10 @@ impl Job {
     fn run(self, ctx: &Ctx, params: &Params, grads: &mut Grads) {
         match self {
             Job::Linear { id, first, cols, x, dy } => {
-                let ld = params.layout.info(id).cols;
-                let rows = params.layout.info(id).rows;
-                linear(ctx, (rows, cols), (first, ld), x.view(), dy.view(), grads.of(id));
+                let t = params.layout.info(id);
+                let (rows, ld, end) = (t.rows, t.cols, t.len());
+                let dw = MatMut { data: grads.of(id).slice(first..end), ld };
+                gemm::linear_backward_weight(ctx, x.view(), dy.view(), rows, cols, dw);
             }
             Job::Norm { id, x, x_stride, rstd, dy } => {
                 rmsnorm::backward_weight(ctx, dy.view(), x.view(), x_stride, rstd.view(), grads.of(id));
@@ -179,30 +180,4 @@ impl HeadJob {
         };
         head_loss::backward(ctx, inputs, backward);
     }
-}
-
-/// dW[rows, first .. first + cols] += dy[N, rows]^T x[N, cols].
-fn linear(
-    ctx: &Ctx,
-    (rows, cols): (usize, usize),
-    (first, ld): (usize, usize),
-    x: View<'_>,
-    dy: View<'_>,
-    dw: ViewMut<'_>,
-) {
-    let end = dw.len();
-    gemm::gemm(
-        ctx,
-        Gemm {
-            m: rows,
-            n: cols,
-            k: x.len() / cols,
-            a: Mat { data: dy, ld: rows },
-            ta: true,
-            b: Mat { data: x, ld: cols },
-            tb: false,
-            c: MatMut { data: dw.slice(first..end), ld },
-            accumulate: true,
-        },
-    );
 }

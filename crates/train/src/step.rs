@@ -1,6 +1,7 @@
 //! One optimiser step: micro-batches forward and backward, gradients in micro-batch order, clip and AdamW, bias update.
 
 use crate::optimizer::{AdamW, Load, Optimizer};
+use hadal_comm::ExpertRange;
 use hadal_kernels::Ctx;
 use hadal_model::pass::{self, LossWeights, Losses};
 use hadal_model::{Batch, Grads, Model, Params, Sequence, WeightGrads};
@@ -16,7 +17,8 @@ pub struct Objective {
     pub bias_gamma: f32,
 }
 
-/// A model in training.
+/// A model in training on one rank, which holds all experts: loss weights are normalised over this rank's batches, its
+/// gradients are reduced with nobody's, and the norm is of what it holds.
 pub struct Trainer {
     /// What it is.
     pub model: Model,
@@ -41,8 +43,11 @@ pub struct StepReport {
 }
 
 impl Trainer {
-    /// Wraps a model and its weights.
+    /// Wraps a model and its weights. Panics unless the model's exchange holds all experts (a contract breach): on several
+    /// ranks every one of these sums would be of a part, and no other rank would ever be asked for the rest.
     pub fn new(ctx: &Ctx, model: Model, params: Params, adamw: AdamW, objective: Objective) -> Self {
+        let (held, all) = (model.exchange.experts(), ExpertRange::all(model.config.n_routed_experts));
+        assert_eq!(held, all, "a Trainer is one rank with all experts: it reduces nothing over ranks");
         let grads = Grads::zeros(ctx, model.layout.clone());
         let optimizer = Optimizer::new(ctx, &model.layout, adamw);
         Self { model, params, defer: false, grads, optimizer, objective }

@@ -5,7 +5,7 @@ use hadal_data::TokenStream;
 use hadal_engine::logits_uncached;
 use hadal_kernels::{Ctx, Device};
 use hadal_model::pass::{self, LossWeights};
-use hadal_model::{Batch, FeedForwardIds, Model, ModelConfig, Params, Precision, Sequence};
+use hadal_model::{Batch, FeedForwardIds, Model, ModelConfig, Params, Precision, Scope, Sequence};
 use hadal_train::{AdamW, Held, Objective, Trainer, evaluate};
 
 const VOCAB: usize = 50;
@@ -201,4 +201,14 @@ fn validation_is_what_the_logits_say() {
             assert!((found.bits_per_byte / expected.1 - 1.0).abs() < 1e-6, "{found:?}, expected {expected:?}");
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "one rank with all experts")]
+fn a_part_of_the_experts_is_refused() {
+    let (ctx, config) = (ctx(1), config());
+    let rank = hadal_comm::group(2, config.n_routed_experts).swap_remove(1);
+    let model = Model::new(&ctx, config.clone(), Scope::whole(&config), Box::new(rank));
+    let params = Params::zeros(&ctx, model.layout.clone(), Precision::Fp32);
+    Trainer::new(&ctx, model, params, ADAMW, OBJECTIVE);
 }

@@ -4,7 +4,6 @@
 //! Documents are joined end to end, each followed by the end token, and cut into windows without a mask between
 //! documents, as in pretraining of DeepSeek-V3 (paper, section 4.1).
 
-mod file;
 mod loader;
 #[cfg(test)]
 mod tests;
@@ -14,7 +13,6 @@ use rayon::prelude::*;
 
 use crate::{DataError, Tokenizer};
 
-pub use file::{read_tokens, write_tokens};
 pub use loader::Loader;
 
 /// Indices of the documents on each side, both ascending, neither empty.

@@ -135,36 +135,3 @@ fn validation_windows_predict_each_token_once() {
         assert!(windows.iter().all(|w| (2..=seq_len + 1).contains(&w.len())));
     }
 }
-
-#[test]
-fn token_files_come_back_and_are_npy() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("tokens.npy");
-    for tokens in [vec![], vec![7], (0..1000).map(|i| i * 129).collect::<Vec<u32>>()] {
-        write_tokens(&path, &tokens).unwrap();
-        assert_eq!(read_tokens(&path).unwrap(), tokens);
-        let bytes = std::fs::read(&path).unwrap();
-        assert_eq!((bytes.len() - 4 * tokens.len()) % 64, 0);
-    }
-}
-
-#[test]
-fn broken_token_files_are_errors() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("tokens.npy");
-    let error_of = |bytes: &[u8]| {
-        std::fs::write(&path, bytes).unwrap();
-        read_tokens(&path).unwrap_err().to_string()
-    };
-    assert!(error_of(b"hello").contains("tokens.npy: expected an npy file"));
-    let other = dir.path().join("good.npy");
-    write_tokens(&other, &[1, 2, 3]).unwrap();
-    let good = std::fs::read(&other).unwrap();
-    assert!(error_of(&good[..good.len() - 1]).contains("expected 3 tokens of 4 bytes, found 11 bytes"));
-    assert!(error_of(&good[..20]).contains("expected an npy file"));
-    let floats = String::from_utf8_lossy(&good[10..64]).replace("<i4", "<f4");
-    assert!(error_of(&[&good[..10], floats.as_bytes(), &good[64..]].concat()).contains("array of '<i4'"));
-    let mut negative = good.clone();
-    *negative.last_mut().unwrap() = 0x80;
-    assert!(error_of(&negative).contains("at index 2"));
-}

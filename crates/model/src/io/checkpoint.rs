@@ -4,6 +4,7 @@ use super::IoError;
 use super::error::printable;
 use super::shard::{Shard, inside};
 use crate::{Kind, Layout, ModelConfig, Published, TensorInfo};
+use hadal_comm::GlobalExpert;
 use safetensors::tensor::TensorInfo as Stored;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -196,7 +197,7 @@ impl Fused {
     fn of(c: &ModelConfig, name: &str) -> Option<Self> {
         let (head, tail) = name.split_once(".experts.")?;
         let (expert, part) = tail.split_once('.')?;
-        let expert: usize = expert.parse().ok()?;
+        let GlobalExpert(expert) = GlobalExpert(expert.parse().ok()?);
         let (e, d, f) = (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size);
         let (stem, shape, row) = match part {
             "gate_proj.weight" => ("gate_up_proj", [e, 2 * f, d], 0),

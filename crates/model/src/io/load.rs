@@ -7,19 +7,7 @@ use super::shard::is_float;
 use crate::{Layout, ModelConfig, Params, Precision, Scope};
 use hadal_kernels::{Ctx, Device, Elem, bf16};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
-
-/// Reads the weights in `dir` for the part of the model that `layout` covers; see [`Checkpoint::load`].
-pub fn load_params(
-    ctx: &Ctx,
-    config: &ModelConfig,
-    layout: Arc<Layout>,
-    precision: Precision,
-    dir: &Path,
-) -> Result<(Params, Vec<String>), IoError> {
-    Checkpoint::open(dir)?.load(ctx, config, layout, precision)
-}
 
 /// One part to read: where from, where to, and what came of it.
 struct Job<'a> {

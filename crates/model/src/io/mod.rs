@@ -15,5 +15,4 @@ mod tests;
 
 pub use checkpoint::Checkpoint;
 pub use error::IoError;
-pub use load::load_params;
 pub use save::{SaveOptions, save_checkpoint, write_whole};

@@ -1,5 +1,6 @@
 use super::*;
 use crate::{Layout, ModelConfig, ParamId, Params, Precision, Scope};
+use hadal_comm::{ExpertRange, GlobalExpert};
 use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
 use hadal_numerics::{Purpose, Rng};
 use safetensors::tensor::{SafeTensors, TensorView};
@@ -45,6 +46,16 @@ fn weights(c: &ModelConfig) -> Params {
         p.range().for_each(|i| master[i] = rng.normal(i as u64));
     }
     params
+}
+
+fn load_params(
+    ctx: &Ctx,
+    c: &ModelConfig,
+    layout: Arc<Layout>,
+    precision: Precision,
+    dir: &Path,
+) -> Result<(Params, Vec<String>), IoError> {
+    Checkpoint::open(dir)?.load(ctx, c, layout, precision)
 }
 
 fn load(c: &ModelConfig, dir: &Path) -> Result<(Params, Vec<String>), IoError> {
@@ -228,7 +239,8 @@ fn fuse(t: &mut Tensors, c: &ModelConfig, layers: &[usize]) {
 #[test]
 fn fused_experts_and_partial_scopes() {
     let (_root, dir, c, params) = saved(SaveOptions::new(DType::F32));
-    let scope = Scope { layers: 1..2, embedding: false, head: true, mtp: 0, experts: 3..6 };
+    let scope =
+        Scope { layers: 1..2, embedding: false, head: true, mtp: 0, experts: ExpertRange::new(GlobalExpert(3), 3) };
     let part = Arc::new(Layout::new(&c, scope));
     let whole: BTreeMap<_, _> = params.layout.published().map(|(_, p)| (p.name.clone(), p.range())).collect();
     for fused in [false, true] {

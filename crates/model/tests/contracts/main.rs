@@ -6,6 +6,7 @@ mod alone;
 mod balance;
 mod cut;
 mod deferred;
+mod heads;
 mod interleaved;
 mod memory;
 mod ranks;

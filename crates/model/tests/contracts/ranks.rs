@@ -1,4 +1,5 @@
-//! Experts split over two ranks, each with its own part of the batch, are one rank with all of it.
+//! Experts split over two ranks, each with its own part of the batch, are one rank with all of it. Dense gradients are
+//! the ranks' to reduce: summed in the order of ranks they are those of one rank that takes the parts one after the other.
 
 use crate::setup::*;
 use hadal_kernels::Ctx;
@@ -14,6 +15,8 @@ struct Seen {
     /// of the trunk's input. Each is in batch order, so that two ranks' joined are one rank's.
     rows: Vec<(String, Vec<u32>)>,
     gradients: Named,
+    /// Before the further uses of embedding and head are folded onto the first: what ranks would reduce.
+    unfolded: Named,
     /// By MoE layer in order, then expert; over all ranks.
     loads: Vec<i64>,
 }
@@ -31,14 +34,44 @@ fn observe(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Seen {
     rows.push(("input gradient".into(), bits(&dh)));
     let mut grads = Grads::zeros(ctx, model.layout.clone());
     jobs.run(ctx, params, &mut grads);
+    let unfolded = each_use(&mut grads);
     grads.fold(ctx);
-    Seen { rows, gradients: named(&grads), loads }
+    Seen { rows, gradients: named(&grads), unfolded, loads }
+}
+
+/// Dense gradients before folding, every use of embedding and head by itself.
+fn each_use(grads: &mut Grads) -> Named {
+    let mut all: Named = named(grads).into_iter().filter(|(n, _)| !routed(n)).collect();
+    let layout = grads.layout.clone();
+    for id in [layout.embedding, layout.head].into_iter().flatten() {
+        for n in 1..=layout.mtp.len() {
+            let values = grads.of_use(id, n).f32().iter().map(|x| x.to_bits()).collect();
+            all.insert(format!("{}, use {n}", layout.info(id).published[0].name), values);
+        }
+    }
+    all
+}
+
+/// The dense gradients of one rank that takes the halves as two micro-batches.
+fn in_turn(ctx: &Ctx, model: &Model, params: &Params, halves: [&Batch; 2]) -> Named {
+    let mut grads = Grads::zeros(ctx, model.layout.clone());
+    for batch in halves {
+        let f = pass::forward(ctx, model, params, batch, &loss_weights(&model.config), None);
+        pass::backward(ctx, model, params, f).run(ctx, params, &mut grads);
+    }
+    each_use(&mut grads)
+}
+
+/// What a reduction in the order of ranks gives.
+fn sum_in_order(a: &Named, b: &Named) -> Named {
+    let sum = |(x, y): (&u32, &u32)| (f32::from_bits(*x) + f32::from_bits(*y)).to_bits();
+    a.iter().map(|(name, x)| (name.clone(), x.iter().zip(&b[name]).map(sum).collect())).collect()
 }
 
 /// Hidden states and log-probabilities, depth by depth.
 fn forward_rows(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Vec<(String, Vec<u32>)> {
     let logp = |k: usize, normed: &Shared| {
-        let request = Request { targets: batch.depths[k].targets.clone(), temperature: 1.0, given: None };
+        let request = Request { targets: batch.depths[k].targets.clone(), temperature: 1.0, given: None, top_k: 0 };
         bits(&heads::forward(ctx, model, params, normed, request, k).logp)
     };
     let (h, ..) = trunk::forward(ctx, model, params, &batch.depths[0], Input::Tokens, Options::default());
@@ -117,6 +150,10 @@ fn compare(ctx: &Ctx, case: &str, config: &ModelConfig, precision: Precision, sp
         assert_same(&format!("{case}: dense gradients"), &dense, &alone);
     }
     assert_same(&format!("{case}: expert gradients"), &held, &experts);
+    let packed = [0, 1].map(|r: usize| pack(ctx, config, &halves[r]));
+    let reduced = sum_in_order(&ranks[0].unfolded, &ranks[1].unfolded);
+    let one_rank = in_turn(ctx, &model, &params, [&packed[0], &packed[1]]);
+    assert_same(&format!("{case}: dense gradients over ranks"), &reduced, &one_rank);
     let per_layer = whole.loads.chunks(config.n_routed_experts);
     let shunned = per_layer.flat_map(|l| &l[split.shunned.clone()]);
     assert!(shunned.clone().all(|&n| n == 0), "{case}: a shunned expert has rows");

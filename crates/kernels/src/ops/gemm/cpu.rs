@@ -242,7 +242,7 @@ vectorised! {
         for (r, i) in t.rows.clone().enumerate() {
             let at = p.c + i * p.ldc + t.cols.start;
             // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
-            // partition its rows and columns: no other task touches these elements. The end is asserted by `run` too.
+            // partition its rows and columns: no other task touches these elements.
             let c = unsafe { out.segment(at, t.cols.len()) };
             let (first, step) = if by_columns { (r * width, 1) } else { (r, width) };
             let sums = &sums[first..];
@@ -299,10 +299,10 @@ impl<'a> Output<'a> {
     /// `len` elements from `at`.
     ///
     /// # Safety
-    /// They are within the output, and nothing else refers to any of them while the segment lives.
+    /// Nothing else refers to any of them while the segment lives.
     unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
-        debug_assert!(at + len <= self.len, "{at} + {len} of {}", self.len);
-        // SAFETY: within the borrowed output and unshared, as the caller promises.
+        assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
+        // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
         unsafe {
             match self.data {
                 Pointer::F32(p) => Segment::F32(std::slice::from_raw_parts_mut(p.add(at), len)),

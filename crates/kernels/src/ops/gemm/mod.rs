@@ -120,11 +120,10 @@ pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMu
     );
 }
 
-/// dW[out, in] += dy[N, out]^T x[N, in]; dW is f32.
-pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: ViewMut<'_>) {
+/// dW[rows, cols] += dy[N, rows]^T x[N, cols]; dW is f32, and may be columns of a wider matrix.
+pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: MatMut<'_>) {
     let n = rows_of(x.len(), cols, "x");
     assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");
-    assert_eq!(dw.len(), rows * cols, "dW [{rows}, {cols}]");
     gemm(
         ctx,
         Gemm {
@@ -135,7 +134,7 @@ pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize,
             ta: true,
             b: Mat { data: x, ld: cols },
             tb: false,
-            c: MatMut { data: dw, ld: cols },
+            c: dw,
             accumulate: true,
         },
     );

@@ -270,10 +270,17 @@ fn linear_and_its_gradients() {
                 let mut dx = ctx.zeros(d, n * cols);
                 linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false);
                 assert_close("dx", &dx, &ex, op_tolerance(d));
-                let mut dw = buf(F32, &vec![1.0; rows * cols]);
-                linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, dw.view_mut());
-                let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
-                assert_close("dw", &dw, &ew, op_tolerance(F32));
+                // All of a matrix, and all but the first two columns of a wider one.
+                for first in [0, 2] {
+                    let ld = first + cols;
+                    let mut dw = buf(F32, &vec![1.0; rows * ld]);
+                    let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c);
+                    let expected: Vec<f64> = (0..rows * ld)
+                        .map(|i| 1.0 + (i % ld).checked_sub(first).map_or(0.0, |c| ew[i / ld * cols + c]))
+                        .collect();
+                    assert_close("dw", &dw, &expected, op_tolerance(F32));
+                }
             }
         }
     }

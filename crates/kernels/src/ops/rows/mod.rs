@@ -3,6 +3,8 @@
 
 mod cpu;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 
 use crate::{Ctx, Device, View, ViewMut};
@@ -17,14 +19,21 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
     }
 }
 
-/// x[index[n]] += d[n]. No index occurs twice (a contract breach), so the order of n does not matter.
+/// x[index[n]] += d[n]. No index occurs twice (a contract breach, asserted in debug builds), so the order of n does not
+/// matter.
 pub fn scatter_add(ctx: &Ctx, d: View<'_>, dim: usize, index: View<'_>, x: ViewMut<'_>) {
     assert_eq!(d.len(), index.len() * dim, "scatter of {} rows of {dim}", index.len());
+    debug_assert!(distinct(index.i32()), "scatter to {:?}: an index occurs twice", index.i32());
     match &ctx.device {
         Device::Cpu(_) => {
             super::by_dtype!(d.dtype(), T => cpu::scatter_add::<T>(crate::Elem::of(d), dim, index.i32(), crate::Elem::of_mut(x)))
         }
     }
+}
+
+fn distinct(index: &[i32]) -> bool {
+    let mut seen = std::collections::HashSet::new();
+    index.iter().all(|i| seen.insert(i))
 }
 
 /// Copies `rows` rows of `width` elements; row r begins at r * stride of each side.

@@ -1,33 +1,58 @@
 use super::*;
-use crate::testing::{buf, contexts, normals};
+use crate::testing::{assert_close, buf, contexts, ctx, normals, op_tolerance};
 use crate::{Buf, DType};
 
+fn wide(b: &Buf) -> Vec<f64> {
+    b.view().to_f32().iter().map(|&x| f64::from(x)).collect()
+}
+
+/// (rows of x, D, index).
+fn cases() -> Vec<(usize, usize, Vec<i32>)> {
+    vec![(5, 3, vec![4, 0, 2]), (1, 1, vec![0]), (3, 2, vec![]), (200, 7, (0..199).rev().collect())]
+}
+
 #[test]
-fn gather_then_scatter_is_the_adjoint() {
+fn gather_moves_rows() {
     for ctx in contexts() {
         for dtype in [DType::F32, DType::Bf16] {
-            for (rows, dim, index) in
-                [(5, 3, vec![4, 0, 2]), (1, 1, vec![0]), (3, 2, vec![]), (200, 7, (0..199).rev().collect())]
-            {
+            for (rows, dim, index) in cases().into_iter().chain([(3, 2, vec![1, 1, 0, 1])]) {
                 let x = buf(dtype, &normals(1, rows * dim, 1.0));
-                let idx = ctx.from_i32(&index);
                 let mut y = ctx.zeros(dtype, index.len() * dim);
-                gather(&ctx, x.view(), dim, idx.view(), y.view_mut());
-                let (xs, ys) = (x.view().to_f32(), y.view().to_f32());
-                for (n, &i) in index.iter().enumerate() {
-                    assert_eq!(ys[n * dim..][..dim], xs[i as usize * dim..][..dim]);
-                }
-                let mut back = ctx.zeros(dtype, rows * dim);
-                scatter_add(&ctx, y.view(), dim, idx.view(), back.view_mut());
-                for (r, row) in back.view().to_f32().chunks(dim).enumerate() {
-                    let hit = index.contains(&(r as i32));
-                    for (c, v) in row.iter().enumerate() {
-                        assert_eq!(*v, if hit { xs[r * dim + c] } else { 0.0 });
-                    }
+                gather(&ctx, x.view(), dim, ctx.from_i32(&index).view(), y.view_mut());
+                assert_eq!(wide(&y), reference::gather(&wide(&x), dim, &index));
+            }
+        }
+    }
+}
+
+/// Into values other than zero: rows that are hit keep what they had, rows that are not keep every bit.
+#[test]
+fn scatter_adds_to_what_is_there() {
+    for ctx in contexts() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for (rows, dim, index) in cases() {
+                let x = buf(dtype, &normals(2, rows * dim, 1.0));
+                let d = buf(dtype, &normals(3, index.len() * dim, 1.0));
+                let mut y = x.clone();
+                scatter_add(&ctx, d.view(), dim, ctx.from_i32(&index).view(), y.view_mut());
+                let expected = reference::scatter_add(&wide(&d), dim, &index, &wide(&x));
+                assert_close("scatter", &y, &expected, op_tolerance(dtype));
+                let (xs, ys) = (wide(&x), wide(&y));
+                for r in (0..rows).filter(|&r| !index.contains(&(r as i32))) {
+                    assert_eq!(ys[r * dim..][..dim], xs[r * dim..][..dim]);
                 }
             }
         }
     }
+}
+
+#[cfg(debug_assertions)]
+#[test]
+#[should_panic(expected = "an index occurs twice")]
+fn an_index_twice_is_refused() {
+    let ctx = ctx();
+    let mut x = ctx.zeros(DType::F32, 4);
+    scatter_add(&ctx, ctx.zeros(DType::F32, 4).view(), 2, ctx.from_i32(&[1, 1]).view(), x.view_mut());
 }
 
 #[test]
