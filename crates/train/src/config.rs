@@ -292,7 +292,7 @@ impl TrainConfig {
         }
         // Computed with in f32, where more is as good as infinite.
         for (name, x) in [("lr", s.peak), ("eps", a.eps.into())] {
-            refuse(!(x as f32).is_finite(), || format!("train.{name} = {x}: expected a finite number that f32 holds"))?;
+            refuse(!(x as f32).is_finite(), || format!("train.{name} = {x:?}: expected a finite number that f32 holds"))?;
         }
         for (name, x) in at_least_zero {
             refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;

@@ -126,7 +126,7 @@ fn training_settings_that_cannot_be_are_refused() {
         (["--seq", "1"], &["train.seq = 1", "more than the MTP depth 1"]),
         (["--lr", "nan"], &["train.lr = NaN"]),
         (["--lr", "0"], &["train.lr = 0"]),
-        (["--lr", "1e300"], &["train.lr = 1", "a finite number that f32 holds"]),
+        (["--lr", "1e300"], &["train.lr = 1e300", "a finite number that f32 holds"]),
         (["--checkpoint-every", "0"], &["train.checkpoint_every = 0"]),
     ] {
         place.pretrain_refused(&more, parts);
