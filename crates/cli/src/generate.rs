@@ -67,6 +67,22 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+impl Sampling {
+    /// The request that continues `prompt`.
+    fn request(&self, prompt: Vec<u32>, config: &ModelConfig) -> Request {
+        Request {
+            id: 0,
+            prompt,
+            max_new_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+            stop: config.eos_token_ids.clone(),
+        }
+    }
+}
+
 /// A model that continues texts.
 pub struct Writer {
     engine: Engine,
@@ -77,9 +93,10 @@ pub struct Writer {
 impl Writer {
     /// Opens a model with room for one sequence of its whole length, or `tokens` if that is less.
     pub fn open(ctx: &Ctx, path: &Path, precision: Precision, tokens: usize, out: &Output) -> anyhow::Result<Self> {
-        let opened = open::model(ctx, path, precision, out)?;
+        let room = |c: &ModelConfig| tokens.min(c.max_position_embeddings).max(1);
+        let opened = open::model(ctx, path, precision, |c| open::cache_bytes(c, precision, room(c)), out)?;
         let tokenizer = open::tokenizer(path, &opened.model.config)?;
-        let room = tokens.min(opened.model.config.max_position_embeddings).max(1);
+        let room = room(&opened.model.config);
         let engine = Engine::new(ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
         Ok(Self { engine, tokenizer, precision })
     }
@@ -98,17 +115,7 @@ impl Writer {
         s: Sampling,
         mut each: impl FnMut(&str),
     ) -> anyhow::Result<Generated> {
-        let stop = self.engine.model().config.eos_token_ids.clone();
-        let request = Request {
-            id: 0,
-            prompt: ids,
-            max_new_tokens: s.max_tokens,
-            temperature: s.temperature,
-            top_k: s.top_k,
-            top_p: s.top_p,
-            seed: s.seed,
-            stop,
-        };
+        let request = s.request(ids, &self.engine.model().config);
         let (mut tokens, mut shown, mut finish) = (Vec::new(), 0, Finish::Length);
         self.engine.submit(request)?;
         each(prompt);
@@ -163,7 +170,6 @@ impl Generate {
         // A prompt that leaves no position is refused by name, not given nothing.
         let left = config.max_position_embeddings.saturating_sub(ids.len()).max(1);
         let max_tokens = self.max_tokens.unwrap_or(MAX_TOKENS.min(left));
-        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(max_tokens), out)?;
         let sampling = Sampling {
             max_tokens,
             temperature: self.temperature,
@@ -171,6 +177,9 @@ impl Generate {
             top_k: self.top_k,
             seed: global.seed.unwrap_or(0),
         };
+        // Before weights are read and a cache is made.
+        sampling.request(ids.clone(), &config).validate(&config).with_context(|| self.model.display().to_string())?;
+        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(max_tokens), out)?;
         let generated = writer.write(&ctx, &self.prompt, ids, sampling, |text| out.text(text));
         let generated = generated.with_context(|| self.model.display().to_string())?;
         out.text("\n");

@@ -5,6 +5,7 @@ use crate::{Global, open};
 use anyhow::Context;
 use clap::Args;
 use hadal_engine::{CacheOptions, Engine, logits_uncached};
+use hadal_model::ModelConfig;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
 
@@ -21,8 +22,8 @@ pub struct Logits {
     model: PathBuf,
     /// Token ids, separated by commas.
     #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
-    tokens: Vec<u32>,
-    /// File to write: tensor `logits`, f32 [T, V].
+    tokens: Vec<u64>,
+    /// File to write: tensor `logits`, f32 [T, V]. Numbers that are not finite are written as they are.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Numbers to compute in: bf16 or fp32.
@@ -42,14 +43,22 @@ impl Logits {
         if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
             anyhow::bail!("{}: expected a file to write in a directory that is there", self.out.display());
         }
-        let opened = open::model(&ctx, &self.model, hadal_train::precision(&self.dtype)?, out)?;
+        let precision = hadal_train::precision(&self.dtype)?;
+        let tokens = self.tokens()?;
+        let room = |c: &ModelConfig| {
+            // The logits, as bytes, and as the file's bytes.
+            let logits = tokens.len().saturating_mul(c.vocab_size * 3 * size_of::<f32>());
+            let cached = if self.no_cache { 0 } else { tokens.len().min(c.max_position_embeddings) };
+            open::cache_bytes(c, precision, cached).saturating_add(logits)
+        };
+        let opened = open::model(&ctx, &self.model, precision, room, out)?;
         let vocab = opened.model.config.vocab_size;
         let logits = if self.no_cache {
-            logits_uncached(&ctx, &opened.model, &opened.params, &self.tokens)
+            logits_uncached(&ctx, &opened.model, &opened.params, &tokens)
         } else {
-            let room = self.tokens.len().min(opened.model.config.max_position_embeddings);
+            let room = tokens.len().min(opened.model.config.max_position_embeddings);
             let mut engine = Engine::new(&ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
-            engine.logits(&ctx, &self.tokens, CHUNK)
+            engine.logits(&ctx, &tokens, CHUNK)
         };
         let logits = logits.with_context(|| self.model.display().to_string())?;
         let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -59,5 +68,13 @@ impl Logits {
         out.text(&format!("logits [{}, {vocab}] f32 in {}\n", self.tokens.len(), self.out.display()));
         out.object(&serde_json::json!({ "out": self.out, "shape": [self.tokens.len(), vocab], "dtype": "f32" }));
         Ok(())
+    }
+
+    /// The ids, of which the model's vocabulary may still be smaller.
+    fn tokens(&self) -> anyhow::Result<Vec<u32>> {
+        let id = |(i, &t): (usize, &u64)| {
+            u32::try_from(t).map_err(|_| anyhow::anyhow!("token {t} at index {i}: expected an id below vocab_size"))
+        };
+        self.tokens.iter().enumerate().map(id).collect()
     }
 }

@@ -3,6 +3,7 @@
 mod generate;
 mod inspect;
 mod logits;
+mod memory;
 mod open;
 mod output;
 mod pretrain;
@@ -60,11 +61,11 @@ fn main() -> ExitCode {
         if e.use_stderr() && std::env::args_os().any(|a| a == "--json") {
             let text = e.to_string();
             let first = text.lines().next().unwrap_or_default();
-            Output::new(true).object(&serde_json::json!({ "error": first.trim_start_matches("error: ") }));
+            Output::new(true, false).object(&serde_json::json!({ "error": first.trim_start_matches("error: ") }));
         }
         e.exit()
     });
-    let out = Output::new(cli.global.json);
+    let out = Output::new(cli.global.json, matches!(cli.verb, Verb::Pretrain(_)));
     // A panic is a fault of ours, never a message for the user to decode.
     std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
     let result = match &cli.verb {

@@ -1,10 +1,11 @@
 //! A model directory: config, weights and tokenizer, checked against each other.
 
+use crate::memory;
 use crate::output::Output;
 use anyhow::Context;
 use hadal_data::Tokenizer;
 use hadal_kernels::Ctx;
-use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision};
+use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision, account};
 use std::path::{Path, PathBuf};
 
 /// A model ready for inference.
@@ -46,17 +47,31 @@ pub fn config(dir: &Path, out: &Output) -> anyhow::Result<ModelConfig> {
     Ok(config)
 }
 
-/// Opens the model in `path` for inference.
-pub fn model(ctx: &Ctx, path: &Path, precision: Precision, out: &Output) -> anyhow::Result<Opened> {
+/// Opens the model in `path` for inference, if its weights and the `room` bytes that the work will take beside them fit
+/// this machine.
+pub fn model(
+    ctx: &Ctx,
+    path: &Path,
+    precision: Precision,
+    room: impl FnOnce(&ModelConfig) -> usize,
+    out: &Output,
+) -> anyhow::Result<Opened> {
     let dir = resolve(path)?;
     let mut config = config(&dir, out)?;
     let checkpoint = Checkpoint::open(&dir)?;
     // Files hold MTP layers or not, whatever the field says.
     config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
     let model = Model::without_mtp(ctx, config);
+    let needed = Params::inference_bytes(&model.layout, precision).saturating_add(room(&model.config));
+    memory::fits("the model with what it computes", needed).with_context(|| path.display().to_string())?;
     let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;
     warnings.iter().for_each(|w| out.warn(w));
     Ok(Opened { model, params })
+}
+
+/// Bytes of the latent cache of `tokens` tokens.
+pub fn cache_bytes(config: &ModelConfig, precision: Precision, tokens: usize) -> usize {
+    account::cache_bytes_per_token(config, precision.act()).saturating_mul(tokens)
 }
 
 /// The tokenizer beside a model; it must not have ids that the model lacks.

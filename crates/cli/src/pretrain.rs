@@ -1,14 +1,14 @@
 //! `hadal pretrain`: from text to a checkpoint, with progress, ending in text that the model writes.
 
-use crate::Global;
 use crate::generate::{Sampling, Writer};
 use crate::inspect::scaled;
 use crate::output::Output;
+use crate::{Global, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use hadal_kernels::{Ctx, DType};
 use hadal_model::account::{self, TrainingMemory};
-use hadal_model::{Layout, ModelConfig, Scope};
+use hadal_model::{Layout, ModelConfig, Scope, preset_sequence};
 use hadal_train::{DataSettings, Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub struct Pretrain {
     /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes [default: batch].
     #[arg(long, value_name = "B")]
     micro_batch: Option<usize>,
-    /// Tokens a sequence [default: 256].
+    /// Tokens a sequence [default: the preset's (nano 256, mini 512, 1b 2048, others 4096), else 256].
     #[arg(long, value_name = "T")]
     seq: Option<usize>,
     /// Numbers to compute in: bf16 or fp32 [default: bf16].
@@ -126,7 +126,12 @@ impl Pretrain {
             record_batches: self.record_batches.clone(),
             ..Settings::default()
         };
-        let config = TrainConfig::resolve(file.train.overlay(over), &model).context(from)?;
+        let mut settings = file.train.overlay(over);
+        let table = file.model.as_ref().and_then(|table| table.get("preset")?.as_str());
+        // A preset is trained on sequences of its own length, or of all the positions that a table leaves it.
+        let seq = self.preset.as_deref().or(table).and_then(preset_sequence);
+        settings.seq = settings.seq.or(seq.map(|n| n.min(model.max_position_embeddings)));
+        let config = TrainConfig::resolve(settings, &model).context(from)?;
         let data = DataSettings {
             paths: self.data.clone().or(file.data.paths),
             tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
@@ -136,30 +141,13 @@ impl Pretrain {
     }
 }
 
-/// Refuses a run that this machine's memory can never hold: the system would end it without a word.
+/// Refuses a run that this machine's memory can never hold.
 fn fits(run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
     let saved = account::saved_activations(model, c.precision, c.micro_batch, c.seq);
     let needed = TrainingMemory::of(&layout, c.precision, DType::F32, saved).total();
-    match machine_memory() {
-        Some(found) if needed > found => anyhow::bail!(
-            "the run does not fit: expected at most {} of memory, found that it needs {} (hadal inspect says what for)",
-            scaled(found as f64, "B"),
-            scaled(needed as f64, "B")
-        ),
-        _ => Ok(()),
-    }
-}
-
-/// Bytes of memory and swap, where the system says so in a file (Linux).
-fn machine_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = |name: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-        line.split_whitespace().next()?.parse::<usize>().ok()
-    };
-    Some((kib("MemTotal:")? + kib("SwapTotal:")?) << 10)
+    memory::fits("the run (hadal inspect says what it needs)", needed)
 }
 
 /// Continues the beginnings of a few held-out documents.

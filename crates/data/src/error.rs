@@ -83,17 +83,6 @@ pub enum DataError {
         /// Ids asked for.
         found: usize,
     },
-    /// The corpus has too few repeated pieces for the vocabulary asked for.
-    #[error(
-        "the corpus is too short for the vocabulary: expected repeated text for vocab_size = {expected} ids, found \
-         enough for {found}"
-    )]
-    VocabTooLarge {
-        /// Ids asked for.
-        expected: usize,
-        /// Ids the corpus supports.
-        found: usize,
-    },
     /// Packing needs a token that ends a document.
     #[error("the tokenizer names no end-of-sentence token: expected eos_token in tokenizer_config.json")]
     NoEos,

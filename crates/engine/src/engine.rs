@@ -171,17 +171,24 @@ impl Engine {
         found.is_some()
     }
 
-    /// One forward pass: a token for each sequence that has caught up, in order of arrival.
-    pub fn step(&mut self, ctx: &Ctx) -> Vec<Event> {
+    /// One forward pass: a token for each sequence that has caught up, in order of arrival. Where the logits of one are
+    /// not finite, that request is given up and nothing is drawn; the others go on with the next step as if it had
+    /// never been there.
+    pub fn step(&mut self, ctx: &Ctx) -> Result<Vec<Event>, EngineError> {
         let states: Vec<State> = self.sequences.iter().map(Sequence::state).collect();
         let plan = scheduler::plan(&states, self.running, self.pool.free_blocks(), self.prefill_tokens);
         self.hold(&plan);
         if plan.work.is_empty() {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let hidden = self.forward(ctx, &plan);
         let (drawn, last) = self.caught_up(&plan);
-        let (tokens, logp) = self.draw(ctx, &hidden, &drawn, &last);
+        let logits = self.last_logits(ctx, &hidden, &last);
+        let mut rows = logits.view().f32().chunks(self.model.config.vocab_size);
+        if let Some(bad) = rows.position(|row| row.iter().any(|l| !l.is_finite())) {
+            return Err(self.give_up(&drawn, bad));
+        }
+        let (tokens, logp) = self.draw(ctx, &logits, &drawn);
         let answers = drawn.iter().zip(tokens.view().i32()).zip(logp.view().f32());
         // A drawn token is an id, never negative.
         let events: Vec<Event> = answers.map(|((&i, &t), &p)| self.sequences[i].take(t as u32, p)).collect();
@@ -190,11 +197,11 @@ impl Engine {
                 self.remove(i);
             }
         }
-        events
+        Ok(events)
     }
 
     /// Answers requests until all are done, those already queued included; `each` sees every token as it comes. If one
-    /// request is refused none of them is queued.
+    /// request is refused none of them is queued; if one is given up, the others stay as they are.
     pub fn generate(
         &mut self,
         ctx: &Ctx,
@@ -210,7 +217,7 @@ impl Engine {
             }
         }
         while !self.is_idle() {
-            self.step(ctx).into_iter().for_each(&mut each);
+            self.step(ctx)?.into_iter().for_each(&mut each);
         }
         Ok(())
     }
@@ -278,16 +285,33 @@ impl Engine {
         rows.filter(|&(i, _)| self.sequences[i].cached == self.sequences[i].tokens.len()).unzip()
     }
 
-    /// The next token of each sequence of `drawn` and its log-probability, from its row of the hidden states.
-    fn draw(&self, ctx: &Ctx, hidden: &Buf, drawn: &[usize], last: &[i32]) -> (Buf, Buf) {
-        let (n, dim) = (drawn.len(), self.model.config.hidden_size);
-        let mut picked = ctx.zeros(hidden.dtype(), n * dim);
+    /// f32 [n, V] of the n rows `last` of the hidden states.
+    fn last_logits(&self, ctx: &Ctx, hidden: &Buf, last: &[i32]) -> Buf {
+        let dim = self.model.config.hidden_size;
+        let mut picked = ctx.zeros(hidden.dtype(), last.len() * dim);
         rows::gather(ctx, hidden.view(), dim, ctx.from_i32(last).view(), picked.view_mut());
-        let logits = heads::logits(ctx, &self.model, &self.params, &picked);
+        heads::logits(ctx, &self.model, &self.params, &picked)
+    }
+
+    /// The next token of each sequence of `drawn` and its log-probability, from its row of the logits.
+    fn draw(&self, ctx: &Ctx, logits: &Buf, drawn: &[usize]) -> (Buf, Buf) {
+        let n = drawn.len();
         let (mut tokens, mut logp) = (ctx.zeros(DType::I32, n), ctx.zeros(DType::F32, n));
         let how: Vec<sample::Params> = drawn.iter().map(|&i| self.sequences[i].sampling()).collect();
         sample::sample(ctx, logits.view(), &how, tokens.view_mut(), logp.view_mut());
         (tokens, logp)
+    }
+
+    /// Takes out sequence `drawn[bad]`; the rest of `drawn` computes its last token again in the next step, to the same
+    /// bits.
+    fn give_up(&mut self, drawn: &[usize], bad: usize) -> EngineError {
+        for &i in drawn {
+            self.sequences[i].cached -= 1;
+        }
+        let s = &self.sequences[drawn[bad]];
+        let why = EngineError::NotFinite { id: s.request.id, position: s.tokens.len() };
+        self.remove(drawn[bad]);
+        why
     }
 
     /// Takes a sequence out and frees what it holds.

@@ -1,4 +1,4 @@
-//! Why a request is refused: one line each, before anything is computed.
+//! Why a request is refused, before anything is computed, or given up: one line each.
 
 /// A request that cannot be served.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -59,4 +59,12 @@ pub enum EngineError {
     /// A share that is none.
     #[error("top_p {0}: expected a number from 0 to 1")]
     TopP(f32),
+    /// Finite weights whose activations overflow: there is nothing to draw from.
+    #[error("request {id}: expected finite logits for position {position}, found others (the activations overflow)")]
+    NotFinite {
+        /// The request, which is no longer there.
+        id: u64,
+        /// Position of the token that could not be drawn, from 0.
+        position: usize,
+    },
 }

@@ -52,8 +52,8 @@ impl Request {
         self.prompt.len() + self.max_new_tokens - 1
     }
 
-    /// What can be wrong with a request in itself, given the model and the cache's capacity in tokens.
-    pub(crate) fn check(&self, config: &ModelConfig, capacity: usize) -> Result<(), EngineError> {
+    /// What can be wrong with a request in itself, given the model; [`crate::Engine::submit`] asks too.
+    pub fn validate(&self, config: &ModelConfig) -> Result<(), EngineError> {
         check_tokens(config, &self.prompt, self.max_new_tokens)?;
         if self.max_new_tokens == 0 {
             return Err(EngineError::NoNewTokens);
@@ -64,6 +64,12 @@ impl Request {
         if !(0.0..=1.0).contains(&self.top_p) {
             return Err(EngineError::TopP(self.top_p));
         }
+        Ok(())
+    }
+
+    /// As [`Request::validate`], and whether a cache of `capacity` tokens holds it.
+    pub(crate) fn check(&self, config: &ModelConfig, capacity: usize) -> Result<(), EngineError> {
+        self.validate(config)?;
         if self.limit() > capacity {
             return Err(EngineError::LargerThanCache { tokens: self.limit(), capacity });
         }

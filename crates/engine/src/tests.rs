@@ -297,7 +297,7 @@ fn a_sequence_put_back_gives_the_same_answer() {
     requests().into_iter().for_each(|r| engine.submit(r).unwrap());
     let (mut small, mut put_back, mut running) = (BTreeMap::<u64, Vec<Event>>::new(), 0, 0);
     while !engine.is_idle() {
-        let events = engine.step(&ctx);
+        let events = engine.step(&ctx).unwrap();
         let ended = events.iter().filter(|e| e.finished.is_some()).count();
         put_back += usize::from(engine.usage().running + ended < running);
         running = engine.usage().running;
@@ -394,7 +394,7 @@ fn cancelling_frees_what_was_held() {
     let mut engine = f.engine(&ctx, CacheOptions::blocks(3));
     engine.submit(greedy(1, text(0, 100), 20)).unwrap();
     engine.submit(greedy(2, text(1, 60), 20)).unwrap();
-    engine.step(&ctx);
+    engine.step(&ctx).unwrap();
     let usage = engine.usage();
     assert_eq!((usage.running, usage.waiting, usage.used_blocks, usage.total_blocks), (1, 1, 2, 3));
     // 3 layers x 3 blocks x 64 tokens x (24 + 8) numbers of 4 bytes.
@@ -402,9 +402,9 @@ fn cancelling_frees_what_was_held() {
     assert_eq!(usage.cache_bytes, 3 * block_bytes(&engine.model().config, 3, f.params.precision.act()));
     assert!(engine.cancel(1) && !engine.cancel(1));
     assert_eq!((engine.usage().running, engine.usage().used_blocks), (0, 0));
-    assert_eq!(engine.step(&ctx)[0].id, 2);
+    assert_eq!(engine.step(&ctx).unwrap()[0].id, 2);
     assert!(engine.cancel(2) && engine.is_idle());
-    assert!(engine.step(&ctx).is_empty());
+    assert!(engine.step(&ctx).unwrap().is_empty());
 }
 
 #[test]
@@ -414,12 +414,12 @@ fn logits_leave_running_requests_alone() {
     let expected = &f.answers(&ctx, CacheOptions::blocks(4), vec![sampled(1, text(0, 60), 10)])[&1];
     let mut engine = f.engine(&ctx, CacheOptions::blocks(3));
     engine.submit(sampled(1, text(0, 60), 10)).unwrap();
-    let mut found = engine.step(&ctx);
+    let mut found = engine.step(&ctx).unwrap();
     assert_bits("logits", &host(&engine.logits(&ctx, &text(3, 128), 128).unwrap()), &f.logits(&ctx, &text(3, 128), 50));
     let refused = engine.logits(&ctx, &text(3, 129), 9).unwrap_err();
     assert_eq!(refused, EngineError::CacheInUse { needed: 3, free: 2 });
     while !engine.is_idle() {
-        found.extend(engine.step(&ctx));
+        found.extend(engine.step(&ctx).unwrap());
     }
     assert_answers("after logits", &found, expected);
 }
@@ -475,4 +475,41 @@ fn bad_requests_are_refused() {
     let long = EngineError::TooLong { prompt: 513, new: 0, positions: 512 };
     assert_eq!(refused(&text(0, 513)), (long.clone(), Some(long)));
     assert_eq!(refused(&text(0, 65)), (EngineError::LargerThanCache { tokens: 65, capacity: 64 }, None));
+}
+
+/// One number of the head is so large that some hidden states overflow the logit of token 0 and others do not.
+#[test]
+fn activations_that_overflow_end_their_request_alone() {
+    let ctx = ctx(2);
+    let mut f = Fixture::new(&ctx, v3(), Precision::Fp32);
+    let head = f.model.layout.head.unwrap();
+    Arc::get_mut(&mut f.params).unwrap().f32_mut(head).f32()[7] = 1.7e38;
+    let outcome = |requests: Vec<Request>| {
+        let mut engine = f.engine(&ctx, CacheOptions::blocks(64));
+        requests.into_iter().for_each(|r| engine.submit(r).unwrap());
+        let (mut answers, mut errors) = (BTreeMap::<u64, Vec<Event>>::new(), BTreeMap::new());
+        while !engine.is_idle() {
+            match engine.step(&ctx) {
+                Ok(events) => events.into_iter().for_each(|e| answers.entry(e.id).or_default().push(e)),
+                Err(EngineError::NotFinite { id, position }) => assert!(errors.insert(id, position).is_none()),
+                Err(e) => panic!("{e}"),
+            }
+        }
+        assert_eq!((engine.usage().used_blocks, engine.usage().running), (0, 0));
+        (answers, errors)
+    };
+    let (answers, errors) = outcome(six());
+    assert!((1..6).contains(&errors.len()), "{errors:?}");
+    for r in six() {
+        let (id, all) = (r.id, r.prompt.len() + r.max_new_tokens);
+        let (alone, error) = outcome(vec![r.clone()]);
+        let none = Vec::new();
+        assert_answers("among six", answers.get(&id).unwrap_or(&none), alone.get(&id).unwrap_or(&none));
+        assert_eq!(errors.get(&id), error.get(&id));
+        let written = r.prompt.len() + alone.get(&id).map_or(0, Vec::len);
+        assert_eq!(errors.get(&id).copied().unwrap_or(all), written);
+    }
+    let message = EngineError::NotFinite { id: 2, position: 9 }.to_string();
+    let expected = "request 2: expected finite logits for position 9, found others (the activations overflow)";
+    assert_eq!(message, expected);
 }

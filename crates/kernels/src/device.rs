@@ -7,9 +7,14 @@ use std::sync::Arc;
 /// Why a device cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// A thread count of zero.
-    #[error("--threads 0: expected at least 1 (this machine has {0})")]
-    NoThreads(usize),
+    /// A thread count of zero, or of more than any machine needs.
+    #[error("--threads {found}: expected at least 1, at most {MAX_THREADS} (this machine has {cores} cores)")]
+    ThreadCount {
+        /// How many were asked for.
+        found: usize,
+        /// Cores of this machine.
+        cores: usize,
+    },
     /// The operating system refused threads.
     #[error("could not start {wanted} threads: {why}")]
     Threads {
@@ -25,6 +30,9 @@ pub enum DeviceError {
     #[error("HADAL_ISA={0}: this CPU has no more than {1}")]
     MissingIsa(&'static str, &'static str),
 }
+
+/// Most workers. Starting many thousands takes minutes, and no kernel has work for them.
+const MAX_THREADS: usize = 1024;
 
 /// A device; cheap to clone.
 #[derive(Clone, Debug)]
@@ -51,9 +59,9 @@ impl Device {
     /// As [`Device::cpu`], on the vector instructions given.
     pub fn cpu_with(threads: Option<usize>, isa: Isa) -> Result<Self, DeviceError> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = threads.unwrap_or(cores);
-        if threads == 0 {
-            return Err(DeviceError::NoThreads(cores));
+        let threads = threads.unwrap_or(cores.min(MAX_THREADS));
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(DeviceError::ThreadCount { found: threads, cores });
         }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -160,5 +168,21 @@ impl Ctx {
         let mut b = self.zeros(DType::I32, values.len());
         b.view_mut().i32().copy_from_slice(values);
         b
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thread_counts_have_bounds() {
+        for found in [0, MAX_THREADS + 1, usize::MAX] {
+            let message = Device::cpu(Some(found)).unwrap_err().to_string();
+            let expected = format!("--threads {found}: expected at least 1, at most 1024 (this machine has ");
+            assert!(message.starts_with(&expected) && message.ends_with(" cores)"), "{message}");
+        }
+        let Device::Cpu(cpu) = Device::cpu(Some(3)).unwrap();
+        assert_eq!(cpu.threads(), 3);
     }
 }

@@ -21,7 +21,7 @@ pub mod trunk;
 mod weight_grad;
 
 pub use batch::{Batch, Depth, Sequence};
-pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Rope, Yarn};
+pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Rope, Yarn, preset_sequence};
 pub use grads::Grads;
 pub use io::{Checkpoint, IoError, SaveOptions, save_checkpoint};
 pub use layout::{

@@ -44,6 +44,18 @@ pub struct Params {
     pub(crate) kept: Option<Vec<Option<usize>>>,
 }
 
+/// Where each tensor that is read in f32 lies in an arena of such tensors alone, and the arena's length.
+fn kept_in_f32(layout: &Layout) -> (Vec<Option<usize>>, usize) {
+    let mut len = 0usize;
+    let mut place = |t: &TensorInfo| {
+        let at = len;
+        len = (at + t.len()).next_multiple_of(ALIGN);
+        at
+    };
+    let kept = layout.tensors.iter().map(|t| (!t.compute).then(|| place(t))).collect();
+    (kept, len)
+}
+
 impl Params {
     /// All zeros; files fill it, then call [`Params::refresh`].
     pub fn zeros(ctx: &Ctx, layout: Arc<Layout>, precision: Precision) -> Self {
@@ -57,15 +69,16 @@ impl Params {
         if precision == Precision::Fp32 {
             return Self::zeros(ctx, layout, precision);
         }
-        let mut len = 0usize;
-        let mut place = |t: &TensorInfo| {
-            let at = len;
-            len = (at + t.len()).next_multiple_of(ALIGN);
-            at
-        };
-        let kept = layout.tensors.iter().map(|t| (!t.compute).then(|| place(t))).collect();
+        let (kept, len) = kept_in_f32(&layout);
         let compute = Some(ctx.zeros(DType::Bf16, layout.len));
         Self { master: ctx.zeros(DType::F32, len), layout, precision, compute, kept: Some(kept) }
+    }
+
+    /// Bytes that the weights of `layout` take for inference.
+    pub fn inference_bytes(layout: &Layout, precision: Precision) -> usize {
+        let f32s = if precision == Precision::Fp32 { layout.len } else { kept_in_f32(layout).1 };
+        let bf16s = if precision == Precision::Fp32 { 0 } else { layout.len };
+        f32s * DType::F32.size() + bf16s * DType::Bf16.size()
     }
 
     /// True if every tensor has its FP32 master: what training and saving need.

@@ -195,8 +195,11 @@ impl TrainConfig {
         // Sequences are 256 tokens unless the model reads fewer.
         let seq = s.seq.unwrap_or(256.min(model.max_position_embeddings));
         let warmup = s.warmup.unwrap_or((steps / 20).min(2000));
-        let constant = s.constant.unwrap_or(steps / 10 * 6 + steps % 10 * 6 / 10);
-        let moe = (0..model.num_hidden_layers + model.num_nextn_predict_layers).any(|i| model.is_moe(i));
+        let constant = s.constant.unwrap_or((steps / 10 * 6 + steps % 10 * 6 / 10).min(steps.saturating_sub(warmup)));
+        let moe = model.has_experts();
+        refuse(s.min_lr.is_some() && warmup.checked_add(constant) == Some(steps), || {
+            format!("train.min_lr has no effect: warmup = {warmup} and constant = {constant} leave no step to decay in")
+        })?;
         refuse(s.mtp_lambda.is_some() && model.num_nextn_predict_layers == 0, || {
             "train.mtp_lambda has no effect: the model has no MTP layer (num_nextn_predict_layers = 0)".into()
         })?;
@@ -287,8 +290,9 @@ impl TrainConfig {
         for (name, x) in positive {
             refuse(x.is_nan() || x <= 0.0, || format!("train.{name} = {x}: expected a number > 0"))?;
         }
+        // Computed with in f32, where more is as good as infinite.
         for (name, x) in [("lr", s.peak), ("eps", a.eps.into())] {
-            refuse(!x.is_finite(), || format!("train.{name} = {x}: expected a finite number"))?;
+            refuse(!(x as f32).is_finite(), || format!("train.{name} = {x:?}: expected a finite number that f32 holds"))?;
         }
         for (name, x) in at_least_zero {
             refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;

@@ -7,7 +7,7 @@ use crate::metrics::{Metrics, MetricsFile};
 use crate::record::{self, Recorder};
 use crate::step::{StepReport, Trainer};
 use hadal_data::{DataError, Loader, TokenStream, Tokenizer, corpus};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
 use hadal_model::io::{SaveOptions, save_checkpoint};
 use hadal_model::{Model, ModelConfig, Params, Sequence};
 use std::path::{Path, PathBuf};
@@ -111,7 +111,14 @@ pub fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prep
         Some(path) => Tokenizer::load(path)?,
         None => {
             observer.phase("training a byte-level BPE tokenizer");
-            cpu.install(|| Tokenizer::train(&train, run.model.vocab_size)).map_err(lacking)?
+            let trained = cpu.install(|| Tokenizer::train(&train, run.model.vocab_size)).map_err(lacking)?;
+            let (found, wanted) = (trained.vocab_size(), run.model.vocab_size);
+            if found < wanted {
+                observer.phase(&format!(
+                    "the text supports {found} of {wanted} token ids; the rest of the vocabulary stays unused"
+                ));
+            }
+            trained
         }
     };
     if let Some(path) = &run.data.tokenizer {
@@ -211,6 +218,21 @@ fn finite(step: u64, what: &'static str, found: f64) -> Result<(), TrainError> {
     if found.is_finite() { Ok(()) } else { Err(TrainError::Diverged { step, what, found }) }
 }
 
+/// Weights one task checks.
+const CHECKED: usize = 1 << 16;
+
+/// The first weight that is no finite number once rounded to `dtype`.
+fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
+    let stored = |x: f32| if dtype == DType::Bf16 { bf16::round(x).f32() } else { x };
+    let mut found = vec![None; weights.len().div_ceil(CHECKED)];
+    let Device::Cpu(cpu) = &ctx.device;
+    cpu.chunks_mut(&mut found, 1, |i, found| {
+        let piece = &weights[i * CHECKED..weights.len().min((i + 1) * CHECKED)];
+        found[0] = piece.iter().map(|&x| stored(x)).find(|x| !x.is_finite());
+    });
+    found.into_iter().flatten().next()
+}
+
 struct Loop<'a> {
     run: &'a Run,
     data: Prepared,
@@ -225,7 +247,7 @@ impl Loop<'_> {
         let c = &self.run.config;
         let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
         if c.save_initial {
-            self.save(0)?;
+            self.save(ctx, 0)?;
         }
         let mut outcome = None;
         for step in 0..c.schedule.steps {
@@ -242,7 +264,7 @@ impl Loop<'_> {
             let seconds = begin.elapsed().as_secs_f64();
             let last = self.record(&ctx, step + 1, lr, &report, seconds)?;
             if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
-                let checkpoint = self.save(step + 1)?;
+                let checkpoint = self.save(&ctx, step + 1)?;
                 outcome = Some(Outcome { checkpoint, last, prompts: self.data.prompts.clone() });
             }
         }
@@ -306,13 +328,17 @@ impl Loop<'_> {
         evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
     }
 
-    /// Writes step-NNNNNN and points `latest` at it.
-    fn save(&mut self, step: u64) -> Result<PathBuf, TrainError> {
+    /// Writes step-NNNNNN and points `latest` at it; weights that a checkpoint cannot hold as finite numbers are refused.
+    fn save(&mut self, ctx: &Ctx, step: u64) -> Result<PathBuf, TrainError> {
+        let dtype = self.run.config.precision.act();
+        if let Some(x) = not_finite(ctx, self.trainer.params.master.view().f32(), dtype) {
+            return Err(TrainError::Diverged { step, what: "weight", found: x.into() });
+        }
         let name = format!("step-{step:06}");
         let dir = self.run.out.join(&name);
         let files = self.data.tokenizer.files();
         let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
-        let options = SaveOptions::new(self.run.config.precision.act());
+        let options = SaveOptions::new(dtype);
         save_checkpoint(&dir, &self.config, &self.trainer.params, options, &extra)?;
         point_latest(&self.run.out, &name)?;
         self.observer.checkpoint(&dir);

@@ -39,9 +39,22 @@ fn keys_without_effect_are_refused() {
     config_refused(&no_mtp(train_with("mtp_lambda = 0.3")), &["train.mtp_lambda has no effect", "MTP layer"]);
     let hidden = model_with("norm_topk_prob", "mtp_hidden = \"pre_norm\"\nnorm_topk_prob");
     config_refused(&no_mtp(hidden), &["mtp_hidden has no effect"]);
-    let dense = |key| no_mtp(train_with(key)).replace("first_k_dense_replace = 1", "first_k_dense_replace = 2");
+    let all_dense = no_mtp(model_with("first_k_dense_replace = 1", "first_k_dense_replace = 2"));
+    config_refused(&all_dense, &["moe_intermediate_size has no effect: no layer has experts"]);
+    let idle = ["moe_", "n_", "num_experts", "topk_", "norm_topk", "routed_"];
+    let lines = all_dense.lines().filter(|l| !idle.iter().any(|k| l.starts_with(k)));
+    let all_dense = lines.map(|l| format!("{l}\n")).collect::<String>();
+    let dense = |key| format!("{all_dense}{key}\n");
     config_refused(&dense("balance_alpha = 0.1"), &["train.balance_alpha has no effect", "MoE"]);
     config_refused(&dense("bias_gamma = 0.1"), &["train.bias_gamma has no effect"]);
+    config_refused(
+        &model_with("first_k_dense_replace = 1", "first_k_dense_replace = 0"),
+        &["intermediate_size has no effect: no layer is dense"],
+    );
+    for warmup in ["warmup = 2\nconstant = 1", "warmup = 3"] {
+        let config = train_with(&format!("min_lr = 1e-4\n{warmup}"));
+        config_refused(&config, &["train.min_lr has no effect: warmup = "]);
+    }
     for key in ["bos_token_id = 3", "eos_token_ids = [3]"] {
         let config = model_with("norm_topk_prob", &format!("{key}\nnorm_topk_prob"));
         config_refused(&config, &[key.split(' ').next().unwrap(), "no effect", "tokenizer"]);
@@ -88,7 +101,8 @@ fn training_settings_that_cannot_be_are_refused() {
         ("eps = inf", &["train.eps = inf", "finite"]),
         ("clip = 0", &["train.clip = 0", "> 0"]),
         ("warmup = 18446744073709551615", &["18446744073709551615"]),
-        ("warmup = 3", &["train.warmup = 3, constant = 1", "at most steps = 3"]),
+        ("warmup = 4", &["train.warmup = 4, constant = 0", "at most steps = 3"]),
+        ("warmup = 3\nconstant = 1", &["train.warmup = 3, constant = 1", "at most steps = 3"]),
         ("eval_every = 0", &["train.eval_every = 0", "at least 1"]),
     ] {
         config_refused(&train_with(keys), parts);
@@ -112,6 +126,7 @@ fn training_settings_that_cannot_be_are_refused() {
         (["--seq", "1"], &["train.seq = 1", "more than the MTP depth 1"]),
         (["--lr", "nan"], &["train.lr = NaN"]),
         (["--lr", "0"], &["train.lr = 0"]),
+        (["--lr", "1e300"], &["train.lr = 1e300", "a finite number that f32 holds"]),
         (["--checkpoint-every", "0"], &["train.checkpoint_every = 0"]),
     ] {
         place.pretrain_refused(&more, parts);
@@ -161,6 +176,7 @@ fn inspect_and_thread_counts() {
     refused(&["inspect", "v3", "--batch", "18446744073709551615"], &["--batch 18446744073709551615", "at most"]);
     refused(&["inspect", model, "--dtype", "fp8"], &["dtype \"fp8\"", "bf16 or fp32"]);
     refused(&["generate", model, "x", "--threads", "0"], &["--threads 0", "at least 1"]);
+    refused(&["generate", model, "x", "--threads", "100000"], &["--threads 100000", "at most 1024", "cores"]);
     refused(&["generate", model, "x", "--dtype", "fp8"], &["dtype \"fp8\"", "bf16 or fp32"]);
 }
 

@@ -1,6 +1,6 @@
 //! Text and tokenizers that cannot be trained on.
 
-use crate::support::{Place, refused, text, trained};
+use crate::support::{Place, refused, succeeds, text, trained};
 
 /// A run on these files must be refused and leave nothing.
 fn data_refused(place: &Place, files: &[&str], more: &[&str], parts: &[&str]) {
@@ -40,9 +40,24 @@ fn too_little_text() {
     place.write("a.txt", "The river.");
     place.write("b.txt", "The lamp.");
     data_refused(&place, &["a.txt"], &[], &["a.txt", "too short", "at least 2 documents", "found 1"]);
-    data_refused(&place, &["a.txt", "b.txt"], &[], &["a.txt and 1 more", "vocab_size = 320", "found enough for 2"]);
     let parts = ["a.txt and 1 more", "shorter than one sequence", "at least 33 tokens, found "];
+    data_refused(&place, &["a.txt", "b.txt"], &[], &parts);
     data_refused(&place, &["a.txt", "b.txt"], &tokenizer, &parts);
+}
+
+/// A text with few repeated pieces trains as many ids as it supports, and the run says so.
+#[test]
+fn a_small_text_is_enough_for_a_run() {
+    let place = Place::new();
+    place.write("text.txt", "The river carries the lamp.");
+    place.write("more.txt", "A garden answers the cloud, and the song follows the river.");
+    let mut args = place.pretrain("out", &["--steps", "1", "--seq", "16", "--json"]);
+    let at = args.iter().position(|a| a == "--out").unwrap();
+    args.insert(at, place.arg("more.txt"));
+    let objects = succeeds(&args).objects();
+    let phases: Vec<&str> = objects.iter().filter_map(|o| o["phase"].as_str()).collect();
+    let told = phases.iter().any(|p| p.starts_with("the text supports 2") && p.contains(" of 320 token ids"));
+    assert!(told, "{phases:?}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn broken_indices() {
     let index = |text: &str| std::fs::write(dir.join("model.safetensors.index.json"), text).unwrap();
     let name = "model.safetensors.index.json";
     index(r#"{"weight_map": {"model.norm.weight": "gone.safetensors"}}"#);
-    model_refused(&place, &dir, &["gone.safetensors", "No such file"]);
+    model_refused(&place, &dir, &[name, "expected the file gone.safetensors beside it", "found no such file"]);
     index(r#"{"weight_map": {"model.norm.weight": "../all.safetensors"}}"#);
     model_refused(&place, &dir, &[name, "model.norm.weight", "expected the name of a file", "../all.safetensors"]);
     index(r#"{"weight_map": {"colour": "all.safetensors"}}"#);
@@ -104,7 +104,7 @@ fn configurations_that_mean_something_else() {
         std::fs::write(&path, &good).unwrap();
     }
     std::fs::write(&path, "{\n  \"model_type\": deepseek_v3\n}").unwrap();
-    model_refused(&place, &dir, &["config.json:2:", "expected a JSON object"]);
+    model_refused(&place, &dir, &["config.json:2:17: expected a JSON object: expected value"]);
     refused(&["inspect", dir.to_str().unwrap()], &["config.json:2:", "expected a JSON object"]);
     std::fs::write(&path, "").unwrap();
     model_refused(&place, &dir, &["config.json:1:", "expected a JSON object"]);
@@ -154,9 +154,43 @@ fn requests_beyond_the_model() {
             assert!(!place.path("logits").exists() && !place.path("logits.partial").exists());
         };
         logits("1,999999", &["token 999999 at index 1", "expected an id below 320"]);
+        let args = ["logits", model, "--out", &out, "--tokens", "1,4294967296"];
+        refused(&args, &["token 4294967296 at index 1: expected an id below vocab_size"]);
         logits("4294967295", &["token 4294967295 at index 0", "expected an id below 320"]);
         logits(&many, &["65 ", "at most 64 together (max_position_embeddings)"]);
     }
+}
+
+/// 2^30 positions of which all are asked for, and weights of 2^24 columns that no file holds.
+#[test]
+#[cfg(target_os = "linux")]
+fn what_no_memory_holds_is_refused_before_it_is_asked_for() {
+    let place = Place::new();
+    let dir = place.copy_model("model");
+    let model = dir.to_str().unwrap();
+    configure(&dir, "max_position_embeddings", (1 << 30).into());
+    configure(&dir, "num_hidden_layers", 4000.into());
+    let parts = [model, "does not fit: expected at most ", " of memory, found that it needs "];
+    refused(&["generate", model, "The", "--max-tokens", "1000000000"], &parts);
+    refused(&["generate", model, "The", "--max-tokens", "1073741825"], &["at most 1073741824 together"]);
+    configure(&dir, "num_hidden_layers", 2.into());
+    configure(&dir, "vocab_size", (1 << 24).into());
+    configure(&dir, "hidden_size", (1 << 20).into());
+    let out = place.arg("logits");
+    refused(&["logits", model, "--tokens", "1", "--out", &out], &parts);
+}
+
+/// Finite weights whose logits overflow: `generate` says so, `logits` writes what it found.
+#[test]
+fn activations_that_overflow() {
+    let place = Place::new();
+    let dir = place.copy_model("model");
+    let row = [1e38f32.to_le_bytes(), 3e38f32.to_le_bytes()].concat();
+    edit(&dir, "lm_head.weight", Some((Dtype::F32, vec![320, 32], row.repeat(320 * 16))));
+    edit(&dir, "model.norm.weight", Some((Dtype::F32, vec![32], 1e3f32.to_le_bytes().repeat(32))));
+    let (model, out) = (dir.to_str().unwrap(), place.arg("logits"));
+    refused(&["generate", model, "The river"], &[model, "expected finite logits for position ", "overflow"]);
+    crate::support::succeeds(&["logits", model, "--tokens", "1,2", "--out", &out]);
 }
 
 #[test]

@@ -184,3 +184,58 @@ fn help_names_the_verbs() {
         assert_eq!(hadal(&[verb, "--help"]).code, Some(0));
     }
 }
+
+/// Weights that one step makes infinite while its loss and gradients are still fine.
+#[test]
+fn weights_that_are_no_numbers_make_no_checkpoint() {
+    let place = Place::new();
+    let config = std::fs::read_to_string(place.path("run.toml")).unwrap();
+    place.write("run.toml", format!("{config}weight_decay = 1e20\n"));
+    let more = ["--lr", "1e30", "--checkpoint-every", "1", "--eval-every", "100"];
+    let ran = hadal(&place.pretrain("out", &more));
+    assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
+    assert!(ran.stderr.starts_with("error: step 1: expected a finite weight, found "), "{ran:?}");
+    let left: Vec<_> = std::fs::read_dir(place.path("out")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["metrics.jsonl"]);
+}
+
+#[test]
+fn warmup_alone_leaves_the_other_phases_what_remains() {
+    let place = Place::new();
+    let config = std::fs::read_to_string(place.path("run.toml")).unwrap();
+    place.write("run.toml", format!("{config}warmup = 3\n"));
+    succeeds(&place.pretrain("out", &[]));
+    let rates: Vec<f64> = metrics(&place.path("out")).iter().map(|m| number(m, "lr")).collect();
+    assert!(rates.windows(2).all(|w| w[0] < w[1]), "{rates:?}");
+}
+
+/// Starts `hadal` with stdout as given; exit code and stderr.
+#[cfg(unix)]
+fn with_stdout(args: &[String], stdout: impl Into<std::process::Stdio>) -> (Option<i32>, String) {
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_hadal")).args(args).stdout(stdout).output().unwrap();
+    (out.status.code(), String::from_utf8(out.stderr).unwrap())
+}
+
+#[test]
+#[cfg(unix)]
+fn a_run_goes_on_when_nobody_reads_and_other_verbs_stop() {
+    let place = Place::new();
+    let closed = || std::io::pipe().unwrap().1;
+    let ran = with_stdout(&place.pretrain("out", &["--steps", "2"]), closed());
+    assert_eq!(ran, (Some(0), String::new()));
+    assert!(place.path("out/step-000002/config.json").exists());
+    let inspect = ["inspect", "nano"].map(String::from);
+    assert_eq!(with_stdout(&inspect, closed()), (Some(141), String::new()));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_behind_stdout_is_an_error() {
+    let place = Place::new();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for args in [["inspect", "nano"].map(String::from).to_vec(), place.pretrain("out", &[])] {
+        let (code, stderr) = with_stdout(&args, full());
+        assert_eq!((code, stderr.lines().count()), (Some(1), 1), "{stderr}");
+        assert!(stderr.starts_with("error: stdout: cannot write: No space left"), "{stderr}");
+    }
+}

@@ -1,10 +1,10 @@
 //! Reading a published tokenizer.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Tokenizer, why_not_total};
+use super::{Tokenizer, why_unusable};
 use crate::DataError;
 
 pub(super) fn load(path: &Path) -> Result<Tokenizer, DataError> {
@@ -12,11 +12,11 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer, DataError> {
     let bytes = std::fs::read(&file).map_err(DataError::read(&file))?;
     let broken = |reason: String| DataError::Tokenizer { path: file.clone(), reason };
     let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
-    if let Some(reason) = why_not_total(&inner) {
+    if let Some(reason) = why_unusable(&inner) {
         return Err(broken(reason));
     }
     let config_path = file.with_file_name("tokenizer_config.json");
-    let config = if config_path.exists() { read_json(&config_path)? } else { Value::Null };
+    let config = if config_path.exists() { read_object(&config_path)? } else { Value::Null };
     let mut ids = [None; 3];
     for (id, key) in ids.iter_mut().zip(["bos_token", "eos_token", "pad_token"]) {
         *id = token_id(&inner, &config_path, &config, key)?;
@@ -24,9 +24,19 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer, DataError> {
     Ok(Tokenizer::new(inner, ids[0], ids[1], ids[2]))
 }
 
-fn read_json(path: &PathBuf) -> Result<Value, DataError> {
+/// Anything but an object would name no tokens, and the end of a document would be lost without a word.
+fn read_object(path: &Path) -> Result<Value, DataError> {
     let bytes = std::fs::read(path).map_err(DataError::read(path))?;
-    serde_json::from_slice(&bytes).map_err(|e| DataError::Tokenizer { path: path.clone(), reason: e.to_string() })
+    let broken = |reason| DataError::Tokenizer { path: path.to_owned(), reason };
+    let found = match serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))? {
+        object @ Value::Object(_) => return Ok(object),
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+    };
+    Err(broken(format!("expected a JSON object, found {found}")))
 }
 
 /// The token is named by a string, by an object with `content`, or not at all.

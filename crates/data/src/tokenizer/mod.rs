@@ -35,10 +35,9 @@ impl Tokenizer {
         load::load(path.as_ref())
     }
 
-    /// Trains on `documents`: `vocab_size` ids, of which the first are [`SPECIAL_TOKENS`] and the next 256 the bytes.
-    /// Of two equally frequent pairs the one with the lower ids is merged first, so that one corpus gives one file.
-    /// A corpus without enough repeated text for `vocab_size` is an error: an id that no text ever uses would only
-    /// waste embedding rows.
+    /// Trains on `documents`: at most `vocab_size` ids, of which the first are [`SPECIAL_TOKENS`] and the next 256 the
+    /// bytes. Of two equally frequent pairs the one with the lower ids is merged first, so that one corpus gives one
+    /// file. A corpus without enough repeated text for `vocab_size` gives fewer ids; a model may have more of them.
     pub fn train<S: AsRef<str> + Sync>(documents: &[S], vocab_size: usize) -> Result<Self, DataError> {
         let inner = train::train(documents, vocab_size)?;
         let [bos, eos, pad] = [0, 1, 2].map(|i| inner.token_to_id(SPECIAL_TOKENS[i].content));
@@ -140,13 +139,20 @@ fn byte_lengths(inner: &tokenizers::Tokenizer) -> Vec<u32> {
     lengths
 }
 
-/// Says why `encode` could fail for some text, if it could.
-fn why_not_total(inner: &tokenizers::Tokenizer) -> Option<String> {
+/// Ids are below this, as in any model: tables by id are allocated for all of them.
+const MAX_IDS: u32 = 1 << 24;
+
+/// Says why `encode` could fail for some text, if it could, or why its ids are no model's.
+fn why_unusable(inner: &tokenizers::Tokenizer) -> Option<String> {
     let ModelWrapper::BPE(bpe) = inner.get_model() else {
         return Some("expected a BPE model, found another kind".into());
     };
     if bpe.dropout.is_some_and(|p| p > 0.0) {
         return Some("expected no BPE dropout, found some".into());
+    }
+    let added = inner.get_added_vocabulary().get_added_tokens_decoder().keys().copied().max();
+    if let Some(id) = inner.get_vocab(true).into_values().chain(added).max().filter(|&id| id >= MAX_IDS) {
+        return Some(format!("expected ids below {MAX_IDS}, found {id}"));
     }
     let missing = ByteLevel::alphabet().into_iter().filter(|c| inner.token_to_id(&c.to_string()).is_none()).count();
     (missing > 0).then(|| format!("expected all 256 bytes in the vocabulary, found {}", 256 - missing))

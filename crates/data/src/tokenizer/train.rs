@@ -5,7 +5,7 @@
 
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Model, OffsetReferential, OffsetType, PreTokenizer, Trainer};
+use tokenizers::{AddedToken, OffsetReferential, OffsetType, PreTokenizer, Trainer};
 
 use super::{SPECIAL_TOKENS, layout};
 use crate::DataError;
@@ -13,7 +13,7 @@ use crate::DataError;
 /// A pair must occur this often to be worth an id.
 const MIN_COUNT: u64 = 2;
 
-/// A tokenizer of exactly `vocab_size` ids.
+/// A tokenizer of at most `vocab_size` ids: fewer where no other pair occurs often enough.
 pub(super) fn train<S: AsRef<str> + Sync>(
     documents: &[S],
     vocab_size: usize,
@@ -37,10 +37,6 @@ pub(super) fn train<S: AsRef<str> + Sync>(
     trainer.feed(documents.iter(), |text| words(&tokenizer, text)).expect("splitting by a compiled regex cannot fail");
     let mut model = BPE::default();
     trainer.train(&mut model).expect("counting and merging pairs cannot fail");
-    let found = model.get_vocab_size();
-    if found != vocab_size {
-        return Err(DataError::VocabTooLarge { expected: vocab_size, found });
-    }
     tokenizer.with_model(model);
     Ok(tokenizer)
 }

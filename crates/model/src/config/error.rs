@@ -6,7 +6,7 @@ use std::fmt::Display;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("{path}: {why}")]
+    #[error("{path}: expected a model's configuration that can be read: {why}")]
     Read {
         /// The file.
         path: String,
@@ -67,6 +67,13 @@ pub enum ConfigError {
         /// Which other key makes it so.
         why: String,
     },
+}
+
+/// What the parser said, less the line and column, which the message has already.
+pub(super) fn without_position(e: &serde_json::Error) -> String {
+    let text = e.to_string();
+    let position = format!(" at line {} column {}", e.line(), e.column());
+    text.strip_suffix(&position).unwrap_or(&text).to_string()
 }
 
 impl ConfigError {

@@ -153,7 +153,7 @@ impl ModelConfig {
             path: place.to_string(),
             line: e.line(),
             column: e.column(),
-            why: e.to_string(),
+            why: super::error::without_position(&e),
         })?;
         let (config, warnings) = read(&map).map_err(|e| e.at(place))?;
         Ok((config, warnings.into_iter().map(|w| format!("{place}: {w}")).collect()))

@@ -12,7 +12,7 @@ mod toml;
 mod validate;
 
 pub use error::ConfigError;
-pub use presets::PRESETS;
+pub use presets::{PRESETS, preset_sequence};
 
 use hadal_kernels::ops::router::{self, GroupScore, Scoring};
 
@@ -150,6 +150,11 @@ impl ModelConfig {
     /// True if layer `i` has experts; MTP layers (i >= num_hidden_layers) always have.
     pub fn is_moe(&self, i: usize) -> bool {
         i >= self.first_k_dense_replace
+    }
+
+    /// True if any layer has experts, MTP layers included.
+    pub fn has_experts(&self) -> bool {
+        self.num_nextn_predict_layers > 0 || self.first_k_dense_replace < self.num_hidden_layers
     }
 
     /// Width of the shared experts' SwiGLU.

@@ -21,6 +21,18 @@ impl ModelConfig {
     }
 }
 
+/// Tokens a sequence that the preset called `name` is trained on unless told otherwise: for the published ones the
+/// length of their pre-training (V2 and V3 reports), before any stretching.
+pub fn preset_sequence(name: &str) -> Option<usize> {
+    match name {
+        "nano" => Some(256),
+        "mini" => Some(512),
+        "1b" => Some(2048),
+        "v2-lite" | "moonlight-16b" | "v3" => Some(4096),
+        _ => None,
+    }
+}
+
 fn yarn(mscale: f64) -> Option<Yarn> {
     Some(Yarn {
         factor: 40.0,

@@ -478,12 +478,49 @@ fn toml_presets_and_whole_tables() {
     }
 }
 
+/// A table for a model without experts leaves their keys out, as one without dense layers leaves out their width.
+#[test]
+fn toml_tables_need_only_the_sizes_of_layers_that_are_there() {
+    let without = |text: &str, keys: &[&str]| -> String {
+        let lost = |l: &&str| keys.iter().any(|k| l.starts_with(&format!("{k} =")));
+        text.lines().filter(|l| !lost(l)).map(|l| format!("{l}\n")).collect()
+    };
+    let dense = WHOLE.replace("first_k_dense_replace = 1", "first_k_dense_replace = 6");
+    let dense = dense.replace("predict_layers = 1", "predict_layers = 0");
+    let c = toml(&without(&dense, &super::toml::EXPERT_KEYS)).unwrap();
+    assert!(!c.has_experts() && c.intermediate_size == 704);
+    let moe = WHOLE.replace("first_k_dense_replace = 1", "first_k_dense_replace = 0");
+    let c = toml(&without(&moe, &["intermediate_size"])).unwrap();
+    assert!(c.has_experts() && c.moe_intermediate_size == 128);
+}
+
+#[test]
+fn presets_have_a_training_sequence() {
+    for name in PRESETS {
+        let seq = preset_sequence(name).unwrap();
+        assert!((256..=ModelConfig::preset(name).unwrap().max_position_embeddings).contains(&seq), "{name}");
+    }
+    assert_eq!(preset_sequence("v9"), None);
+}
+
 #[test]
 fn toml_keys_without_effect_are_errors() {
     for (text, message) in [
         ("preset = 'nano'\nhidden_dim = 3", "unknown key hidden_dim: expected one of bos_token_id, "),
         ("preset = 'v2-lite'\nn_group = 1", "n_group has no effect: group_limited is false"),
         ("preset = 'mini'\nmtp_hidden = 'pre_norm'", "mtp_hidden has no effect: num_nextn_predict_layers is 0"),
+        (
+            "preset = 'mini'\nfirst_k_dense_replace = 8\nn_shared_experts = 2",
+            "n_shared_experts has no effect: no layer has experts",
+        ),
+        (
+            "preset = 'mini'\nfirst_k_dense_replace = 8\nrouted_scaling_factor = 2",
+            "routed_scaling_factor has no effect: no layer has experts",
+        ),
+        (
+            "preset = 'nano'\nfirst_k_dense_replace = 0\nintermediate_size = 64",
+            "intermediate_size has no effect: no layer is dense",
+        ),
         ("preset = 'nano'\nrope.yarn.beta_fast = 3", "rope.yarn.factor is missing"),
         ("preset = 'nano'\nrope.yarn = {}", "rope.yarn.factor is missing"),
         ("preset = 'nano'\nrope.yarn = { factor = 2, mscale = 1 }", "rope.yarn.mscale has no effect: it needs"),

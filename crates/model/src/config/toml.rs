@@ -70,38 +70,44 @@ fn put<T>(found: Option<T>, key: &str, to: &mut T, needed: bool) -> Result<()> {
 
 fn fields(keys: &mut Keys<'_>, c: &mut ModelConfig, complete: bool) -> Result<()> {
     put(keys.bool("group_limited")?, "group_limited", &mut c.group_limited, false)?;
-    let grouped = complete && c.group_limited;
+    for (key, to) in [
+        ("num_hidden_layers", &mut c.num_hidden_layers),
+        ("first_k_dense_replace", &mut c.first_k_dense_replace),
+        ("num_nextn_predict_layers", &mut c.num_nextn_predict_layers),
+    ] {
+        put(keys.usize(key)?, key, to, complete)?;
+    }
+    // A model without experts, or without dense layers, needs no sizes of theirs.
+    let (moe, dense) = (complete && c.has_experts(), complete && c.first_k_dense_replace > 0);
+    let grouped = moe && c.group_limited;
     for (key, to, needed) in [
         ("vocab_size", &mut c.vocab_size, complete),
         ("hidden_size", &mut c.hidden_size, complete),
-        ("intermediate_size", &mut c.intermediate_size, complete),
-        ("moe_intermediate_size", &mut c.moe_intermediate_size, complete),
-        ("num_hidden_layers", &mut c.num_hidden_layers, complete),
-        ("first_k_dense_replace", &mut c.first_k_dense_replace, complete),
+        ("intermediate_size", &mut c.intermediate_size, dense),
+        ("moe_intermediate_size", &mut c.moe_intermediate_size, moe),
         ("num_attention_heads", &mut c.num_attention_heads, complete),
         ("kv_lora_rank", &mut c.kv_lora_rank, complete),
         ("qk_nope_head_dim", &mut c.qk_nope_head_dim, complete),
         ("qk_rope_head_dim", &mut c.qk_rope_head_dim, complete),
         ("v_head_dim", &mut c.v_head_dim, complete),
-        ("n_routed_experts", &mut c.n_routed_experts, complete),
-        ("n_shared_experts", &mut c.n_shared_experts, complete),
-        ("num_experts_per_tok", &mut c.num_experts_per_tok, complete),
+        ("n_routed_experts", &mut c.n_routed_experts, moe),
+        ("n_shared_experts", &mut c.n_shared_experts, moe),
+        ("num_experts_per_tok", &mut c.num_experts_per_tok, moe),
         ("n_group", &mut c.n_group, grouped),
         ("topk_group", &mut c.topk_group, grouped),
         ("max_position_embeddings", &mut c.max_position_embeddings, complete),
-        ("num_nextn_predict_layers", &mut c.num_nextn_predict_layers, complete),
     ] {
         put(keys.usize(key)?, key, to, needed)?;
     }
     for (key, to, needed) in [
-        ("routed_scaling_factor", &mut c.routed_scaling_factor, complete),
+        ("routed_scaling_factor", &mut c.routed_scaling_factor, moe),
         ("rms_norm_eps", &mut c.rms_norm_eps, complete),
         ("initializer_range", &mut c.initializer_range, complete),
     ] {
         put(keys.f64(key)?, key, to, needed)?;
     }
     put(keys.bool("correction_bias")?, "correction_bias", &mut c.correction_bias, false)?;
-    put(keys.bool("norm_topk_prob")?, "norm_topk_prob", &mut c.norm_topk_prob, complete)?;
+    put(keys.bool("norm_topk_prob")?, "norm_topk_prob", &mut c.norm_topk_prob, moe)?;
     c.q_lora_rank = optional(keys, "q_lora_rank", c.q_lora_rank)?;
     words(keys, c)?;
     token_ids(keys, c)?;
@@ -186,8 +192,30 @@ fn no_more(keys: &Keys<'_>) -> Result<()> {
     }
 }
 
+/// Keys that only layers with experts read.
+pub(super) const EXPERT_KEYS: [&str; 11] = [
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "group_limited",
+    "n_group",
+    "topk_group",
+    "scoring",
+    "correction_bias",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+];
+
 /// Keys that are there and change nothing.
 fn effective(keys: &Keys<'_>, c: &ModelConfig) -> Result<()> {
+    if let Some(key) = EXPERT_KEYS.into_iter().find(|k| !c.has_experts() && keys.has(k)) {
+        let why = "no layer has experts (first_k_dense_replace = num_hidden_layers and no MTP layer)";
+        return Err(ConfigError::ineffective(key, why));
+    }
+    if keys.has("intermediate_size") && c.first_k_dense_replace == 0 {
+        return Err(ConfigError::ineffective("intermediate_size", "no layer is dense (first_k_dense_replace = 0)"));
+    }
     let greedy = ["n_group", "topk_group"].into_iter().find(|k| !c.group_limited && keys.has(k));
     if let Some(key) = greedy {
         return Err(ConfigError::ineffective(key, "group_limited is false"));

@@ -72,6 +72,10 @@ impl Checkpoint {
                     let plain = inside(dir, file).ok_or_else(|| {
                         IoError::tensor(path, name, "the name of a file beside the index", printable(file))
                     })?;
+                    if !plain.exists() {
+                        let expected = format!("the file {} beside it, as weight_map says", printable(file));
+                        return Err(IoError::format(path, expected, "no such file"));
+                    }
                     shards.push(Shard::open(plain)?);
                     files.insert(file, shards.len() - 1);
                     shards.len() - 1

@@ -1,0 +1,25 @@
+//! What this machine's memory can never hold is refused: the system would end it without a word, or with a long one.
+
+use crate::inspect::scaled;
+
+/// An error if `what` needs more than there is.
+pub fn fits(what: &str, needed: usize) -> anyhow::Result<()> {
+    match machine_memory() {
+        Some(found) if needed > found => anyhow::bail!(
+            "{what} does not fit: expected at most {} of memory, found that it needs {}",
+            scaled(found as f64, "B"),
+            scaled(needed as f64, "B")
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of memory and swap, where the system says so in a file (Linux).
+fn machine_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<usize>().ok()
+    };
+    Some((kib("MemTotal:")? + kib("SwapTotal:")?) << 10)
+}
