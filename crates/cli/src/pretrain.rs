@@ -54,7 +54,7 @@ pub struct Pretrain {
     /// Numbers to compute in: bf16 or fp32 [default: bf16].
     #[arg(long, value_name = "D")]
     dtype: Option<String>,
-    /// Peak learning rate [default: 0.003].
+    /// Peak learning rate [default: 0.002].
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
     /// Steps between checkpoints [default: only at the end].

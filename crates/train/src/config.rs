@@ -191,7 +191,7 @@ impl TrainConfig {
     pub fn resolve(s: Settings, model: &ModelConfig) -> Result<Self, TrainError> {
         let steps = s.steps.unwrap_or(400);
         let batch = s.batch.unwrap_or(8);
-        let peak = s.lr.unwrap_or(3e-3);
+        let peak = s.lr.unwrap_or(2e-3);
         // Sequences are 256 tokens unless the model reads fewer.
         let seq = s.seq.unwrap_or(256.min(model.max_position_embeddings));
         let warmup = s.warmup.unwrap_or((steps / 20).min(2000));
@@ -292,7 +292,9 @@ impl TrainConfig {
         }
         // Computed with in f32, where more is as good as infinite.
         for (name, x) in [("lr", s.peak), ("eps", a.eps.into())] {
-            refuse(!(x as f32).is_finite(), || format!("train.{name} = {x:?}: expected a finite number that f32 holds"))?;
+            refuse(!(x as f32).is_finite(), || {
+                format!("train.{name} = {x:?}: expected a finite number that f32 holds")
+            })?;
         }
         for (name, x) in at_least_zero {
             refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;
