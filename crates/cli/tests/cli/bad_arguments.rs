@@ -95,7 +95,7 @@ fn models_that_cannot_be_are_refused() {
 #[test]
 fn training_settings_that_cannot_be_are_refused() {
     for (keys, parts) in [
-        ("min_lr = 0.1", &["train.min_lr = 0.1", "at most lr = 0.003"][..]),
+        ("min_lr = 0.1", &["train.min_lr = 0.1", "at most lr = 0.002"][..]),
         ("weight_decay = -1", &["train.weight_decay = -1", "finite number >= 0"]),
         ("beta1 = 1", &["train.beta1 = 1", "[0, 1)"]),
         ("eps = inf", &["train.eps = inf", "finite"]),
