@@ -22,5 +22,5 @@ print(json.dumps({"steps": last["step"], "tokens": last["tokens"], "median_token
                   "loss": last["loss_main"], "valid_bits_per_byte": last["valid_bits_per_byte"]}))
 sys.exit(last["valid_bits_per_byte"] >= 1.6)
 P
-} 2>&1 | tee "$out/output.txt"
+} 2>&1 | sed -u "s#$out#OUT#g" | tee "$out/output.txt"
 mv "$out/output.txt" runs/first-run/output.txt
