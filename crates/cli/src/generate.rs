@@ -23,7 +23,7 @@ pub struct Generate {
     model: PathBuf,
     /// Text to continue.
     prompt: String,
-    /// Tokens to write at most [default: 128, or what the model's positions leave].
+    /// Tokens to write at most `[default: 128, or what the model's positions leave]`.
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
     /// Randomness; 0 always takes the likeliest token.

@@ -22,7 +22,7 @@ pub struct Inspect {
     /// Sequences in flight, for the training memory.
     #[arg(long, default_value_t = 8, value_name = "B")]
     batch: usize,
-    /// Tokens a sequence, for FLOPs and training memory [default: 4096, or all the model's positions].
+    /// Tokens a sequence, for FLOPs and training memory `[default: 4096, or all the model's positions]`.
     #[arg(long, value_name = "T")]
     seq: Option<usize>,
     /// Numbers to compute in: bf16 or fp32.

@@ -23,7 +23,7 @@ pub struct Logits {
     /// Token ids, separated by commas.
     #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
     tokens: Vec<u64>,
-    /// File to write: tensor `logits`, f32 [T, V]. Numbers that are not finite are written as they are.
+    /// File to write: tensor `logits`, f32 `[T, V]`. Numbers that are not finite are written as they are.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Numbers to compute in: bf16 or fp32.

@@ -29,7 +29,7 @@ pub struct Global {
     /// Print machine-readable JSON: one object a line, the last one the result.
     #[arg(long, global = true)]
     json: bool,
-    /// Worker threads [default: all cores].
+    /// Worker threads `[default: all cores]`.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
     /// Seed of weights, data order and sampling.

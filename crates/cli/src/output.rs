@@ -1,6 +1,6 @@
 //! stdout for people or for machines, and one-line errors. A reader that goes away (a closed pipe) ends the program
-//! quietly, with the exit code that shells give such an end; a run goes on, since its weights are worth more than what it
-//! prints.
+//! quietly, with the exit code that shells give such an end; a run goes on, since its weights are worth more than what
+//! it prints.
 
 use serde::Serialize;
 use std::io::{ErrorKind, Write};

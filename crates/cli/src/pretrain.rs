@@ -27,7 +27,7 @@ pub struct Pretrain {
     /// Model by name: nano, mini, 1b, v2-lite, moonlight-16b, v3.
     #[arg(long, value_name = "P", group = "model")]
     preset: Option<String>,
-    /// TOML file with [model], [data] and [train]; options here win over it.
+    /// TOML file with `[model]`, `[data]` and `[train]`; options here win over it.
     #[arg(long, value_name = "F", group = "model")]
     config: Option<PathBuf>,
     /// UTF-8 text files.
@@ -39,28 +39,28 @@ pub struct Pretrain {
     /// New or empty directory for the run.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Optimiser steps [default: 400].
+    /// Optimiser steps `[default: 400]`.
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Sequences a step [default: 8].
+    /// Sequences a step `[default: 8]`.
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
-    /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes [default: batch].
+    /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes `[default: batch]`.
     #[arg(long, value_name = "B")]
     micro_batch: Option<usize>,
-    /// Tokens a sequence [default: the preset's (nano 256, mini 512, 1b 2048, others 4096), else 256].
+    /// Tokens a sequence `[default: the preset's (nano 256, mini 512, 1b 2048, others 4096), else 256]`.
     #[arg(long, value_name = "T")]
     seq: Option<usize>,
-    /// Numbers to compute in: bf16 or fp32 [default: bf16].
+    /// Numbers to compute in: bf16 or fp32 `[default: bf16]`.
     #[arg(long, value_name = "D")]
     dtype: Option<String>,
-    /// Peak learning rate [default: 0.002].
+    /// Peak learning rate `[default: 0.002]`.
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
-    /// Steps between checkpoints [default: only at the end].
+    /// Steps between checkpoints `[default: only at the end]`.
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
-    /// Steps between validations [default: a quarter of the steps].
+    /// Steps between validations `[default: a quarter of the steps]`.
     #[arg(long, value_name = "N")]
     eval_every: Option<u64>,
     /// Also write the initial weights, as step-000000.

@@ -12,7 +12,7 @@ enum Message {
 }
 
 struct Mail {
-    /// queue[source * ranks + destination].
+    /// `queue[source * ranks + destination]`.
     queues: Vec<VecDeque<Message>>,
     left: Vec<bool>,
 }
@@ -81,7 +81,7 @@ impl InProcess {
         }
     }
 
-    /// Received parts in expert order: [local expert][source].
+    /// Received parts in expert order: `[local expert][source]`.
     fn assemble(&self, ctx: &Ctx, parts: &[Buf], received: &[Vec<usize>], dtype: DType, dim: usize) -> Buf {
         let total: usize = received.iter().flatten().sum();
         let mut out = ctx.zeros(dtype, total * dim);

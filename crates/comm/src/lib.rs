@@ -47,11 +47,11 @@ impl ExpertRange {
 /// How one dispatch went; combine and the backward passes need it to go the same way.
 #[derive(Debug)]
 pub struct Route {
-    /// i32 [local experts + 1]: where each local expert's rows begin on this side.
+    /// i32 `[local experts + 1]`: where each local expert's rows begin on this side.
     pub offsets: Buf,
-    /// received[source][local expert]: rows.
+    /// `received[source][local expert]`: rows.
     received: Vec<Vec<usize>>,
-    /// sent[destination]: rows.
+    /// `sent[destination]`: rows.
     sent: Vec<usize>,
 }
 
@@ -69,8 +69,8 @@ pub trait Exchange: Send + Sync {
     /// The experts held here.
     fn experts(&self) -> ExpertRange;
 
-    /// `rows` [n, dim], sorted by global expert with `offsets` (i32 [E + 1]), to the experts' ranks: the rows of the
-    /// local experts and the route.
+    /// `rows` `[n, dim]`, sorted by global expert with `offsets` (i32 `[E + 1]`), to the experts' ranks: the rows of
+    /// the local experts and the route.
     fn dispatch(&self, ctx: &Ctx, rows: Buf, offsets: &Buf, dim: usize) -> (Buf, Route);
 
     /// More rows along a known route, from the tokens' side to the experts' side (backward of combine).

@@ -1,4 +1,4 @@
-//! The latent cache: per layer [blocks][64 tokens][C + R] of the activation dtype, normalised c_kv then rotated k_pe
+//! The latent cache: per layer `[blocks][64 tokens][C + R]` of the activation dtype, normalised c_kv then rotated k_pe
 //! (V2 report 2.1.2). Which block is whose is the pool's knowledge.
 
 use hadal_kernels::ops::mla_decode::BLOCK;

@@ -1,6 +1,6 @@
-//! The loop: plan, pack, one forward pass, sample. A token's logits depend on its own sequence alone, and a random number
-//! on (seed, request, position), so that an answer is the same whatever else runs, however the prompt is cut into chunks,
-//! and however often the sequence was put back.
+//! The loop: plan, pack, one forward pass, sample. A token's logits depend on its own sequence alone, and a random
+//! number on (seed, request, position), so that an answer is the same whatever else runs, however the prompt is cut
+//! into chunks, and however often the sequence was put back.
 
 use crate::batch::{Span, pack};
 use crate::cache::LatentCache;
@@ -222,8 +222,8 @@ impl Engine {
         Ok(())
     }
 
-    /// f32 [T, V] of `tokens` [T] through the cache, `chunk` (at least 1) tokens a pass. Queued requests stay as they are;
-    /// the blocks it takes must be free.
+    /// f32 `[T, V]` of `tokens` `[T]` through the cache, `chunk` (at least 1) tokens a pass. Queued requests stay as
+    /// they are; the blocks it takes must be free.
     pub fn logits(&mut self, ctx: &Ctx, tokens: &[u32], chunk: usize) -> Result<Buf, EngineError> {
         assert!(chunk > 0, "logits in chunks of no tokens");
         check_tokens(&self.model.config, tokens, 0)?;
@@ -285,7 +285,7 @@ impl Engine {
         rows.filter(|&(i, _)| self.sequences[i].cached == self.sequences[i].tokens.len()).unzip()
     }
 
-    /// f32 [n, V] of the n rows `last` of the hidden states.
+    /// f32 `[n, V]` of the n rows `last` of the hidden states.
     fn last_logits(&self, ctx: &Ctx, hidden: &Buf, last: &[i32]) -> Buf {
         let dim = self.model.config.hidden_size;
         let mut picked = ctx.zeros(hidden.dtype(), last.len() * dim);

@@ -5,7 +5,7 @@ use crate::request::check_tokens;
 use hadal_kernels::{Buf, Ctx};
 use hadal_model::{Batch, Input, Model, Options, Params, Sequence, heads, trunk};
 
-/// f32 [T, V] of `tokens` [T] in one pass of the trunk, attention in its multi-head form (no absorption).
+/// f32 `[T, V]` of `tokens` `[T]` in one pass of the trunk, attention in its multi-head form (no absorption).
 pub fn logits_uncached(ctx: &Ctx, model: &Model, params: &Params, tokens: &[u32]) -> Result<Buf, EngineError> {
     check_tokens(&model.config, tokens, 0)?;
     // Ids below the vocabulary's size, which fits i32.

@@ -1,5 +1,5 @@
-//! Who holds which block of the cache: counts, no memory. A block is held through a [`Block`], which cannot be copied and
-//! is given back by value, so that no block is freed twice; running out is an ordinary answer.
+//! Who holds which block of the cache: counts, no memory. A block is held through a [`Block`], which cannot be copied
+//! and is given back by value, so that no block is freed twice; running out is an ordinary answer.
 
 use hadal_kernels::ops::mla_decode::BLOCK;
 

@@ -1,5 +1,5 @@
-//! The engine on small random models: against the pass without a cache, against itself in other company, in other chunks,
-//! on other thread counts and with a cache too small for all.
+//! The engine on small random models: against the pass without a cache, against itself in other company, in other
+//! chunks, on other thread counts and with a cache too small for all.
 
 use crate::batch::{Span, pack};
 use crate::cache::LatentCache;

@@ -388,12 +388,12 @@ impl<'a> ViewMut<'a> {
     }
 }
 
-/// A weight as ops see it: `experts` matrices [rows, cols] = [out, in], one after another, in one format.
+/// A weight as ops see it: `experts` matrices `[rows, cols]` = `[out, in]`, one after another, in one format.
 /// It may point into an arena, a mapped file or a derived form; ops never see an offset.
 /// Later formats (FP8 with scales, packed tiles) become variants of `data` with their scales beside.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'a> {
-    /// [experts, rows, cols], row-major; its dtype is the format.
+    /// `[experts, rows, cols]`, row-major; its dtype is the format.
     pub data: View<'a>,
     /// Matrices stacked; 1 for a plain linear.
     pub experts: usize,
@@ -404,13 +404,13 @@ pub struct Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    /// One matrix [rows, cols]; panics if the data has another size (a contract breach).
+    /// One matrix `[rows, cols]`; panics if the data has another size (a contract breach).
     #[track_caller]
     pub fn new(data: View<'a>, rows: usize, cols: usize) -> Self {
         Self::stacked(data, 1, rows, cols)
     }
 
-    /// `experts` matrices [rows, cols]; panics if the data has another size (a contract breach).
+    /// `experts` matrices `[rows, cols]`; panics if the data has another size (a contract breach).
     #[track_caller]
     pub fn stacked(data: View<'a>, experts: usize, rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), experts * rows * cols, "weight of {experts} x [{rows}, {cols}]");

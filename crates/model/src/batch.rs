@@ -18,15 +18,15 @@ pub struct Sequence {
 pub struct Depth {
     /// Tokens in it.
     pub n: usize,
-    /// i32 [n]: the token embedded at each row (at depth k, k positions ahead of the hidden state).
+    /// i32 `[n]`: the token embedded at each row (at depth k, k positions ahead of the hidden state).
     pub tokens: Shared,
-    /// i32 [n]: position of the embedded token.
+    /// i32 `[n]`: position of the embedded token.
     pub positions: Shared,
-    /// i32 [S + 1].
+    /// i32 `[S + 1]`.
     pub cu: Shared,
-    /// i32 [n], -1 for none.
+    /// i32 `[n]`, -1 for none.
     pub targets: Shared,
-    /// i32 [n]: the row of the previous depth that each row continues; empty at depth 0.
+    /// i32 `[n]`: the row of the previous depth that each row continues; empty at depth 0.
     pub from: Shared,
     /// The targets on the host.
     pub host_targets: Vec<i32>,
@@ -44,8 +44,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Packs sequences, positions from 0, with what `mtp` MTP layers need. Sequence tokens must lie in the vocabulary and
-    /// lengths within the model's positions: callers check (they know whose input it is).
+    /// Packs sequences, positions from 0, with what `mtp` MTP layers need. Sequence tokens must lie in the vocabulary
+    /// and lengths within the model's positions: callers check (they know whose input it is).
     pub fn new(ctx: &Ctx, sequences: &[Sequence], mtp: usize) -> Self {
         Self { depths: (0..=mtp).map(|k| Depth::new(ctx, sequences, k)).collect() }
     }

@@ -23,7 +23,7 @@ impl Saved {
     }
 }
 
-/// h [n, D] to y [n, D].
+/// h `[n, D]` to y `[n, D]`.
 pub fn forward(
     ctx: &Ctx,
     model: &Model,
@@ -40,7 +40,7 @@ pub fn forward(
     (y, Saved { attention, dispatch, mlp, combine })
 }
 
-/// dy [n, D] to dh [n, D]; weight gradients are queued.
+/// dy `[n, D]` to dh `[n, D]`; weight gradients are queued.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,

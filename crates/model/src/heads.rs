@@ -1,5 +1,5 @@
-//! What reads the trunk: the final norm and the language-model head. Trunk and heads are separate objects, so that other
-//! heads (MTP, scalar) attach the same way.
+//! What reads the trunk: the final norm and the language-model head. Trunk and heads are separate objects, so that
+//! other heads (MTP, scalar) attach the same way.
 
 use crate::stages::Norm;
 use crate::weight_grad::{HeadJob, Shared, WeightGrads};
@@ -8,7 +8,7 @@ use hadal_kernels::ops::{gemm, head_loss};
 use hadal_kernels::{Buf, Ctx, DType};
 use std::sync::Arc;
 
-/// Final norm [n, D] to [n, D].
+/// Final norm `[n, D]` to `[n, D]`.
 pub fn final_norm(ctx: &Ctx, model: &Model, params: &Params, h: &Shared) -> (Shared, Norm) {
     let Some(id) = model.layout.norm else { panic!("this part of the model has no head") };
     norm(ctx, model, params, id, h)
@@ -22,11 +22,11 @@ pub(crate) fn norm(ctx: &Ctx, model: &Model, params: &Params, id: ParamId, h: &S
 
 /// What a loss wants to know of each position.
 pub struct Request {
-    /// i32 [n], -1 for none.
+    /// i32 `[n]`, -1 for none.
     pub targets: Shared,
     /// Logits are divided by this.
     pub temperature: f32,
-    /// i32 [n, G]: ids whose log-probabilities are wanted.
+    /// i32 `[n, G]`: ids whose log-probabilities are wanted.
     pub given: Option<Shared>,
     /// K: how many of the most likely ids are wanted; 0 for none.
     pub top_k: usize,
@@ -39,13 +39,14 @@ pub struct HeadOutput {
     /// Which use of the head: 0 main, k the MTP layer of depth k.
     n: usize,
     lse: Shared,
-    /// f32 [n]: log-probability of the target.
+    /// f32 `[n]`: log-probability of the target.
     pub logp: Buf,
-    /// f32 [n], nats.
+    /// f32 `[n]`, nats.
     pub entropy: Shared,
-    /// f32 [n, G].
+    /// f32 `[n, G]`.
     pub given_logp: Option<Buf>,
-    /// (i32 [n, K], f32 [n, K]): the most likely ids and their log-probabilities, descending, ties to the lowest id.
+    /// (i32 `[n, K]`, f32 `[n, K]`): the most likely ids and their log-probabilities, descending, ties to the lowest
+    /// id.
     pub top: Option<(Buf, Buf)>,
 }
 
@@ -60,15 +61,15 @@ impl HeadOutput {
 
 /// Gradients of a loss.
 pub struct HeadGradient {
-    /// f32 [n].
+    /// f32 `[n]`.
     pub d_logp: Shared,
-    /// f32 [n].
+    /// f32 `[n]`.
     pub d_entropy: Option<Shared>,
-    /// f32 [n, G].
+    /// f32 `[n, G]`.
     pub d_given: Option<Shared>,
 }
 
-/// The head over normed states [n, D]; `n` names the use of the shared head.
+/// The head over normed states `[n, D]`; `n` names the use of the shared head.
 pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, request: Request, n: usize) -> HeadOutput {
     let tokens = request.targets.len();
     let mut lse = ctx.zeros(DType::F32, tokens);
@@ -99,7 +100,7 @@ fn head_id(model: &Model) -> ParamId {
     model.layout.head.unwrap_or_else(|| panic!("this part of the model has no head"))
 }
 
-/// Gradient of the normed states [n, D]; the head's own is queued.
+/// Gradient of the normed states `[n, D]`; the head's own is queued.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,
@@ -127,7 +128,7 @@ pub fn backward(
     d_hidden
 }
 
-/// Logits f32 [n, V] of normed states [n, D]: for inference and for files; training never forms them.
+/// Logits f32 `[n, V]` of normed states `[n, D]`: for inference and for files; training never forms them.
 pub fn logits(ctx: &Ctx, model: &Model, params: &Params, hidden: &Buf) -> Buf {
     let w = params.weight(head_id(model));
     let mut z = ctx.zeros(DType::F32, hidden.len() / w.cols * w.rows);

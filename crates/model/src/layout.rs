@@ -1,6 +1,6 @@
 //! The table of offsets of a flat arena: which tensor lies where, how it is treated, and what files call it. Masters,
-//! gradients, moments and compute weights share one table, so that one AdamW call, one norm pass and checkpoint I/O go by
-//! range. Every tensor begins at a multiple of 256 bytes (counted in bf16, so that both dtypes are aligned).
+//! gradients, moments and compute weights share one table, so that one AdamW call, one norm pass and checkpoint I/O go
+//! by range. Every tensor begins at a multiple of 256 bytes (counted in bf16, so that both dtypes are aligned).
 
 use crate::ModelConfig;
 use hadal_comm::{ExpertRange, GlobalExpert};
@@ -57,7 +57,7 @@ impl Published {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ParamId(pub usize);
 
-/// One arena tensor: `experts` stacked matrices [rows, cols], or a vector (rows = 1).
+/// One arena tensor: `experts` stacked matrices `[rows, cols]`, or a vector (rows = 1).
 #[derive(Clone, Debug)]
 pub struct TensorInfo {
     /// First element; a multiple of 128.
@@ -126,37 +126,37 @@ impl Scope {
 /// MLA's weights.
 #[derive(Clone, Debug)]
 pub struct AttentionIds {
-    /// [H (P + R), D]; only without q_lora.
+    /// `[H (P + R), D]`; only without q_lora.
     pub q_proj: Option<ParamId>,
-    /// (q_a_proj [Q, D], q_a_layernorm [Q], q_b_proj [H (P + R), Q]).
+    /// (q_a_proj `[Q, D]`, q_a_layernorm `[Q]`, q_b_proj `[H (P + R), Q]`).
     pub q_lora: Option<(ParamId, ParamId, ParamId)>,
-    /// [C + R, D].
+    /// `[C + R, D]`.
     pub kv_a: ParamId,
-    /// [C].
+    /// `[C]`.
     pub kv_a_norm: ParamId,
-    /// [H (P + W), C].
+    /// `[H (P + W), C]`.
     pub kv_b: ParamId,
-    /// [D, H W].
+    /// `[D, H W]`.
     pub o_proj: ParamId,
 }
 
-/// A SwiGLU's weights: gate and up stacked [2F, D], down [D, F].
+/// A SwiGLU's weights: gate and up stacked `[2F, D]`, down `[D, F]`.
 #[derive(Clone, Copy, Debug)]
 pub struct MlpIds {
-    /// [2F, D], gate rows first.
+    /// `[2F, D]`, gate rows first.
     pub gate_up: ParamId,
-    /// [D, F].
+    /// `[D, F]`.
     pub down: ParamId,
 }
 
 /// Experts, gate and shared experts.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeIds {
-    /// [E, D], f32.
+    /// `[E, D]`, f32.
     pub gate: ParamId,
-    /// [E], f32, selection only.
+    /// `[E]`, f32, selection only.
     pub bias: Option<ParamId>,
-    /// [E_local, 2F, D] and [E_local, D, F].
+    /// `[E_local, 2F, D]` and `[E_local, D, F]`.
     pub experts: MlpIds,
     /// One SwiGLU.
     pub shared: Option<MlpIds>,
@@ -176,11 +176,11 @@ pub enum FeedForwardIds {
 pub struct BlockIds {
     /// Global layer index, MTP layers counted on.
     pub layer: usize,
-    /// [D].
+    /// `[D]`.
     pub input_norm: ParamId,
     /// MLA.
     pub attention: AttentionIds,
-    /// [D].
+    /// `[D]`.
     pub post_attention_norm: ParamId,
     /// Dense or MoE.
     pub feed_forward: FeedForwardIds,
@@ -189,15 +189,15 @@ pub struct BlockIds {
 /// One MTP layer.
 #[derive(Clone, Debug)]
 pub struct MtpIds {
-    /// RMSNorm of the embedding [D].
+    /// RMSNorm of the embedding `[D]`.
     pub enorm: ParamId,
-    /// RMSNorm of the hidden state [D].
+    /// RMSNorm of the hidden state `[D]`.
     pub hnorm: ParamId,
-    /// [D, 2D]: embedding first.
+    /// `[D, 2D]`: embedding first.
     pub eh_proj: ParamId,
     /// Its transformer block.
     pub block: BlockIds,
-    /// shared_head.norm [D].
+    /// shared_head.norm `[D]`.
     pub norm: ParamId,
 }
 
@@ -208,13 +208,13 @@ pub struct Layout {
     pub scope: Scope,
     /// In arena order: embedding, blocks, final norm, head, MTP.
     pub tensors: Vec<TensorInfo>,
-    /// [V, D].
+    /// `[V, D]`.
     pub embedding: Option<ParamId>,
     /// One per held layer.
     pub blocks: Vec<BlockIds>,
-    /// Final norm [D].
+    /// Final norm `[D]`.
     pub norm: Option<ParamId>,
-    /// [V, D].
+    /// `[V, D]`.
     pub head: Option<ParamId>,
     /// One per held MTP layer.
     pub mtp: Vec<MtpIds>,

@@ -1,5 +1,6 @@
-//! Multi-token prediction (V3 report 2.2): at depth k, h'_i = M_k [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)], one block, its
-//! own final norm, the shared head. Files hold the embedding's half of M_k first (the paper writes the hidden first).
+//! Multi-token prediction (V3 report 2.2): at depth k, h'_i = M_k `[RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)]`, one block,
+//! its own final norm, the shared head. Files hold the embedding's half of M_k first (the paper writes the hidden
+//! first).
 
 use crate::stages::Norm;
 use crate::weight_grad::{Shared, WeightGrads};
@@ -14,7 +15,7 @@ pub struct Saved {
     ids: MtpIds,
     enorm: Norm,
     hnorm: Norm,
-    /// Normed embedding and hidden state [n, D].
+    /// Normed embedding and hidden state `[n, D]`.
     halves: [Shared; 2],
     block: block::Saved,
     norm: Norm,
@@ -35,9 +36,9 @@ impl Saved {
 
 /// Output of one depth.
 pub struct Output {
-    /// [n, D] after this depth's norm: what the head reads.
+    /// `[n, D]` after this depth's norm: what the head reads.
     pub normed: Shared,
-    /// [n, D]: what the next depth continues.
+    /// `[n, D]`: what the next depth continues.
     pub feed: Shared,
     /// What backward needs.
     pub saved: Saved,
@@ -45,7 +46,7 @@ pub struct Output {
     pub trace: Option<trunk::LayerTrace>,
 }
 
-/// Depth k (1-based) over `previous` [n_{k-1}, D], the hidden states that the depth before fed on.
+/// Depth k (1-based) over `previous` `[n_{k-1}, D]`, the hidden states that the depth before fed on.
 pub fn forward(
     ctx: &Ctx,
     model: &Model,
@@ -76,7 +77,7 @@ pub fn forward(
     Output { normed, feed, saved, trace }
 }
 
-/// eh_proj over [embedding ; hidden] without forming the concatenation: both halves summed in f32, rounded once.
+/// eh_proj over `[embedding ; hidden]` without forming the concatenation: both halves summed in f32, rounded once.
 fn project(ctx: &Ctx, params: &Params, ids: &MtpIds, halves: &[Shared; 2], d: usize, n: usize) -> Shared {
     let w = params.weight(ids.eh_proj);
     let mut sum = ctx.zeros(DType::F32, n * d);
@@ -105,7 +106,7 @@ fn project(ctx: &Ctx, params: &Params, ids: &MtpIds, halves: &[Shared; 2], d: us
 }
 
 /// From the gradients of what the head read and of what the next depth continued (if there was one) to that of
-/// `previous` [n_{k-1}, D]; weight gradients are queued, the embedding's as use k.
+/// `previous` `[n_{k-1}, D]`; weight gradients are queued, the embedding's as use k.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,

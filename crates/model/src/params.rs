@@ -29,8 +29,8 @@ impl Precision {
     }
 }
 
-/// Weights. In training: FP32 masters and, in bf16, the compute copy. For inference in bf16 there are no masters: only the
-/// tensors that are read in f32 (norms, gates, biases) are kept in f32.
+/// Weights. In training: FP32 masters and, in bf16, the compute copy. For inference in bf16 there are no masters: only
+/// the tensors that are read in f32 (norms, gates, biases) are kept in f32.
 pub struct Params {
     /// The table.
     pub layout: Arc<Layout>,

@@ -77,7 +77,7 @@ fn predict(
     (out, Arc::new(ctx.from_f32(&d)), -f64::from(weight) * sum)
 }
 
-/// f32 [S]: the balance weight of every sequence of a depth.
+/// f32 `[S]`: the balance weight of every sequence of a depth.
 fn balance_weights(ctx: &Ctx, depth: &Depth, weights: &LossWeights, k: usize) -> Option<Buf> {
     weights.balance.get(k).map(|&w| ctx.from_f32(&vec![w; depth.cu.len() - 1]))
 }
@@ -145,7 +145,7 @@ pub fn backward(ctx: &Ctx, model: &Model, params: &Params, forward: Forward) -> 
     backward_input(ctx, model, params, forward).1
 }
 
-/// As [`backward`], with the gradient of the trunk's input [n, D] for an earlier stage.
+/// As [`backward`], with the gradient of the trunk's input `[n, D]` for an earlier stage.
 pub fn backward_input(ctx: &Ctx, model: &Model, params: &Params, f: Forward) -> (Shared, WeightGrads) {
     let mut jobs = WeightGrads::default();
     let gradient = |d_logp| HeadGradient { d_logp, d_entropy: None, d_given: None };

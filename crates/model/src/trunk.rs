@@ -17,7 +17,7 @@ pub struct Model {
     pub layout: Arc<Layout>,
     /// How tokens reach their experts.
     pub exchange: Box<dyn Exchange>,
-    /// f32 [R/2].
+    /// f32 `[R/2]`.
     pub(crate) inv_freq: Buf,
 }
 
@@ -48,11 +48,11 @@ impl Model {
 pub enum Input {
     /// The depth's own tokens, embedded here.
     Tokens,
-    /// [n, D] from an earlier stage.
+    /// `[n, D]` from an earlier stage.
     Hidden(Shared),
 }
 
-/// Choices of every layer to replay: i32 [n, K] by global layer index (MTP layers counted on); None selects.
+/// Choices of every layer to replay: i32 `[n, K]` by global layer index (MTP layers counted on); None selects.
 pub type Routing = Vec<Option<Buf>>;
 
 /// How a forward pass is to run.
@@ -60,7 +60,7 @@ pub type Routing = Vec<Option<Buf>>;
 pub struct Options<'a> {
     /// Replay these choices.
     pub routing: Option<&'a Routing>,
-    /// f32 [S]: weight of each sequence's balance loss; None leaves it out.
+    /// f32 `[S]`: weight of each sequence's balance loss; None leaves it out.
     pub balance: Option<&'a Buf>,
 }
 
@@ -78,11 +78,11 @@ impl<'a> Options<'a> {
 pub struct LayerTrace {
     /// Global layer index.
     pub layer: usize,
-    /// i32 [n, K].
+    /// i32 `[n, K]`.
     pub indices: Shared,
-    /// i32 [E + 1]: differences are the load of this rank's tokens.
+    /// i32 `[E + 1]`: differences are the load of this rank's tokens.
     pub offsets: Shared,
-    /// f32 [S]: balance loss of each sequence, without alpha; if it was asked for.
+    /// f32 `[S]`: balance loss of each sequence, without alpha; if it was asked for.
     pub balance: Option<Buf>,
 }
 
@@ -112,7 +112,7 @@ impl Saved {
     }
 }
 
-/// Embeds tokens [n] into [n, D] of the activation dtype.
+/// Embeds tokens `[n]` into `[n, D]` of the activation dtype.
 pub(crate) fn embed(ctx: &Ctx, model: &Model, params: &Params, tokens: &Buf) -> Shared {
     let Some(id) = model.layout.embedding else { panic!("this part of the model has no embedding") };
     let mut h = ctx.zeros(params.precision.act(), tokens.len() * model.config.hidden_size);
@@ -120,7 +120,7 @@ pub(crate) fn embed(ctx: &Ctx, model: &Model, params: &Params, tokens: &Buf) -> 
     Arc::new(h)
 }
 
-/// Through the held blocks: the residual stream [n, D] before the final norm, and each MoE layer's routing.
+/// Through the held blocks: the residual stream `[n, D]` before the final norm, and each MoE layer's routing.
 pub fn forward(
     ctx: &Ctx,
     model: &Model,
@@ -143,7 +143,7 @@ pub fn forward(
     (h, Saved { tokens, blocks }, traces)
 }
 
-/// From the gradient of the output to that of the input [n, D]; the embedding's is queued (use 0) if it was here.
+/// From the gradient of the output to that of the input `[n, D]`; the embedding's is queued (use 0) if it was here.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,

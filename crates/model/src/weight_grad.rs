@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub type Shared = Arc<Buf>;
 
 enum Job {
-    /// dW[.., first ..] += dy^T x, into `cols` columns of a wider matrix.
+    /// `dW[.., first ..]` += dy^T x, into `cols` columns of a wider matrix.
     Linear { id: ParamId, first: usize, cols: usize, x: Shared, dy: Shared },
     /// dw += sum dy * x * rstd.
     Norm { id: ParamId, x: Shared, x_stride: usize, rstd: Shared, dy: Shared },

@@ -1,5 +1,5 @@
-//! Training: one step loop, its optimiser and schedule, data to loss, validation, checkpoints. It prints nothing: whoever
-//! runs it watches through [`Observer`].
+//! Training: one step loop, its optimiser and schedule, data to loss, validation, checkpoints. It prints nothing:
+//! whoever runs it watches through [`Observer`].
 
 mod config;
 mod evaluate;

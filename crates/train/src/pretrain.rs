@@ -328,7 +328,8 @@ impl Loop<'_> {
         evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
     }
 
-    /// Writes step-NNNNNN and points `latest` at it; weights that a checkpoint cannot hold as finite numbers are refused.
+    /// Writes step-NNNNNN and points `latest` at it; weights that a checkpoint cannot hold as finite numbers are
+    /// refused.
     fn save(&mut self, ctx: &Ctx, step: u64) -> Result<PathBuf, TrainError> {
         let dtype = self.run.config.precision.act();
         if let Some(x) = not_finite(ctx, self.trainer.params.master.view().f32(), dtype) {

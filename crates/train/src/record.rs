@@ -16,7 +16,7 @@ pub(crate) fn check(path: &Path) -> Result<(), TrainError> {
     Err(TrainError::Io { path: path.display().to_string(), what })
 }
 
-/// Collects windows [steps, batch, seq + 1].
+/// Collects windows `[steps, batch, seq + 1]`.
 pub(crate) struct Recorder {
     shape: [usize; 3],
     tokens: Vec<u8>,

@@ -16,8 +16,8 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Rate of step `step` (0-based). The first step already moves; the last step of warm-up has the peak; the last step of
-    /// all has the floor.
+    /// Rate of step `step` (0-based). The first step already moves; the last step of warm-up has the peak; the last
+    /// step of all has the floor.
     pub fn rate(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;

@@ -43,8 +43,8 @@ pub struct StepReport {
 }
 
 impl Trainer {
-    /// Wraps a model and its weights. Panics unless the model's exchange holds all experts (a contract breach): on several
-    /// ranks every one of these sums would be of a part, and no other rank would ever be asked for the rest.
+    /// Wraps a model and its weights. Panics unless the model's exchange holds all experts (a contract breach): on
+    /// several ranks every one of these sums would be of a part, and no other rank would ever be asked for the rest.
     pub fn new(ctx: &Ctx, model: Model, params: Params, adamw: AdamW, objective: Objective) -> Self {
         let (held, all) = (model.exchange.experts(), ExpertRange::all(model.config.n_routed_experts));
         assert_eq!(held, all, "a Trainer is one rank with all experts: it reduces nothing over ranks");

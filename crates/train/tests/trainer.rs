@@ -1,5 +1,5 @@
-//! The step loop on a tiny model: weight gradients may wait, the bias update follows counts made by hand, and validation
-//! is what the logits say.
+//! The step loop on a tiny model: weight gradients may wait, the bias update follows counts made by hand, and
+//! validation is what the logits say.
 
 use hadal_data::TokenStream;
 use hadal_engine::logits_uncached;

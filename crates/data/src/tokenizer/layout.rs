@@ -67,7 +67,8 @@ fn added_tokens() -> Value {
     all.collect()
 }
 
-/// DeepSeek-V3's tokenizer with an empty vocabulary, into which a trained model goes. The special tokens have their ids.
+/// DeepSeek-V3's tokenizer with an empty vocabulary, into which a trained model goes. The special tokens have their
+/// ids.
 pub(super) fn untrained() -> tokenizers::Tokenizer {
     let file = json!({
         "version": "1.0", "truncation": null, "padding": null,

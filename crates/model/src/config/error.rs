@@ -1,4 +1,5 @@
-//! What can be wrong with a configuration. Every message is one line: where, which key, what was expected, what was found.
+//! What can be wrong with a configuration. Every message is one line: where, which key, what was expected, what was
+//! found.
 
 use std::fmt::Display;
 

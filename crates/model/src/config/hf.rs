@@ -1,6 +1,6 @@
-//! `config.json` of Hugging Face, read. Published files (4.x) and those that transformers 5.x writes spell rope and dtype
-//! differently; an absent key means the family's default there, which null does not. A key is known and used, known to
-//! change nothing ([`INERT`]), or unknown and named in a warning; a meaning that we do not have is an error.
+//! `config.json` of Hugging Face, read. Published files (4.x) and those that transformers 5.x writes spell rope and
+//! dtype differently; an absent key means the family's default there, which null does not. A key is known and used,
+//! known to change nothing ([`INERT`]), or unknown and named in a warning; a meaning that we do not have is an error.
 
 use super::keys::{Keys, as_usize, show};
 use super::{ConfigError, Family, ModelConfig, MtpHidden, Rope, Yarn};

@@ -1,5 +1,5 @@
-//! Our own `[model]` table: `preset = "nano"` and the keys that differ from it, or `family` and all keys. Names are those
-//! of [`ModelConfig`]; `"none"` stands for an absent value. A key that changes nothing is an error.
+//! Our own `[model]` table: `preset = "nano"` and the keys that differ from it, or `family` and all keys. Names are
+//! those of [`ModelConfig`]; `"none"` stands for an absent value. A key that changes nothing is an error.
 
 use super::keys::{Keys, show};
 use super::{ConfigError, Family, ModelConfig, MtpHidden, Rope, Yarn, hf};

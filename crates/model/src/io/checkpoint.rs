@@ -188,8 +188,8 @@ pub(super) fn check_shape(shard: &Shard, name: &str, shape: &[usize], stored: &S
     Err(IoError::tensor(&shard.path, name, format!("shape {shape:?}"), format!("shape {:?}", stored.shape)))
 }
 
-/// One expert's part of the fused form: `experts.gate_up_proj` [E, 2F, D], gate rows first, and `experts.down_proj`
-/// [E, D, F], both without `.weight`.
+/// One expert's part of the fused form: `experts.gate_up_proj` `[E, 2F, D]`, gate rows first, and `experts.down_proj`
+/// `[E, D, F]`, both without `.weight`.
 struct Fused {
     name: String,
     shape: [usize; 3],

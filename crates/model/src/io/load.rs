@@ -61,9 +61,7 @@ impl Checkpoint {
         layout: Arc<Layout>,
         precision: Precision,
     ) -> Result<(Params, Vec<String>), IoError> {
-        self.sources(config, &layout)?; // Says what is wrong before the arenas are made.
-        let params = Params::zeros(ctx, layout, precision);
-        self.fill(ctx, config, params)
+        self.fill(ctx, config, layout, |layout| Params::zeros(ctx, layout, precision))
     }
 
     /// As [`Checkpoint::load`], without masters where bf16 is computed with.
@@ -74,15 +72,20 @@ impl Checkpoint {
         layout: Arc<Layout>,
         precision: Precision,
     ) -> Result<(Params, Vec<String>), IoError> {
-        self.sources(config, &layout)?; // Says what is wrong before the arenas are made.
-        let params = Params::zeros_for_inference(ctx, layout, precision);
-        self.fill(ctx, config, params)
+        self.fill(ctx, config, layout, |layout| Params::zeros_for_inference(ctx, layout, precision))
     }
 
-    fn fill(&self, ctx: &Ctx, config: &ModelConfig, mut params: Params) -> Result<(Params, Vec<String>), IoError> {
-        let layout = params.layout.clone();
+    fn fill(
+        &self,
+        ctx: &Ctx,
+        config: &ModelConfig,
+        layout: Arc<Layout>,
+        arenas: impl FnOnce(Arc<Layout>) -> Params,
+    ) -> Result<(Params, Vec<String>), IoError> {
         let mut sources = self.sources(config, &layout)?.into_iter();
         let warnings = self.warnings(config)?;
+        // Only now that all is there.
+        let mut params = arenas(layout.clone());
         let mut jobs = Vec::new();
         let kept = params.kept.clone();
         let (mut f32s, mut f32_at) = (params.master.view_mut().f32(), 0);

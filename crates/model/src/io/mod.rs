@@ -1,6 +1,6 @@
-//! Checkpoints as Hugging Face lays them out: `config.json` beside `model.safetensors` or shards with an index. The table
-//! of [`crate::Layout`] names every tensor; nothing here knows a name that it does not, but for the forms that other
-//! writers use (experts fused into one tensor, MTP's copies of embedding and head).
+//! Checkpoints as Hugging Face lays them out: `config.json` beside `model.safetensors` or shards with an index. The
+//! table of [`crate::Layout`] names every tensor; nothing here knows a name that it does not, but for the forms that
+//! other writers use (experts fused into one tensor, MTP's copies of embedding and head).
 //!
 //! Files are read by position in bounded pieces rather than mapped: a file that another process cuts short is then an
 //! error and not a signal, and no unsafe code is needed.

@@ -31,12 +31,12 @@ pub(crate) struct Projected {
     normed: Shared,
     /// q_a's output norm and its normed latent.
     q_latent: Option<(Norm, Shared)>,
-    /// [n, H, P + R], rotated.
+    /// `[n, H, P + R]`, rotated.
     pub q: Shared,
     kv_norm: Norm,
-    /// [n, C + R]: raw c_kv, then rotated k_pe.
+    /// `[n, C + R]`: raw c_kv, then rotated k_pe.
     pub kv_a: Shared,
-    /// [n, C], normalised.
+    /// `[n, C]`, normalised.
     pub c_kv: Shared,
 }
 
@@ -63,7 +63,7 @@ fn shape(model: &Model) -> mla_prefill::Shape {
     }
 }
 
-/// Rotates the rotary parts of q [n, H, P + R] and of kv_a [n, C + R], in place; back if `inverse`.
+/// Rotates the rotary parts of q `[n, H, P + R]` and of kv_a `[n, C + R]`, in place; back if `inverse`.
 fn rotate(ctx: &Ctx, model: &Model, positions: &Buf, q: ViewMut<'_>, kv_a: ViewMut<'_>, inverse: bool) {
     let c = &model.config;
     let (heads, head) = (c.num_attention_heads, c.qk_head_dim());
@@ -127,7 +127,7 @@ pub(crate) fn output(ctx: &Ctx, params: &Params, ids: &BlockIds, h: &Buf, out: &
     Arc::new(h1)
 }
 
-/// h [n, D] to h1 [n, D].
+/// h `[n, D]` to h1 `[n, D]`.
 pub fn forward(ctx: &Ctx, model: &Model, params: &Params, ids: &BlockIds, depth: &Depth, h: Shared) -> (Shared, Saved) {
     let c = &model.config;
     let p = project(ctx, model, params, ids, &depth.positions, &h);
@@ -161,7 +161,7 @@ fn inputs<'a>(model: &Model, p: &'a Projected, kv_up: &'a Buf, cu: &'a Buf) -> m
     }
 }
 
-/// dh1 [n, D] to dh [n, D]; weight gradients are queued.
+/// dh1 `[n, D]` to dh `[n, D]`; weight gradients are queued.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,

@@ -8,7 +8,7 @@ use hadal_kernels::ops::{add, moe_permute};
 use hadal_kernels::{Buf, Ctx, DType};
 use std::sync::Arc;
 
-/// What forward keeps: the experts' outputs on the tokens' side [n K, D], for the gradient of the routing weights.
+/// What forward keeps: the experts' outputs on the tokens' side `[n K, D]`, for the gradient of the routing weights.
 #[derive(Debug)]
 pub struct Saved {
     rows: Option<Buf>,
@@ -21,7 +21,7 @@ impl Saved {
     }
 }
 
-/// The block's output [n, D].
+/// The block's output `[n, D]`.
 pub fn forward(ctx: &Ctx, model: &Model, dispatched: &dispatch::Saved, output: ExpertOutput) -> (Shared, Saved) {
     let d = model.config.hidden_size;
     let h1 = &dispatched.h1;
@@ -46,8 +46,8 @@ pub fn forward(ctx: &Ctx, model: &Model, dispatched: &dispatch::Saved, output: E
     (Arc::new(y), Saved { rows: Some(rows) })
 }
 
-/// From dy [n, D]: the gradient of the experts' outputs on their side and of the routing weights f32 [n, K]. The dense or
-/// shared output's gradient, and the residual stream's, is dy itself.
+/// From dy `[n, D]`: the gradient of the experts' outputs on their side and of the routing weights f32 `[n, K]`. The
+/// dense or shared output's gradient, and the residual stream's, is dy itself.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,

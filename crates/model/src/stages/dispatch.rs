@@ -1,5 +1,5 @@
-//! From h1 to the experts' inputs: x = RMSNorm(h1), the gate, rows sorted by expert, and the exchange that carries them to
-//! the ranks that hold their experts. A dense layer has only the norm.
+//! From h1 to the experts' inputs: x = RMSNorm(h1), the gate, rows sorted by expert, and the exchange that carries them
+//! to the ranks that hold their experts. A dense layer has only the norm.
 
 use super::Norm;
 use crate::weight_grad::{Shared, WeightGrads};
@@ -12,16 +12,16 @@ use std::sync::Arc;
 /// What the MLP stage reads.
 #[derive(Debug)]
 pub struct ExpertInput {
-    /// [n, D]: the normed stream, for dense and shared MLPs.
+    /// `[n, D]`: the normed stream, for dense and shared MLPs.
     pub x: Shared,
-    /// Rows [cap, D] of the local experts and their offsets (i32 [local + 1]); None in a dense layer.
+    /// Rows `[cap, D]` of the local experts and their offsets (i32 `[local + 1]`); None in a dense layer.
     pub rows: Option<(Shared, Shared)>,
 }
 
 /// What forward keeps.
 #[derive(Debug)]
 pub struct Saved {
-    /// The residual stream [n, D].
+    /// The residual stream `[n, D]`.
     pub h1: Shared,
     norm: Norm,
     x: Shared,
@@ -34,20 +34,20 @@ pub struct Saved {
 pub struct Gate {
     ids: MoeIds,
     scores: Buf,
-    /// i32 [n, K].
+    /// i32 `[n, K]`.
     pub indices: Shared,
-    /// f32 [n, K].
+    /// f32 `[n, K]`.
     pub weights: Buf,
-    /// i32 [n K].
+    /// i32 `[n K]`.
     pub row_of_slot: Buf,
-    /// i32 [n K].
+    /// i32 `[n K]`.
     pub slot_of_row: Buf,
-    /// i32 [E + 1]: rows of each global expert on the tokens' side; their differences are the load.
+    /// i32 `[E + 1]`: rows of each global expert on the tokens' side; their differences are the load.
     pub offsets: Shared,
     /// How the rows went.
     pub route: Route,
     d_scores: Option<Buf>,
-    /// f32 [S]: the balance loss of each sequence, without alpha.
+    /// f32 `[S]`: the balance loss of each sequence, without alpha.
     pub balance: Option<Buf>,
 }
 
@@ -72,13 +72,13 @@ impl Saved {
 /// What the gate may be told.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GateOptions<'a> {
-    /// i32 [n, K]: replay this choice.
+    /// i32 `[n, K]`: replay this choice.
     pub given: Option<View<'a>>,
-    /// (i32 [S + 1], f32 [S]): sequences and the weight of each one's balance loss; None leaves the loss out.
+    /// (i32 `[S + 1]`, f32 `[S]`): sequences and the weight of each one's balance loss; None leaves the loss out.
     pub balance: Option<(View<'a>, View<'a>)>,
 }
 
-/// h1 [n, D] to the experts' inputs.
+/// h1 `[n, D]` to the experts' inputs.
 pub fn forward(
     ctx: &Ctx,
     model: &Model,
@@ -100,7 +100,8 @@ pub fn forward(
     (input, Saved { h1, norm, x, gate: Some(gate) })
 }
 
-/// The gate's logits are a product in f32 whatever the activation dtype (V3 report 3.3.1 keeps the gate in high precision).
+/// The gate's logits are a product in f32 whatever the activation dtype (V3 report 3.3.1 keeps the gate in high
+/// precision).
 fn route(
     ctx: &Ctx,
     model: &Model,
@@ -168,17 +169,17 @@ fn balance(ctx: &Ctx, c: &router::Config, scores: &Buf, (cu, seq_weights): (View
 /// What the later stages' backward hands to this one.
 #[derive(Debug)]
 pub struct Gradient {
-    /// [n, D]: of the residual stream beyond this block.
+    /// `[n, D]`: of the residual stream beyond this block.
     pub dy: Shared,
-    /// [n, D]: of the normed stream through dense or shared MLP; None without shared experts.
+    /// `[n, D]`: of the normed stream through dense or shared MLP; None without shared experts.
     pub dx: Option<Buf>,
-    /// [cap, D]: of the expert rows, on the experts' side.
+    /// `[cap, D]`: of the expert rows, on the experts' side.
     pub d_rows: Option<Buf>,
-    /// f32 [n, K].
+    /// f32 `[n, K]`.
     pub d_weights: Option<Buf>,
 }
 
-/// To dh1 [n, D]; weight gradients are queued.
+/// To dh1 `[n, D]`; weight gradients are queued.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,

@@ -1,5 +1,5 @@
-//! SwiGLU networks: a dense layer's one, or the routed experts' (rows sorted by expert, grouped products) and the shared
-//! experts' (one network of their joint width, V2 report 2.2).
+//! SwiGLU networks: a dense layer's one, or the routed experts' (rows sorted by expert, grouped products) and the
+//! shared experts' (one network of their joint width, V2 report 2.2).
 
 use super::dispatch::ExpertInput;
 use super::{linear, linear_backward};
@@ -12,9 +12,9 @@ use std::sync::Arc;
 /// What the combine stage reads.
 #[derive(Debug)]
 pub struct ExpertOutput {
-    /// [n, D]: of the dense or shared network; None without one.
+    /// `[n, D]`: of the dense or shared network; None without one.
     pub y: Option<Buf>,
-    /// [cap, D]: of the routed experts, on their side.
+    /// `[cap, D]`: of the routed experts, on their side.
     pub rows: Option<Buf>,
 }
 
@@ -81,7 +81,8 @@ fn experts(ctx: &Ctx, params: &Params, ids: MlpIds, x: Shared, offsets: &Buf) ->
     (y, Network { x, gate_up, act: Arc::new(act) })
 }
 
-/// From the gradients of both outputs to those of both inputs (dx [n, D], d_rows [cap, D]); weight gradients are queued.
+/// From the gradients of both outputs to those of both inputs (dx `[n, D]`, d_rows `[cap, D]`); weight gradients are
+/// queued.
 pub fn backward_input(
     ctx: &Ctx,
     params: &Params,

@@ -1,6 +1,6 @@
 //! A block is four stages: attention | dispatch | MLP | combine (V3 report 3.2.1, figure 4). Each has a forward, a
-//! backward for its input that leaves the weight gradients as jobs, and an explicit struct of what it saves. Stages hold
-//! no state, so that the stages of one micro-batch can run between those of another.
+//! backward for its input that leaves the weight gradients as jobs, and an explicit struct of what it saves. Stages
+//! hold no state, so that the stages of one micro-batch can run between those of another.
 
 pub mod attention;
 pub mod combine;
@@ -23,7 +23,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// RMSNorm of the first `dim` columns of x [n, x_stride].
+    /// RMSNorm of the first `dim` columns of x `[n, x_stride]`.
     pub fn forward(
         ctx: &Ctx,
         params: &Params,

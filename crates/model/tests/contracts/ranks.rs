@@ -1,5 +1,6 @@
 //! Experts split over two ranks, each with its own part of the batch, are one rank with all of it. Dense gradients are
-//! the ranks' to reduce: summed in the order of ranks they are those of one rank that takes the parts one after the other.
+//! the ranks' to reduce: summed in the order of ranks they are those of one rank that takes the parts one after the
+//! other.
 
 use crate::setup::*;
 use hadal_kernels::Ctx;

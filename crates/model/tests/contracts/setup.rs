@@ -171,7 +171,7 @@ pub fn bits(b: &Buf) -> Vec<u32> {
     b.view().to_f32().iter().map(|x| x.to_bits()).collect()
 }
 
-/// f32 [S]: the balance weight of every sequence, as a trunk on its own wants it.
+/// f32 `[S]`: the balance weight of every sequence, as a trunk on its own wants it.
 pub fn balance(ctx: &Ctx, batch: &Batch, weights: &LossWeights) -> Buf {
     ctx.from_f32(&vec![weights.balance[0]; batch.depths[0].cu.len() - 1])
 }

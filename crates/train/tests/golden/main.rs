@@ -1,5 +1,5 @@
-//! The whole model against Hugging Face transformers (goldens/README.md): logits, routing, losses, every named gradient,
-//! ten optimiser steps, in fp32; and in bf16 with the golden's routing replayed.
+//! The whole model against Hugging Face transformers (goldens/README.md): logits, routing, losses, every named
+//! gradient, ten optimiser steps, in fp32; and in bf16 with the golden's routing replayed.
 
 mod adamw_op;
 mod load;
@@ -13,10 +13,12 @@ use load::{Golden, all, ctx, gradient, part};
 
 const OBJECTIVE: Objective = Objective { mtp_lambda: 0.3, balance_alpha: 0.01, bias_gamma: 0.01 };
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
-/// Sums in another order than transformers' differ by 5e-6 here at most. In every golden a factor of 1.0001 on the softmax
-/// scale, the rotary frequencies, the routed or the shared experts moves some gradient by more than this allows.
+/// Sums in another order than transformers' differ by 5e-6 here at most. In every golden a factor of 1.0001 on the
+/// softmax scale, the rotary frequencies, the routed or the shared experts moves some gradient by more than this
+/// allows.
 const F32: Tolerance = Tolerance { element: 2e-5, cosine: 1e-9 };
-/// What bf16 must reach in every tensor; transformers' own bf16 run is at 0.9996 or above in these goldens (`bf16_noise`).
+/// What bf16 must reach in every tensor; transformers' own bf16 run is at 0.9996 or above in these goldens
+/// (`bf16_noise`).
 const BF16_COSINE: f64 = 0.999;
 /// Copies of experts tie here by construction; gradients of copies follow the rule for ties.
 const TIES: &str = "v3_ties";
@@ -70,8 +72,8 @@ fn logits_fp32() {
     }
 }
 
-/// Chosen experts are equal as sets in every golden; where scores tie exactly, the chosen scores are, and the choice is the
-/// lowest index.
+/// Chosen experts are equal as sets in every golden; where scores tie exactly, the chosen scores are, and the choice is
+/// the lowest index.
 #[test]
 fn routing_fp32() {
     let ctx = ctx();

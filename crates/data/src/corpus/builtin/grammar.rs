@@ -1,6 +1,6 @@
 //! A small template grammar. A file holds sections: `@name` opens sentence templates, one to a line, and `&name` blocks
-//! of lines separated by `---`; the tests count the uses of both. `%name` opens words, separated by `|` or line ends. In a
-//! template
+//! of lines separated by `---`; the tests count the uses of both. `%name` opens words, separated by `|` or line ends.
+//! In a template
 //!
 //! - `$name` is a random entry of the section `name`, or the value bound to `name`; `$name~` where a letter follows;
 //! - `$name:X` also binds the entry to `X`, avoiding values bound already; an entry `a/b/c` binds X, X1, X2 and gives a;

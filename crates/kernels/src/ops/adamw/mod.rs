@@ -1,9 +1,9 @@
 //! AdamW (decoupled decay) over a whole arena in one call: FP32 masters, moments, gradients, and the compute copy
-//! written in the same pass. Clipping by global norm is folded in: g' = g * min(1, clip / (norm + 1e-6)), as PyTorch does.
-//! m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2; w -= lr (wd w) for decayed tensors, then
-//! w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
-//! Every element is on its own: the bits depend on no split of the arena. A norm that is NaN makes every updated element
-//! NaN, as in PyTorch, so that a broken step cannot pass unseen; with an infinite clip the norm is not used at all.
+//! written in the same pass. Clipping by global norm is folded in: g' = g * min(1, clip / (norm + 1e-6)), as PyTorch
+//! does. m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2; w -= lr (wd w) for decayed tensors, then w -= lr (m / (1 -
+//! b1^t)) / (sqrt(v / (1 - b2^t)) + eps). Every element is on its own: the bits depend on no split of the arena. A norm
+//! that is NaN makes every updated element NaN, as in PyTorch, so that a broken step cannot pass unseen; with an
+//! infinite clip the norm is not used at all.
 
 mod cpu;
 #[cfg(test)]
@@ -26,19 +26,19 @@ pub struct Segment {
 /// Arguments of [`step`].
 #[derive(Debug)]
 pub struct AdamW<'a> {
-    /// f32 [P].
+    /// f32 `[P]`.
     pub master: ViewMut<'a>,
-    /// f32 [P].
+    /// f32 `[P]`.
     pub grad: View<'a>,
-    /// f32 [P].
+    /// f32 `[P]`.
     pub m: ViewMut<'a>,
-    /// f32 [P].
+    /// f32 `[P]`.
     pub v: ViewMut<'a>,
-    /// bf16 [P]: the masters rounded; absent when the masters are the compute weights.
+    /// bf16 `[P]`: the masters rounded; absent when the masters are the compute weights.
     pub compute: Option<ViewMut<'a>>,
     /// Which elements to update; they may come in any order but not overlap.
     pub segments: &'a [Segment],
-    /// f32 [1], on the device: the gradient's norm.
+    /// f32 `[1]`, on the device: the gradient's norm.
     pub norm: View<'a>,
     /// Largest norm allowed; infinity for none.
     pub clip: f32,

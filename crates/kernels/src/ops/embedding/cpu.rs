@@ -43,7 +43,7 @@ pub fn backward<T: Elem>(cpu: &Cpu, ids: &[i32], dy: View<'_>, d: usize, dtable:
     });
 }
 
-/// out[D] += sum of dy's rows at the positions, in their order.
+/// `out[D]` += sum of dy's rows at the positions, in their order.
 fn add_rows<T: Elem>(dy: &[T], d: usize, positions: &[(usize, usize)], out: &mut [f32]) {
     for (c, out) in out.chunks_mut(COLS).enumerate() {
         let mut sum = [0.0f32; COLS];

@@ -1,4 +1,4 @@
-//! Token embedding: y[n] = table[ids[n]].
+//! Token embedding: `y[n]` = `table[ids[n]]`.
 
 mod cpu;
 #[cfg(test)]
@@ -9,7 +9,7 @@ mod tests;
 use super::by_dtype;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
-/// y[N, D] = table[ids]. ids i32 [N], table [V, D] in y's dtype or f32 (then rounded). An id outside 0..V is a
+/// `y[N, D]` = `table[ids]`. ids i32 `[N]`, table `[V, D]` in y's dtype or f32 (then rounded). An id outside 0..V is a
 /// contract breach (callers check their tokens first).
 pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
     let (v, d) = (table.rows, table.cols);
@@ -22,8 +22,8 @@ pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
     }
 }
 
-/// dtable[V, D] (f32) += sum of dy[n] over the positions n that hold each id, in order of n. The sum is complete before
-/// it is added.
+/// `dtable[V, D]` (f32) += sum of `dy[n]` over the positions n that hold each id, in order of n. The sum is complete
+/// before it is added.
 pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
     let n = ids.len();
     if n == 0 {

@@ -6,8 +6,8 @@
 //! which elements are computed together, not how one is computed. That holds where the crate takes neither its paths
 //! for vectors (one row or one column), nor the one for at most two steps of k, nor the one for small products of two
 //! k-contiguous operands, nor cuts k itself (above 512). So k is cut here, by its length alone, into pieces of 3 to 256
-//! (shorter products are padded with zeros), lanes are packed and padded to whole vectors, and there are at least two rows.
-//! For the same reason the choice of tiles and of the operand that takes the lanes is free to follow the shape.
+//! (shorter products are padded with zeros), lanes are packed and padded to whole vectors, and there are at least two
+//! rows. For the same reason the choice of tiles and of the operand that takes the lanes is free to follow the shape.
 //!
 //! Which vectors the microkernels use is the crate's own choice, whatever level the device carries (see `isa`).
 
@@ -18,7 +18,7 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Range, RangeInclusive};
 
-/// One product of a list: C[m, n] (+)= A[m, k] B[k, n], with C at an offset of the output shared by the list.
+/// One product of a list: `C[m, n]` (+)= `A[m, k]` `B[k, n]`, with C at an offset of the output shared by the list.
 #[derive(Clone, Copy, Debug)]
 pub struct Product<'a> {
     pub m: usize,
@@ -203,7 +203,7 @@ fn rows_in_place(op: Operand<'_>, p: Part) -> Option<Panel<'_>> {
     }
 }
 
-/// sums[r, lane] (+)= sum over k of rows[r, k] * lanes[k, lane].
+/// `sums[r, lane]` (+)= sum over k of `rows[r, k]` * `lanes[k, lane]`.
 fn multiply(lanes: Panel<'_>, width: usize, depth: usize, rows: Panel<'_>, count: usize, sums: &mut [f32], add: bool) {
     let (calls, row) = if count == 1 { (2, 0) } else { (count, rows.outer) };
     assert!(depth >= K_LEAST && width.is_multiple_of(VECTOR) && lanes.outer == 1 && lanes.k >= width);

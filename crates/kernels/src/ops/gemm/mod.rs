@@ -1,5 +1,6 @@
-//! General matrix product with FP32 accumulation: C[m,n] (+)= op(A)[m,k] op(B)[k,n]. Operands may be f32 or bf16 in any
-//! mix; bf16 is widened exactly, sums are f32, and a bf16 C is rounded once (after adding the old C when accumulating).
+//! General matrix product with FP32 accumulation: `C[m,n]` (+)= op(A)`[m,k]` op(B)`[k,n]`. Operands may be f32 or bf16
+//! in any mix; bf16 is widened exactly, sums are f32, and a bf16 C is rounded once (after adding the old C when
+//! accumulating).
 //!
 //! Batch invariance: the bits of a row of C depend on that row of op(A), on B, k and n, never on m: one row alone
 //! equals the same row among any others. Accumulation over k has a fixed order that depends on k alone.
@@ -34,7 +35,7 @@ pub struct MatMut<'a> {
     pub ld: usize,
 }
 
-/// Arguments of [`gemm`].
+/// Arguments of [`gemm()`].
 #[derive(Debug)]
 pub struct Gemm<'a> {
     /// Rows of C.
@@ -43,15 +44,15 @@ pub struct Gemm<'a> {
     pub n: usize,
     /// Length of the sums.
     pub k: usize,
-    /// [m, k], or [k, m] if `ta`.
+    /// `[m, k]`, or `[k, m]` if `ta`.
     pub a: Mat<'a>,
     /// A is stored transposed.
     pub ta: bool,
-    /// [k, n], or [n, k] if `tb`.
+    /// `[k, n]`, or `[n, k]` if `tb`.
     pub b: Mat<'a>,
     /// B is stored transposed.
     pub tb: bool,
-    /// [m, n].
+    /// `[m, n]`.
     pub c: MatMut<'a>,
     /// Add to C instead of overwriting it.
     pub accumulate: bool,
@@ -78,7 +79,7 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     }
 }
 
-/// y[N, out] = x[N, in] W^T (W [out, in]).
+/// `y[N, out]` = `x[N, in]` W^T (W `[out, in]`).
 pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
     let n = rows_of(x.len(), w.cols, "x");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
@@ -99,7 +100,7 @@ pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
     );
 }
 
-/// dx[N, in] (+)= dy[N, out] W.
+/// `dx[N, in]` (+)= `dy[N, out]` W.
 pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
     let n = rows_of(dy.len(), w.rows, "dy");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
@@ -120,7 +121,7 @@ pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMu
     );
 }
 
-/// dW[rows, cols] += dy[N, rows]^T x[N, cols]; dW is f32, and may be columns of a wider matrix.
+/// `dW[rows, cols]` += `dy[N, rows]`^T `x[N, cols]`; dW is f32, and may be columns of a wider matrix.
 pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: MatMut<'_>) {
     let n = rows_of(x.len(), cols, "x");
     assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");

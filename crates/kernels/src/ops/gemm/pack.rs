@@ -76,7 +76,8 @@ const STAGED: usize = STAGE + SQUARE;
 
 vectorised! {
     /// As `copied`, of an operand whose lanes lie `ld` apart. Sixteen lanes at a time are first copied whole to lines a
-    /// little apart: read square by square, lanes whose distance is a power of two would evict one another from the cache.
+    /// little apart: read square by square, lanes whose distance is a power of two would evict one another from the
+    /// cache.
     fn transposed<T: Elem>(isa: Isa, src: &[T], ld: usize, p: Part, width: usize, dst: &mut [f32]) {
         let mut stage = [0.0f32; SQUARE * STAGED];
         for (l0, s0) in (0..width).step_by(SQUARE).flat_map(|l| (0..p.kc).step_by(STAGE).map(move |s| (l, s))) {

@@ -1,6 +1,6 @@
 //! The products in f64, one sum after another.
 
-/// C[m, n] = op(A) op(B), dense; A is [m, k] or, if `ta`, [k, m]; B is [k, n] or, if `tb`, [n, k].
+/// `C[m, n]` = op(A) op(B), dense; A is `[m, k]` or, if `ta`, `[k, m]`; B is `[k, n]` or, if `tb`, `[n, k]`.
 pub fn product(m: usize, n: usize, k: usize, a: &[f64], ta: bool, b: &[f64], tb: bool) -> Vec<f64> {
     let mut c = vec![0.0; m * n];
     for i in 0..m {
@@ -15,7 +15,7 @@ pub fn product(m: usize, n: usize, k: usize, a: &[f64], ta: bool, b: &[f64], tb:
     c
 }
 
-/// y[N, out] = x[N, in] W^T.
+/// `y[N, out]` = `x[N, in]` W^T.
 pub fn linear(x: &[f64], w: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     let n = x.len() / cols;
     let mut y = vec![0.0; n * rows];

@@ -30,7 +30,7 @@ fn wide(b: &Buf) -> Vec<f64> {
     b.view().to_f32().into_iter().map(f64::from).collect()
 }
 
-/// Dense [rows, cols] placed with `ld`; the gaps hold NaN, which would show up if they were read.
+/// Dense `[rows, cols]` placed with `ld`; the gaps hold NaN, which would show up if they were read.
 fn strided(dense: &Buf, rows: usize, cols: usize, ld: usize) -> Buf {
     let x = dense.view().to_f32();
     let mut v = vec![f32::NAN; rows * ld];

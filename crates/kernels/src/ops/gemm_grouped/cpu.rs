@@ -5,7 +5,7 @@ use crate::ops::gemm::pack::Operand;
 use crate::{Cpu, View, ViewMut, Weight};
 use std::ops::Range;
 
-/// The experts' row ranges, checked against the row buffers [cap, cols].
+/// The experts' row ranges, checked against the row buffers `[cap, cols]`.
 fn ranges(offsets: &[i32], buffers: [(usize, usize); 2]) -> Vec<Range<usize>> {
     assert!(offsets[0] == 0 && offsets.is_sorted(), "offsets do not start at 0 or fall: {offsets:?}");
     let end = offsets[offsets.len() - 1] as usize;

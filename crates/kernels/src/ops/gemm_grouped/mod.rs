@@ -1,7 +1,8 @@
 //! Grouped GEMM over experts without padding and without dropping tokens. Rows are sorted by expert; `offsets`
-//! [E + 1] (i32, on the device) says where each expert's rows begin. The row buffers have a capacity of at least
-//! offsets[E] rows; rows beyond it are neither read nor written. Precision and batch invariance as in `gemm`: the bits
-//! of a row do not depend on how many rows its expert got. An expert with no rows gets nothing; its dW is unchanged.
+//! `[E + 1]` (i32, on the device) says where each expert's rows begin. The row buffers have a capacity of at least
+//! `offsets[E]` rows; rows beyond it are neither read nor written. Precision and batch invariance as in `gemm`: the
+//! bits of a row do not depend on how many rows its expert got. An expert with no rows gets nothing; its dW is
+//! unchanged.
 
 mod cpu;
 #[cfg(test)]
@@ -11,7 +12,7 @@ mod tests;
 
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
-/// y[row, out] = x[row, in] W_e^T for the rows of each expert e. x [cap, in], y [cap, out], W [E, out, in].
+/// `y[row, out]` = `x[row, in]` W_e^T for the rows of each expert e. x `[cap, in]`, y `[cap, out]`, W `[E, out, in]`.
 pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
@@ -19,7 +20,7 @@ pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: Vie
     }
 }
 
-/// dx[row, in] = dy[row, out] W_e (overwrites the rows below offsets[E]).
+/// `dx[row, in]` = `dy[row, out]` W_e (overwrites the rows below `offsets[E]`).
 pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
@@ -27,7 +28,7 @@ pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &We
     }
 }
 
-/// dW_e[out, in] += dy[rows of e]^T x[rows of e]; dW f32 [E, out, in].
+/// `dW_e[out, in]` += `dy[rows of e]`^T `x[rows of e]`; dW f32 `[E, out, in]`.
 pub fn grouped_backward_weight(
     ctx: &Ctx,
     x: View<'_>,

@@ -1,6 +1,6 @@
 //! The experts' linears in f64, row by row.
 
-/// y[row, out] = x[row, in] W_e^T.
+/// `y[row, out]` = `x[row, in]` W_e^T.
 pub fn forward(x: &[f64], offsets: &[i32], w: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     let mut y = vec![0.0; *offsets.last().unwrap() as usize * rows];
     for e in 0..offsets.len() - 1 {

@@ -10,7 +10,7 @@ mod tests;
 use crate::{Ctx, Device, View, ViewMut};
 use std::ops::Range;
 
-/// out[0] (f32 [1]) = sqrt(sum of squares over `tensors`, ranges of grad f32 [P]).
+/// `out[0]` (f32 `[1]`) = sqrt(sum of squares over `tensors`, ranges of grad f32 `[P]`).
 pub fn norm(ctx: &Ctx, grad: View<'_>, tensors: &[Range<usize>], out: ViewMut<'_>) {
     assert_eq!(out.len(), 1, "grad_norm: the norm is one number");
     for t in tensors {

@@ -121,7 +121,7 @@ impl Slice {
         &self.z[r * self.ld..][..self.ids.len()]
     }
 
-    /// z[N, ids] = hidden W[ids]^T, not yet divided by the temperature.
+    /// `z[N, ids]` = hidden `W[ids]`^T, not yet divided by the temperature.
     fn compute(&mut self, ctx: &Ctx, x: &Inputs<'_>, ids: Range<usize>) {
         let d = x.weight.cols;
         self.ids = ids;
@@ -162,7 +162,7 @@ impl Slice {
         });
     }
 
-    /// c[N, D] = dz W[ids], added to what the slices before left there.
+    /// `c[N, D]` = dz `W[ids]`, added to what the slices before left there.
     fn times_weight(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>) {
         let d = x.weight.cols;
         gemm(
@@ -181,7 +181,7 @@ impl Slice {
         );
     }
 
-    /// c[ids, D] += dz^T hidden.
+    /// `c[ids, D]` += dz^T hidden.
     fn transposed_times_hidden(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>) {
         let d = x.weight.cols;
         gemm(

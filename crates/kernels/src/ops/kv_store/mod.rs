@@ -12,9 +12,9 @@ use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 /// Arguments of [`store`].
 #[derive(Debug)]
 pub struct Store<'a> {
-    /// [N, C], dense.
+    /// `[N, C]`, dense.
     pub c_kv: View<'a>,
-    /// [N, R] with rows `k_pe_stride` apart.
+    /// `[N, R]` with rows `k_pe_stride` apart.
     pub k_pe: View<'a>,
     /// Elements from one row of k_pe to the next.
     pub k_pe_stride: usize,
@@ -22,13 +22,13 @@ pub struct Store<'a> {
     pub latent: usize,
     /// R.
     pub rope: usize,
-    /// i32 [N]: slot = block * 64 + offset in the block; -1 stores nothing. No slot occurs twice.
+    /// i32 `[N]`: slot = block * 64 + offset in the block; -1 stores nothing. No slot occurs twice.
     pub slots: View<'a>,
-    /// One layer's cache [blocks][64][C + R].
+    /// One layer's cache `[blocks][64][C + R]`.
     pub cache: ViewMut<'a>,
 }
 
-/// cache[slot] = [c_kv | k_pe]. A slot beyond the cache is a contract breach.
+/// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
     let (n, c, r) = (a.slots.len(), a.latent, a.rope);
     assert_eq!(a.c_kv.len(), n * c, "c_kv of {n} tokens x {c}");

@@ -1,6 +1,6 @@
 //! The store as its formula says.
 
-/// cache[slot] = [c_kv | k_pe], token by token.
+/// `cache[slot]` = `[c_kv | k_pe]`, token by token.
 pub fn store(c_kv: &[f64], k_pe: &[f64], stride: usize, latent: usize, rope: usize, slots: &[i32], cache: &mut [f64]) {
     for (n, &slot) in slots.iter().enumerate().filter(|(_, slot)| **slot >= 0) {
         for c in 0..latent {

@@ -1,5 +1,5 @@
 //! Absorbed attention on the CPU: one task per query token and group of heads. The heads of a group share every key,
-//! so the scores of a block are [keys][heads] = cache x q^T, and the cache's rows are widened but never transposed;
+//! so the scores of a block are `[keys][heads]` = cache x q^T, and the cache's rows are widened but never transposed;
 //! the weighted sum takes the same rows as values. A token is computed alone even in a chunk of many: its bits cannot
 //! depend on the chunk.
 
@@ -47,7 +47,7 @@ fn group_of(heads: usize) -> usize {
 
 /// One task: some heads of one query token.
 struct Group<'a, T> {
-    /// [heads of the group, C + R].
+    /// `[heads of the group, C + R]`.
     q: &'a [T],
     cache: &'a [T],
     /// The sequence's row of the block table.

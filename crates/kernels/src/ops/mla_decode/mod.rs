@@ -26,23 +26,23 @@ pub struct Decode<'a> {
     pub rope: usize,
     /// Softmax scale of the un-absorbed head (YaRN's m^2 included).
     pub scale: f32,
-    /// [Nq, H, C + R]: absorbed latent query, then the rotated rope query.
+    /// `[Nq, H, C + R]`: absorbed latent query, then the rotated rope query.
     pub q: View<'a>,
-    /// One layer's cache [blocks][BLOCK][C + R]: normalised c_kv, then rotated k_pe.
+    /// One layer's cache `[blocks][BLOCK][C + R]`: normalised c_kv, then rotated k_pe.
     pub cache: View<'a>,
-    /// i32 [S, max_blocks]: the blocks of each sequence in order; entries beyond its length are not read.
+    /// i32 `[S, max_blocks]`: the blocks of each sequence in order; entries beyond its length are not read.
     pub block_table: View<'a>,
-    /// i32 [S + 1]: queries of each sequence.
+    /// i32 `[S + 1]`: queries of each sequence.
     pub cu_q: View<'a>,
-    /// i32 [S]: keys of each sequence, its new tokens included (they are stored before this call).
+    /// i32 `[S]`: keys of each sequence, its new tokens included (they are stored before this call).
     pub lengths: View<'a>,
-    /// [Nq, H, C], q's dtype.
+    /// `[Nq, H, C]`, q's dtype.
     pub out: ViewMut<'a>,
-    /// f32 [Nq, H].
+    /// f32 `[Nq, H]`.
     pub lse: ViewMut<'a>,
 }
 
-/// out = softmax(q . cache^T * scale) cache[.., ..C].
+/// out = softmax(q . cache^T * scale) `cache[.., ..C]`.
 pub fn forward(ctx: &Ctx, a: Decode<'_>) {
     check(&a);
     match &ctx.device {

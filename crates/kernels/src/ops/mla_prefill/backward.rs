@@ -57,23 +57,23 @@ struct Task<'a, T> {
 
 /// The f32 tiles of a task.
 struct Tiles<'a> {
-    /// [queries][dp].
+    /// `[queries][dp]`.
     query: &'a mut [f32],
-    /// [dp][queries].
+    /// `[dp][queries]`.
     query_t: &'a mut [f32],
-    /// [queries][wp].
+    /// `[queries][wp]`.
     dout: &'a mut [f32],
-    /// [wp][queries].
+    /// `[wp][queries]`.
     dout_t: &'a mut [f32],
-    /// [queries][dp].
+    /// `[queries][dp]`.
     dq: &'a mut [f32],
-    /// [keys][dp].
+    /// `[keys][dp]`.
     key: &'a mut [f32],
-    /// [keys][wp].
+    /// `[keys][wp]`.
     value: &'a mut [f32],
-    /// [keys][queries]: scores, then probabilities.
+    /// `[keys][queries]`: scores, then probabilities.
     p: &'a mut [f32],
-    /// [keys][queries]: gradients of the probabilities, then of the scores.
+    /// `[keys][queries]`: gradients of the probabilities, then of the scores.
     ds: &'a mut [f32],
     /// Log-sum-exp of each query.
     lse: [f32; TILE],

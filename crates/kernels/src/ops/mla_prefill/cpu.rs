@@ -1,5 +1,5 @@
 //! Forward on the CPU: one task per sequence, query tile and head. A task keeps its queries transposed, so that scores
-//! come out as [keys][queries]: keys are then only widened, never transposed, and the softmax runs along contiguous
+//! come out as `[keys][queries]`: keys are then only widened, never transposed, and the softmax runs along contiguous
 //! queries without a horizontal sum.
 
 use super::tile::{self, Product, Softmax, TILE, cut, padded};
@@ -86,7 +86,7 @@ pub fn gather<T: Elem>(from: &[T], stride: usize, width: usize, n: usize, ld: us
     }
 }
 
-/// Gathers n keys and values of head h from key `at` on: key rows [nope | rope], value rows.
+/// Gathers n keys and values of head h from key `at` on: key rows `[nope | rope]`, value rows.
 #[inline(always)]
 pub fn gather_keys<T: Elem>(x: &Problem<'_, T>, h: usize, at: usize, n: usize, key: &mut [f32], value: &mut [f32]) {
     let s = &x.shape;
@@ -194,7 +194,7 @@ impl<T: Elem> Forward<'_, T> {
     }
 }
 
-/// scores[key][query] = key . query, over `d` elements, for the first `nk` keys and `columns` queries.
+/// `scores[key][query]` = key . query, over `d` elements, for the first `nk` keys and `columns` queries.
 #[inline(always)]
 pub fn scores_of<V: Lanes>(
     nk: usize,

@@ -21,7 +21,7 @@ pub fn padded(n: usize) -> usize {
     n.next_multiple_of(PAD)
 }
 
-/// C[m, n] (+)= A[m, k] B[k, n]; A is read element by element at any strides, B and C by rows.
+/// `C[m, n]` (+)= `A[m, k]` `B[k, n]`; A is read element by element at any strides, B and C by rows.
 pub struct Product<'a> {
     /// Rows of C.
     pub m: usize,
@@ -153,8 +153,8 @@ impl Softmax {
         Self { max: [f32::NEG_INFINITY; TILE], sum: [0.0; TILE], alpha: [0.0; TILE] }
     }
 
-    /// Turns the raw scores of one tile into exp(score * scale - max), updating the state. Scores lie as [keys][TILE],
-    /// the first `columns` in use; column q sees the keys before `visible[q]`.
+    /// Turns the raw scores of one tile into exp(score * scale - max), updating the state. Scores lie as
+    /// `[keys][TILE]`, the first `columns` in use; column q sees the keys before `visible[q]`.
     #[inline(always)]
     pub fn tile<V: Lanes>(&mut self, scores: &mut [f32], columns: usize, scale: f32, visible: &[i32; TILE]) {
         let (keys, _) = scores.as_chunks_mut::<TILE>();
@@ -230,8 +230,8 @@ pub fn dot<T: Elem>(a: &[T], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// out[c][r] = rows[r][c] for r < `n` rows of `ld` elements; out's rows are [`TILE`] long, and its columns from n up to
-/// the padded n become 0.
+/// `out[c][r]` = `rows[r][c]` for r < `n` rows of `ld` elements; out's rows are [`TILE`] long, and its columns from n
+/// up to the padded n become 0.
 #[inline(always)]
 pub fn transpose(rows: &[f32], n: usize, ld: usize, out: &mut [f32]) {
     let (out, _) = out.as_chunks_mut::<TILE>();

@@ -39,7 +39,7 @@ pub fn plan(indices: &[i32], offsets: &mut [i32], row_of_slot: &mut [i32], slot_
     }
 }
 
-/// rows[r] = x[slot_of_row[r] / K].
+/// `rows[r]` = `x[slot_of_row[r] / K]`.
 pub fn permute<T: Elem>(cpu: &Cpu, x: &[T], dim: usize, top_k: usize, slot_of_row: &[i32], rows: &mut [T]) {
     let block = block_rows(dim);
     cpu.chunks_mut(rows, block * dim, |b, rows| {
@@ -49,7 +49,7 @@ pub fn permute<T: Elem>(cpu: &Cpu, x: &[T], dim: usize, top_k: usize, slot_of_ro
     });
 }
 
-/// dx[n] (+)= sum over k of d_rows[row_of_slot[n * K + k]].
+/// `dx[n]` (+)= sum over k of `d_rows[row_of_slot[n * K + k]]`.
 pub fn permute_backward<T: Elem>(
     cpu: &Cpu,
     d_rows: &[T],
@@ -70,7 +70,7 @@ pub fn permute_backward<T: Elem>(
     });
 }
 
-/// y[n] = base[n] + sum over k of weights[n, k] * rows[row_of_slot[n * K + k]] + extra[n].
+/// `y[n]` = `base[n]` + sum over k of `weights[n, k]` * `rows[row_of_slot[n * K + k]]` + `extra[n]`.
 pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     let (rows, row_of_slot, weights) = (T::of(a.rows), a.row_of_slot.i32(), a.weights.f32());
     let (base, extra) = (a.base.map(T::of), a.extra.map(T::of));
@@ -129,8 +129,8 @@ vectorised! {
     }
 }
 
-/// d_rows[r] = weights[slot] * dy[n]; d_weights[slot] = dy[n] . rows[r]. The dot products are taken in the order of
-/// rows, then put in their slots.
+/// `d_rows[r]` = `weights[slot]` * `dy[n]`; `d_weights[slot]` = `dy[n]` . `rows[r]`. The dot products are taken in the
+/// order of rows, then put in their slots.
 pub fn combine_backward<T: Elem>(
     cpu: &Cpu,
     dy: &[T],

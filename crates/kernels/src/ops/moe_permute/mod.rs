@@ -1,6 +1,6 @@
-//! Tokens to expert order and back. A slot is `n * K + k`: token n's k-th expert. Rows are sorted by expert, and by slot
-//! within an expert. An expert without tokens has no rows. Sums over a token's experts are taken in slot order
-//! k = 0, 1, ..., in f32, never in arrival order.
+//! Tokens to expert order and back. A slot is `n * K + k`: token n's k-th expert. Rows are sorted by expert, and by
+//! slot within an expert. An expert without tokens has no rows. Sums over a token's experts are taken in slot order k =
+//! 0, 1, ..., in f32, never in arrival order.
 
 mod cpu;
 #[cfg(test)]
@@ -11,8 +11,8 @@ mod tests;
 use super::by_dtype;
 use crate::{Ctx, Device, Elem, View, ViewMut};
 
-/// From the choice i32 [N, K]: `offsets` i32 [E + 1] (rows of each expert), `row_of_slot` i32 [N * K] and its inverse
-/// `slot_of_row` i32 [N * K].
+/// From the choice i32 `[N, K]`: `offsets` i32 `[E + 1]` (rows of each expert), `row_of_slot` i32 `[N * K]` and its
+/// inverse `slot_of_row` i32 `[N * K]`.
 pub fn plan(
     ctx: &Ctx,
     indices: View<'_>,
@@ -35,7 +35,7 @@ pub fn plan(
     }
 }
 
-/// rows[r, D] = x[slot_of_row[r] / K].
+/// `rows[r, D]` = `x[slot_of_row[r] / K]`.
 pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: View<'_>, rows: ViewMut<'_>) {
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
     match &ctx.device {
@@ -45,7 +45,7 @@ pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: Vi
     }
 }
 
-/// dx[n, D] (+)= sum over k of d_rows[row_of_slot[n * K + k]].
+/// `dx[n, D]` (+)= sum over k of `d_rows[row_of_slot[n * K + k]]`.
 pub fn permute_backward(
     ctx: &Ctx,
     d_rows: View<'_>,
@@ -63,25 +63,25 @@ pub fn permute_backward(
     }
 }
 
-/// y[n, D] = base[n] + sum over k of weights[n, k] * rows[row_of_slot[n * K + k]] + extra[n], in f32 in that order
-/// (extra: the shared experts' output), rounded once. base and extra are optional; weights f32 [N, K].
+/// `y[n, D]` = `base[n]` + sum over k of `weights[n, k]` * `rows[row_of_slot[n * K + k]]` + `extra[n]`, in f32 in that
+/// order (extra: the shared experts' output), rounded once. base and extra are optional; weights f32 `[N, K]`.
 #[derive(Debug)]
 pub struct Combine<'a> {
-    /// [N * K, D] in expert order.
+    /// `[N * K, D]` in expert order.
     pub rows: View<'a>,
     /// D.
     pub dim: usize,
     /// K.
     pub top_k: usize,
-    /// i32 [N * K].
+    /// i32 `[N * K]`.
     pub row_of_slot: View<'a>,
-    /// f32 [N, K].
+    /// f32 `[N, K]`.
     pub weights: View<'a>,
-    /// [N, D]: the residual stream.
+    /// `[N, D]`: the residual stream.
     pub base: Option<View<'a>>,
-    /// [N, D]: the shared experts' output.
+    /// `[N, D]`: the shared experts' output.
     pub extra: Option<View<'a>>,
-    /// [N, D].
+    /// `[N, D]`.
     pub y: ViewMut<'a>,
 }
 
@@ -101,7 +101,8 @@ pub fn combine(ctx: &Ctx, a: Combine<'_>) {
     }
 }
 
-/// d_rows[r] = weights[slot] * dy[n] and d_weights[slot] = dy[n] . rows[r] with slot = slot_of_row[r], n = slot / K.
+/// `d_rows[r]` = `weights[slot]` * `dy[n]` and `d_weights[slot]` = `dy[n]` . `rows[r]` with slot = `slot_of_row[r]`, n
+/// = slot / K.
 pub fn combine_backward(
     ctx: &Ctx,
     dy: View<'_>,
@@ -132,7 +133,7 @@ pub fn combine_backward(
     }
 }
 
-/// `rows` and `tokens` are the elements of a [N * K, D] and of a [N, D] buffer.
+/// `rows` and `tokens` are the elements of a `[N * K, D]` and of a `[N, D]` buffer.
 fn check(slots: usize, top_k: usize, dim: usize, rows: usize, tokens: usize) {
     assert!(
         top_k > 0 && dim > 0 && slots.is_multiple_of(top_k) && rows == slots * dim && tokens == slots / top_k * dim,

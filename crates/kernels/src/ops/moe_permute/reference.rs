@@ -12,12 +12,12 @@ pub fn plan(indices: &[i32], experts: usize) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
     ((0..=experts).map(below).collect(), row_of_slot, slots.iter().map(|&s| s as i32).collect())
 }
 
-/// out[slot] = x[slot / K], in slot order.
+/// `out[slot]` = `x[slot / K]`, in slot order.
 pub fn spread(x: &[f64], dim: usize, top_k: usize) -> Vec<f64> {
     x.chunks(dim).flat_map(|row| row.repeat(top_k)).collect()
 }
 
-/// dx[n] = sum over k of d[n * K + k], d in slot order.
+/// `dx[n]` = sum over k of `d[n * K + k]`, d in slot order.
 pub fn gather(d: &[f64], dim: usize, top_k: usize) -> Vec<f64> {
     let mut dx = vec![0.0; d.len() / top_k];
     for (slot, row) in d.chunks(dim).enumerate() {
@@ -28,7 +28,7 @@ pub fn gather(d: &[f64], dim: usize, top_k: usize) -> Vec<f64> {
     dx
 }
 
-/// y[n] = base[n] + sum over k of weights[n, k] * rows[n * K + k] + extra[n], rows in slot order.
+/// `y[n]` = `base[n]` + sum over k of `weights[n, k]` * `rows[n * K + k]` + `extra[n]`, rows in slot order.
 pub fn combine(rows: &[f64], weights: &[f64], base: &[f64], extra: &[f64], dim: usize, top_k: usize) -> Vec<f64> {
     let weighted: Vec<f64> = rows.iter().enumerate().map(|(i, v)| v * weights[i / dim]).collect();
     let sums = gather(&weighted, dim, top_k);

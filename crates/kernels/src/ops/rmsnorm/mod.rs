@@ -14,17 +14,17 @@ use crate::{Ctx, Device, View, ViewMut};
 /// Arguments of [`forward`].
 #[derive(Debug)]
 pub struct Forward<'a> {
-    /// [N, D] with rows `x_stride` apart.
+    /// `[N, D]` with rows `x_stride` apart.
     pub x: View<'a>,
     /// Elements from one row of x to the next (>= D).
     pub x_stride: usize,
-    /// f32 [D].
+    /// f32 `[D]`.
     pub weight: View<'a>,
     /// Added to the mean of squares.
     pub eps: f32,
-    /// [N, D], dense, x's dtype.
+    /// `[N, D]`, dense, x's dtype.
     pub y: ViewMut<'a>,
-    /// f32 [N], kept for backward.
+    /// f32 `[N]`, kept for backward.
     pub rstd: ViewMut<'a>,
 }
 
@@ -41,17 +41,17 @@ pub fn forward(ctx: &Ctx, a: Forward<'_>) {
 /// Arguments of [`backward_input`].
 #[derive(Debug)]
 pub struct BackwardInput<'a> {
-    /// [N, D], dense.
+    /// `[N, D]`, dense.
     pub dy: View<'a>,
     /// As in forward.
     pub x: View<'a>,
     /// As in forward.
     pub x_stride: usize,
-    /// f32 [D].
+    /// f32 `[D]`.
     pub weight: View<'a>,
-    /// f32 [N].
+    /// f32 `[N]`.
     pub rstd: View<'a>,
-    /// [N, D] with rows `dx_stride` apart.
+    /// `[N, D]` with rows `dx_stride` apart.
     pub dx: ViewMut<'a>,
     /// Elements from one row of dx to the next (>= D).
     pub dx_stride: usize,
@@ -70,7 +70,8 @@ pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
     }
 }
 
-/// dw[D] (f32) += sum over n of dy[n] * x[n] * rstd[n], in a fixed order; the sum is complete before it is added.
+/// `dw[D]` (f32) += sum over n of `dy[n]` * `x[n]` * `rstd[n]`, in a fixed order; the sum is complete before it is
+/// added.
 pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, dw: ViewMut<'_>) {
     let (n, d) = (rstd.len(), dw.len());
     assert_rows("x", n, d, x_stride, x.len());

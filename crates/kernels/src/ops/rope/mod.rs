@@ -23,9 +23,9 @@ pub struct Rope<'a> {
     pub heads: usize,
     /// Elements from one head to the next.
     pub head_stride: usize,
-    /// i32 [N].
+    /// i32 `[N]`.
     pub positions: View<'a>,
-    /// f32 [R/2], radians per position (YaRN already applied).
+    /// f32 `[R/2]`, radians per position (YaRN already applied).
     pub inv_freq: View<'a>,
     /// Factor on cos and sin (YaRN's attention factor; 1 without).
     pub factor: f32,

@@ -60,17 +60,17 @@ pub struct Config {
 /// Arguments of [`forward`].
 #[derive(Debug)]
 pub struct Forward<'a> {
-    /// f32 [N, E].
+    /// f32 `[N, E]`.
     pub logits: View<'a>,
-    /// f32 [E]: e_score_correction_bias; None for none.
+    /// f32 `[E]`: e_score_correction_bias; None for none.
     pub bias: Option<View<'a>>,
-    /// i32 [N, K]: use this choice instead of selecting (kept in the given order).
+    /// i32 `[N, K]`: use this choice instead of selecting (kept in the given order).
     pub given: Option<View<'a>>,
-    /// f32 [N, E].
+    /// f32 `[N, E]`.
     pub scores: ViewMut<'a>,
-    /// i32 [N, K].
+    /// i32 `[N, K]`.
     pub indices: ViewMut<'a>,
-    /// f32 [N, K].
+    /// f32 `[N, K]`.
     pub weights: ViewMut<'a>,
 }
 
@@ -103,15 +103,15 @@ pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
 /// Arguments of [`backward`].
 #[derive(Debug)]
 pub struct Backward<'a> {
-    /// f32 [N, E], the forward's.
+    /// f32 `[N, E]`, the forward's.
     pub scores: View<'a>,
-    /// i32 [N, K], the forward's.
+    /// i32 `[N, K]`, the forward's.
     pub indices: View<'a>,
-    /// f32 [N, K].
+    /// f32 `[N, K]`.
     pub d_weights: View<'a>,
-    /// f32 [N, E]: gradient of the scores from elsewhere (the balance loss).
+    /// f32 `[N, E]`: gradient of the scores from elsewhere (the balance loss).
     pub d_scores: Option<View<'a>>,
-    /// f32 [N, E], overwritten.
+    /// f32 `[N, E]`, overwritten.
     pub d_logits: ViewMut<'a>,
 }
 

@@ -9,7 +9,7 @@ mod tests;
 
 use crate::{Ctx, Device, View, ViewMut};
 
-/// out[n, D] = x[index[n]]; index i32 [n] within x's rows.
+/// `out[n, D]` = `x[index[n]]`; index i32 `[n]` within x's rows.
 pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<'_>) {
     assert_eq!(out.len(), index.len() * dim, "gather of {} rows of {dim}", index.len());
     match &ctx.device {
@@ -19,8 +19,8 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
     }
 }
 
-/// x[index[n]] += d[n]. No index occurs twice (a contract breach, asserted in debug builds), so the order of n does not
-/// matter.
+/// `x[index[n]]` += `d[n]`. No index occurs twice (a contract breach, asserted in debug builds), so the order of n does
+/// not matter.
 pub fn scatter_add(ctx: &Ctx, d: View<'_>, dim: usize, index: View<'_>, x: ViewMut<'_>) {
     assert_eq!(d.len(), index.len() * dim, "scatter of {} rows of {dim}", index.len());
     debug_assert!(distinct(index.i32()), "scatter to {:?}: an index occurs twice", index.i32());

@@ -32,8 +32,8 @@ pub struct Params {
     pub position: u64,
 }
 
-/// tokens i32 [S] and the log-probability f32 [S] (of the untruncated distribution at that temperature; at
-/// temperature 0, at temperature 1) of each, from logits f32 [S, V], one `Params` a row.
+/// tokens i32 `[S]` and the log-probability f32 `[S]` (of the untruncated distribution at that temperature; at
+/// temperature 0, at temperature 1) of each, from logits f32 `[S, V]`, one `Params` a row.
 pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_>, logp: ViewMut<'_>) {
     let (s, l) = (params.len(), logits.len());
     let sizes = (tokens.len(), logp.len());

@@ -115,7 +115,7 @@ fn dot(f: &[f64], row: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// f [S, E].
+/// f `[S, E]`.
 fn loads(cu: &[usize], blocks: &[Block], counts: &[u32], experts: usize, k: usize) -> Vec<f64> {
     let mut total = vec![0u64; (cu.len() - 1) * experts];
     for (block, counts) in blocks.iter().zip(counts.chunks_exact(experts)) {

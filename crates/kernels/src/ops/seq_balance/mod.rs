@@ -1,7 +1,7 @@
 //! The complementary sequence-wise balance loss (V3 report, eq. 17-20), in f32 (sums in f64):
 //! L_s = sum_i f_i P_i with f_i = E / (K T) * (tokens of the sequence whose top-K of the plain scores, without bias and
 //! without groups, holds i) and P_i = mean over its tokens of score_i / sum_j score_j. f has no gradient.
-//! Sequence s is tokens cu[s]..cu[s+1]; an empty one has loss 0. cu starts at 0 and ends at N.
+//! Sequence s is tokens `cu[s]`..`cu[s+1]`; an empty one has loss 0. cu starts at 0 and ends at N.
 //! A token whose scores are all zero has no share of any expert: it adds nothing to P and gets no gradient.
 
 mod cpu;
@@ -15,19 +15,19 @@ use crate::{Ctx, Device, View, ViewMut};
 /// Arguments of [`forward_backward`].
 #[derive(Debug)]
 pub struct SeqBalance<'a> {
-    /// f32 [N, E].
+    /// f32 `[N, E]`.
     pub scores: View<'a>,
     /// E.
     pub experts: usize,
     /// K.
     pub top_k: usize,
-    /// i32 [S + 1].
+    /// i32 `[S + 1]`.
     pub cu: View<'a>,
-    /// f32 [S]: d(total loss) / dL_s, alpha and the global normalisation included.
+    /// f32 `[S]`: d(total loss) / dL_s, alpha and the global normalisation included.
     pub seq_weights: View<'a>,
-    /// f32 [S]: L_s, without alpha.
+    /// f32 `[S]`: L_s, without alpha.
     pub loss: ViewMut<'a>,
-    /// f32 [N, E]: seq_weights[s] * dL_s / dscores, overwritten.
+    /// f32 `[N, E]`: `seq_weights[s]` * dL_s / dscores, overwritten.
     pub d_scores: ViewMut<'a>,
 }
 

@@ -1,6 +1,6 @@
 //! The balance loss of one sequence in f64.
 
-/// f_i of one sequence, scores [T, E].
+/// f_i of one sequence, scores `[T, E]`.
 pub fn load(scores: &[f64], experts: usize, top_k: usize) -> Vec<f64> {
     let tokens = scores.len() / experts;
     let mut f = vec![0.0; experts];

@@ -1,5 +1,5 @@
-//! SwiGLU: y = silu(gate) * up, with gate and up side by side in one row: gate_up [N, 2F], gate first. In f32, rounded
-//! once.
+//! SwiGLU: y = silu(gate) * up, with gate and up side by side in one row: gate_up `[N, 2F]`, gate first. In f32,
+//! rounded once.
 
 mod cpu;
 #[cfg(test)]
@@ -10,7 +10,8 @@ mod tests;
 use super::by_dtype;
 use crate::{Ctx, Device, Elem, View, ViewMut};
 
-/// y[N, F] from gate_up[N, 2F]. `rows`: compute only the first rows[0] rows (i32 [1] on the device); None for all.
+/// `y[N, F]` from `gate_up[N, 2F]`. `rows`: compute only the first `rows[0]` rows (i32 `[1]` on the device); None for
+/// all.
 pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>>, y: ViewMut<'_>) {
     check(width, gate_up.len(), y.len(), rows);
     match &ctx.device {
@@ -21,7 +22,7 @@ pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>
     }
 }
 
-/// d_gate_up[N, 2F] from dy[N, F] and the forward's gate_up.
+/// `d_gate_up[N, 2F]` from `dy[N, F]` and the forward's gate_up.
 pub fn backward(
     ctx: &Ctx,
     dy: View<'_>,

@@ -4,7 +4,7 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// y [N, F].
+/// y `[N, F]`.
 pub fn forward(gate_up: &[f64], width: usize) -> Vec<f64> {
     let mut y = Vec::new();
     for row in gate_up.chunks(2 * width) {
@@ -16,7 +16,7 @@ pub fn forward(gate_up: &[f64], width: usize) -> Vec<f64> {
     y
 }
 
-/// d_gate_up [N, 2F].
+/// d_gate_up `[N, 2F]`.
 pub fn backward(dy: &[f64], gate_up: &[f64], width: usize) -> Vec<f64> {
     let mut d = vec![0.0; gate_up.len()];
     for n in 0..dy.len() / width {
