@@ -5,6 +5,7 @@ mod config;
 mod evaluate;
 mod metrics;
 mod optimizer;
+mod prepare;
 mod pretrain;
 mod record;
 mod schedule;
@@ -48,6 +49,9 @@ pub enum TrainError {
         /// What it lacks.
         why: hadal_data::DataError,
     },
+    /// A file that cannot be written.
+    #[error(transparent)]
+    File(#[from] hadal_files::FileError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] hadal_model::io::IoError),

@@ -1,6 +1,10 @@
 //! A run's settings. A TOML file and the command line fill the same table of optional keys (`Settings`); resolving it
 //! gives every value, and refuses keys that would have no effect.
 
+mod data;
+
+pub use data::DataSettings;
+
 use crate::TrainError;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;
@@ -33,18 +37,6 @@ impl RunFile {
             TrainError::Config { what: format!("{}:{line}: {}", path.display(), e.message().replace('\n', " ")) }
         })
     }
-}
-
-/// `[data]`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields)]
-pub struct DataSettings {
-    /// Text files; none takes the built-in corpus.
-    pub paths: Option<Vec<PathBuf>>,
-    /// A tokenizer.json or a directory with one; none trains one on the text.
-    pub tokenizer: Option<PathBuf>,
-    /// Share of the documents held out for validation.
-    pub valid_fraction: Option<f64>,
 }
 
 /// `[train]`, every key optional.
