@@ -8,7 +8,7 @@ use hadal_model::ModelConfig;
 use std::path::{Path, PathBuf};
 
 /// Held-out share of the documents unless said otherwise.
-const VALID_FRACTION: f64 = 0.05;
+pub(crate) const VALID_FRACTION: f64 = 0.05;
 
 /// Held-out documents whose beginnings a finished run continues, and how much of each it is given.
 const PROMPTS: usize = 5;
