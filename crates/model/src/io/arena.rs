@@ -32,7 +32,7 @@ pub fn read_arena(ctx: &Ctx, dir: &Path, stem: &str, layout: &Layout, arena: &mu
         let (p, out, result) = &mut job[0];
         *result = read(&checkpoint, p, out);
     });
-    jobs.into_iter().map(|(_, _, result)| result).collect()
+    jobs.into_iter().try_for_each(|(_, _, result)| result)
 }
 
 fn read(checkpoint: &Checkpoint, p: &Published, out: &mut [f32]) -> Result<(), IoError> {
