@@ -65,6 +65,8 @@ pub struct Outcome {
     pub last: Metrics,
     /// Beginnings of a few held-out documents.
     pub prompts: Vec<String>,
+    /// The windows of held-out text that were validated on, each with its last target.
+    pub held: Vec<Vec<u32>>,
 }
 
 /// Watches a run.
@@ -265,7 +267,8 @@ impl Loop<'_> {
             let last = self.record(&ctx, step + 1, lr, &report, seconds)?;
             if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
                 let checkpoint = self.save(&ctx, step + 1)?;
-                outcome = Some(Outcome { checkpoint, last, prompts: self.data.prompts.clone() });
+                let (prompts, held) = (self.data.prompts.clone(), self.held().windows().map(<[u32]>::to_vec).collect());
+                outcome = Some(Outcome { checkpoint, last, prompts, held });
             }
         }
         if let (Some(r), Some(path)) = (recorder, &c.record_batches) {
@@ -317,15 +320,18 @@ impl Loop<'_> {
     }
 
     fn evaluate(&self, ctx: &Ctx) -> Evaluation {
+        evaluate(ctx, &self.trainer.model, &self.trainer.params, self.held())
+    }
+
+    fn held(&self) -> Held<'_> {
         let c = &self.run.config;
-        let held = Held {
+        Held {
             stream: &self.data.held,
             byte_lengths: &self.data.byte_lengths,
             seq: c.seq,
             batch: c.micro_batch,
             max_tokens: c.eval_tokens,
-        };
-        evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
+        }
     }
 
     /// Writes step-NNNNNN and points `latest` at it; weights that a checkpoint cannot hold as finite numbers are
