@@ -60,7 +60,8 @@ impl Arithmetic {
             all.problems += 1;
             all.solved += usize::from(solved);
             count(&mut all.kinds, problem.kind, solved);
-            count(&mut all.languages, problem.language, solved);
+            let language = if problem.language == "zh" { "Chinese" } else { "English" };
+            count(&mut all.languages, language, solved);
             if !text.is_empty() && !all.shown.iter().any(|a| a.solved == solved) {
                 let continuation = worked(&text).unwrap_or(&text).to_string();
                 let (prompt, answer) = (problem.prompt.clone(), problem.answer.clone());

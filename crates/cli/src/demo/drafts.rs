@@ -59,12 +59,10 @@ impl Acceptance {
             s += &format!("  {:<16} {rate:>5.1} %  ({} of {})\n", g.text, g.accepted, g.drafted);
         }
         let right = percent(self.held_out_right, self.held_out.drafted);
-        s += &format!(
-            "  Held-out text is read, the rest the model wrote itself, greedily. {right:.1} % are held-out text's own.\n"
-        );
         s + &format!(
-            "  Used for speculation on such text, it would give {:.2} tokens a pass of the main model;\n  \
-             decoding does not use it yet.\n",
+            "  Held-out text is read as it stands ({right:.1} % of the guesses there are its own next token); the rest\n  \
+             the model wrote itself, greedily. Speculation on such text would give {:.2} tokens for each pass of the main\n  \
+             model: so many times the speed, less the MTP layer's own time. Decoding does not use it yet.\n",
             self.tokens_per_pass
         )
     }

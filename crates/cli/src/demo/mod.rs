@@ -158,7 +158,9 @@ impl Trained {
         let room = run.config.seq.min(run.model.max_position_embeddings);
         let sequences = PROBLEMS + 6 * OPENING_SEEDS as usize;
         let (precision, dir) = (run.config.precision, &outcome.checkpoint);
-        let cache = |c: &_| open::cache_bytes(c, precision, sequences * room);
+        // Longer than any of them gets.
+        let each = room.min(2 * WORKING);
+        let cache = |c: &_| open::cache_bytes(c, precision, sequences * each);
         let opened = open::with_mtp(ctx, dir, precision, cache, out)?;
         let tokenizer = open::tokenizer(dir, &opened.model.config)?;
         let (model, params, tokenizer) = (Arc::new(opened.model), Arc::new(opened.params), Arc::new(tokenizer));

@@ -31,14 +31,16 @@ pub fn samples(
         "\nSamples: beginnings that it has not seen, continued at temperature {TEMPERATURE} from ▸ on\n"
     ));
     let mut written = Vec::new();
-    for (kind, beginning) in beginnings {
+    for (i, (kind, beginning)) in (0..).zip(beginnings) {
         let (prompt, ids) = trained.fitting(beginning);
         let free = trained.room.saturating_sub(ids.len());
         if ids.is_empty() || free == 0 {
             continue;
         }
         let max_tokens = free.min(TOKENS);
-        let sampling = Sampling { max_tokens, temperature: TEMPERATURE, top_p: 0.95, top_k: 0, seed: trained.seed };
+        // Each draws for itself.
+        let seed = trained.seed.wrapping_add(i);
+        let sampling = Sampling { max_tokens, temperature: TEMPERATURE, top_p: 0.95, top_k: 0, seed };
         out.text(&format!("\n--- {kind}\n"));
         // The beginning comes first.
         let mut mark = "▸";
