@@ -187,7 +187,7 @@ impl Observer for Progress {
         self.seen.start(s);
         if !self.out.json() {
             let bar = ProgressBar::with_draw_target(Some(s.steps), ProgressDrawTarget::stderr());
-            let style = "{bar:16} {pos}/{len} {wide_msg}";
+            let style = "{pos}/{len} {wide_msg}";
             bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
             self.bar = Some(bar);
         }
@@ -201,7 +201,8 @@ impl Observer for Progress {
         bar.set_message(message.clone());
         let due = m.step == 1 || m.step.is_multiple_of(20);
         if m.valid_bits_per_byte.is_some() || (bar.is_hidden() && due) {
-            self.line(format!("step {}: {message}", m.step));
+            let unit = if m.valid_bits_per_byte.is_some() { " bits per byte" } else { "" };
+            self.line(format!("step {}: {message}{unit}", m.step));
         }
     }
 

@@ -6,6 +6,8 @@ use serde::Serialize;
 
 /// Columns of a bar.
 const WIDTH: usize = 20;
+/// Most lines of a problem's working that are printed.
+const LINES: usize = 12;
 
 /// The score.
 #[derive(Default, Serialize)]
@@ -98,10 +100,19 @@ impl Arithmetic {
                 false => format!("\n  Not solved (the answer is {}):\n\n", a.answer),
             };
             s += &indented(&a.prompt);
-            s += &indented(&a.continuation);
+            s += &indented(&beginning(&a.continuation));
         }
         s
     }
+}
+
+/// The first lines, without what only repeats itself into the distance.
+fn beginning(text: &str) -> String {
+    let mut lines: Vec<String> = text.trim_end().lines().take(LINES).map(String::from).collect();
+    if text.trim_end().lines().count() > LINES {
+        lines.push("...".into());
+    }
+    lines.join("\n")
 }
 
 fn count(groups: &mut Vec<Group>, name: &'static str, solved: bool) {

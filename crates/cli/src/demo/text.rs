@@ -19,7 +19,7 @@ pub fn spark(values: &[f64], columns: usize) -> String {
     let means: Vec<f64> = (0..columns).map(mean).collect();
     let (low, high) = means.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
     let range = (high - low).max(f64::MIN_POSITIVE);
-    means.iter().map(|x| column((x - low) / range)).collect()
+    means.iter().map(|x| column(0.125 + 0.875 * (x - low) / range)).collect()
 }
 
 /// A bar of `width` of which `share` is filled.
