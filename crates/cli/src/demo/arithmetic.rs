@@ -74,6 +74,11 @@ impl Arithmetic {
         all
     }
 
+    /// What comes above the table, to be said before the problems are solved.
+    pub fn heading(problems: usize) -> String {
+        format!("\nWorked arithmetic: {problems} problems that no corpus holds, answered greedily\n\n")
+    }
+
     /// The table, and the problems in full.
     pub fn text(&self) -> String {
         let mut s =

@@ -10,12 +10,15 @@ use std::time::Duration;
 #[derive(Serialize)]
 pub struct Ending {
     checkpoint: PathBuf,
+    step: u64,
+    /// False for a run that was told to stop.
+    finished: bool,
     loss: f64,
     valid_bits_per_byte: Option<f64>,
     tokens: u64,
-    /// Of the run as started, without the report.
+    /// Since the run was started or resumed, without the report.
     seconds: f64,
-    /// Of the steps alone.
+    /// Of the steps alone; 0 if there was none left to make.
     tokens_per_s: f64,
     /// Of the report.
     report_seconds: f64,
@@ -29,26 +32,27 @@ impl Ending {
         let last: &Metrics = &outcome.last;
         Self {
             checkpoint: outcome.checkpoint.clone(),
+            step: outcome.step,
+            finished: outcome.finished,
             loss: last.loss,
             valid_bits_per_byte: last.valid_bits_per_byte,
             tokens: last.tokens,
             seconds: took.as_secs_f64(),
             tokens_per_s: rate,
             report_seconds: report.as_secs_f64(),
-            next: next(run),
+            next: next(run, outcome.finished),
         }
     }
 
     /// For people.
     pub fn text(&self) -> String {
-        let mut s = format!(
-            "\nTrained on {} tokens in {}, {:.0} tokens/s",
-            self.tokens,
-            duration(self.seconds),
-            self.tokens_per_s
-        );
+        let how = if self.finished { "Trained" } else { "Stopped after" };
+        let mut s = format!("\n{how} {} steps, {} tokens", self.step, self.tokens);
+        if self.tokens_per_s > 0.0 {
+            s += &format!("; took {} at {:.0} tokens/s", duration(self.seconds), self.tokens_per_s);
+        }
         if self.report_seconds >= 0.5 {
-            s += &format!("; report in {}", duration(self.report_seconds));
+            s += &format!("; report {}", duration(self.report_seconds));
         }
         if let Some(bits) = self.valid_bits_per_byte {
             s += &format!("\nHeld-out text: {bits:.3} bits per byte");
@@ -62,18 +66,21 @@ impl Ending {
     }
 }
 
-fn next(run: &Run) -> Vec<String> {
+fn next(run: &Run, finished: bool) -> Vec<String> {
     let dir = quoted(&run.out);
+    let mut commands = vec![format!("hadal generate {dir} 'Once upon a time'"), format!("hadal inspect {dir}")];
+    if !finished {
+        commands.insert(0, format!("hadal pretrain --resume --out {dir}"));
+        return commands;
+    }
     let latest = quoted(&run.out.join("latest"));
-    let other = {
-        let mut name = run.out.file_name().unwrap_or_default().to_os_string();
-        name.push("-fp8");
-        quoted(&run.out.with_file_name(name))
+    let fp8 = match run.out.file_name() {
+        Some(name) => run.out.with_file_name(format!("{}-fp8", name.display())),
+        None => run.out.join("fp8"),
     };
-    vec![
-        format!("hadal generate {dir} 'Once upon a time'"),
-        format!("hadal inspect {dir}"),
-        format!("hadal pretrain --resume --out {dir} --override --steps {}", 2 * run.config.schedule.steps),
-        format!("hadal convert {latest} {other} --dtype fp8"),
-    ]
+    let fp8 = quoted(&fp8);
+    let steps = run.config.schedule.steps.saturating_mul(2);
+    commands.push(format!("hadal pretrain --resume --out {dir} --override --steps {steps}"));
+    commands.push(format!("hadal convert {latest} {fp8} --dtype fp8"));
+    commands
 }

@@ -89,8 +89,8 @@ struct Prompt {
     ids: Vec<u32>,
 }
 
-/// The end of a run that took `clock` (its time, and tokens a second of its steps): the report if it is `wanted`, and
-/// what to try next.
+/// The end of a run that took `clock` (its time, and tokens a second of its steps): the report if it is `wanted` and the
+/// run was not stopped before its end, and what to try next.
 pub fn end(
     ctx: &Ctx,
     run: &Run,
@@ -100,10 +100,11 @@ pub fn end(
     out: &Output,
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let report = wanted.then(|| report(ctx, run, outcome, out)).transpose().with_context(|| {
-        let dir = outcome.checkpoint.display();
-        format!("{dir}: the checkpoint is written, but the report on it failed")
-    })?;
+    let report =
+        (wanted && outcome.finished).then(|| report(ctx, run, outcome, out)).transpose().with_context(|| {
+            let dir = outcome.checkpoint.display();
+            format!("{dir}: the checkpoint is written, but the report on it failed")
+        })?;
     let ending = Ending::new(run, outcome, clock, begin.elapsed());
     out.text(&ending.text());
     out.object(&Finished { ending, report });
@@ -117,6 +118,7 @@ fn report(ctx: &Ctx, run: &Run, outcome: &Outcome, out: &Output) -> anyhow::Resu
     let samples = samples(ctx, &trained, &beginnings(built_in, run.config.seed, outcome), out)?;
 
     let prompts = trained.prompts(built_in, outcome);
+    print(out, built_in.then(|| Arithmetic::heading(PROBLEMS)));
     let written = trained.write(ctx, &prompts)?;
     let arithmetic = built_in.then(|| trained.score(&prompts, &written));
     print(out, arithmetic.as_ref().map(Arithmetic::text));

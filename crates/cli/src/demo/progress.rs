@@ -1,7 +1,7 @@
 //! The line that a run shows of itself while it trains: loss and its course, speed, time left, the last validation.
 
 use super::text::{duration, spark};
-use hadal_train::{Metrics, Start};
+use hadal_train::{Metrics, TrainConfig};
 use std::time::{Duration, Instant};
 
 /// Steps that speed and time left are judged by.
@@ -12,6 +12,7 @@ const COLUMNS: usize = 12;
 /// What has been seen of a run.
 pub struct Progress {
     begin: Instant,
+    /// Of the whole run, those before a resumption included.
     steps: u64,
     tokens_per_step: usize,
     losses: Vec<f64>,
@@ -20,15 +21,14 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Before the first step; time counts from here.
-    pub fn new() -> Self {
-        let (losses, seconds) = (Vec::new(), Vec::new());
-        Self { begin: Instant::now(), steps: 0, tokens_per_step: 0, losses, seconds, valid: None }
+    /// Before a run of these settings; time counts from here.
+    pub fn new(c: &TrainConfig) -> Self {
+        Self::of(c.schedule.steps, c.batch * c.seq)
     }
 
-    /// What the run is going to be.
-    pub fn start(&mut self, s: &Start) {
-        (self.steps, self.tokens_per_step) = (s.steps, s.tokens_per_step);
+    fn of(steps: u64, tokens_per_step: usize) -> Self {
+        let (losses, seconds) = (Vec::new(), Vec::new());
+        Self { begin: Instant::now(), steps, tokens_per_step, losses, seconds, valid: None }
     }
 
     /// Takes a step in, and describes the run after it (without the step's number).
@@ -51,7 +51,8 @@ impl Progress {
         format!("{:·<COLUMNS$}", spark(&self.losses, done))
     }
 
-    /// Time since the run began, and tokens a second of its steps (without validation, checkpoints, tokenising).
+    /// Time since the run began, and tokens a second of its steps (without validation, checkpoints, tokenising); 0 if it
+    /// made none.
     pub fn ended(&self) -> (Duration, f64) {
         let tokens = self.tokens_per_step * self.seconds.len();
         (self.begin.elapsed(), tokens as f64 / self.seconds.iter().sum::<f64>().max(f64::MIN_POSITIVE))
@@ -82,9 +83,7 @@ mod tests {
 
     #[test]
     fn the_line_has_loss_course_speed_time_and_validation() {
-        let mut p = Progress::new();
-        let start = Start { parameters: 0, tokens: (0, 0), bytes_per_token: 1.0, steps: 60, tokens_per_step: 100 };
-        p.start(&start);
+        let mut p = Progress::of(60, 100);
         assert_eq!(p.step(&metrics(1, 4.0, None)), "loss 4.000 ▁··········· 50 tokens/s, 1 min 58 s left");
         for step in 2..20 {
             p.step(&metrics(step, 2.9, (step == 9).then_some(1.5)));
