@@ -81,8 +81,7 @@ impl Arithmetic {
 
     /// The table, and the problems in full.
     pub fn text(&self) -> String {
-        let mut s =
-            format!("\nWorked arithmetic: {} problems that no corpus holds, answered greedily\n\n", self.problems);
+        let mut s = String::new();
         for g in &self.kinds {
             let score = format!("{}/{}", g.solved, g.problems);
             let share = g.solved as f64 / g.problems as f64;

@@ -10,7 +10,7 @@ use std::time::Duration;
 #[derive(Serialize)]
 pub struct Ending {
     checkpoint: PathBuf,
-    step: u64,
+    steps: u64,
     /// False for a run that was told to stop.
     finished: bool,
     loss: f64,
@@ -32,7 +32,7 @@ impl Ending {
         let last: &Metrics = &outcome.last;
         Self {
             checkpoint: outcome.checkpoint.clone(),
-            step: outcome.step,
+            steps: outcome.step,
             finished: outcome.finished,
             loss: last.loss,
             valid_bits_per_byte: last.valid_bits_per_byte,
@@ -47,7 +47,7 @@ impl Ending {
     /// For people.
     pub fn text(&self) -> String {
         let how = if self.finished { "Trained" } else { "Stopped after" };
-        let mut s = format!("\n{how} {} steps, {} tokens", self.step, self.tokens);
+        let mut s = format!("\n{how} {} steps, {} tokens", self.steps, self.tokens);
         if self.tokens_per_s > 0.0 {
             s += &format!("; took {} at {:.0} tokens/s", duration(self.seconds), self.tokens_per_s);
         }
