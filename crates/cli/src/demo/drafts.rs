@@ -55,14 +55,18 @@ impl Acceptance {
         let mut s =
             "\nMTP: how often its second token is the one that the main model goes on to choose\n\n".to_string();
         for g in self.written.iter().chain([&self.held_out]) {
+            if g.drafted == 0 {
+                s += &format!("  {:<16}  nothing to judge: it ended at once\n", g.text);
+                continue;
+            }
             let rate = percent(g.accepted, g.drafted);
             s += &format!("  {:<16} {rate:>5.1} %  ({} of {})\n", g.text, g.accepted, g.drafted);
         }
         let right = percent(self.held_out_right, self.held_out.drafted);
         s + &format!(
-            "  Held-out text is read as it stands ({right:.1} % of the guesses there are its own next token); the rest\n  \
-             the model wrote itself, greedily. Speculation on such text would give {:.2} tokens for each pass of the main\n  \
-             model: so many times the speed, less the MTP layer's own time. Decoding does not use it yet.\n",
+            "\n  Held-out text is read as it stands ({right:.1} % of the guesses there are its own next token); the rest\n  \
+             the model wrote itself, greedily. Speculation on such text would make {:.2} tokens of each pass of the\n  \
+             main model; decoding does not speculate yet.\n",
             self.tokens_per_pass
         )
     }

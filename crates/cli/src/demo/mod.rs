@@ -36,7 +36,9 @@ const PROBLEMS: usize = 60;
 /// Most tokens of a problem's working.
 const WORKING: usize = 160;
 /// Openings of each kind continued greedily come from so many seeds, two from each.
-const OPENING_SEEDS: u64 = 3;
+const OPENING_SEEDS: u64 = 4;
+/// Tokens of each that are given: short enough to stop within a sentence, after which a text might end.
+const OPENING: usize = 12;
 /// Held-out windows continued greedily where there are no openings.
 const WINDOWS: usize = 12;
 /// Most tokens written after each.
@@ -193,7 +195,8 @@ impl Trained {
             Prompt { kind: "problems", ids, problem: Some(p) }
         });
         let openings = (0..OPENING_SEEDS).flat_map(|k| builtin::openings(self.seed.wrapping_add(k)));
-        let openings = openings.map(|(kind, text)| Prompt { kind, problem: None, ids: self.fitting(&text).1 });
+        let begun = |text: &str| self.fitting(text).1.into_iter().take(OPENING).collect();
+        let openings = openings.map(|(kind, text)| Prompt { kind, problem: None, ids: begun(&text) });
         problems.chain(openings).collect()
     }
 
