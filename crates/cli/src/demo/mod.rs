@@ -204,7 +204,8 @@ impl Trained {
     fn write(&self, ctx: &Ctx, prompts: &[Prompt]) -> anyhow::Result<Vec<Vec<u32>>> {
         let most = |p: &Prompt| if p.problem.is_some() { WORKING } else { WRITTEN };
         let free = |p: &Prompt| self.room.saturating_sub(p.ids.len()).min(most(p));
-        let asked: Vec<usize> = (0..prompts.len()).filter(|&i| free(&prompts[i]) > 0).collect();
+        let room = |p: &Prompt| !p.ids.is_empty() && free(p) > 0;
+        let asked: Vec<usize> = (0..prompts.len()).filter(|&i| room(&prompts[i])).collect();
         let requests: Vec<Asked> =
             asked.iter().map(|&i| Asked { prompt: prompts[i].ids.clone(), max_tokens: free(&prompts[i]) }).collect();
         let done = |i: usize, written: &[u32]| {
