@@ -3,15 +3,16 @@
 use crate::demo;
 use crate::inspect::scaled;
 use crate::output::Output;
-use crate::{BUILD, Global, memory};
+use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use hadal_kernels::DType;
 use hadal_model::account::{self, TrainingMemory};
 use hadal_model::{Layout, Scope};
-use hadal_train::{Metrics, Observer, RUN_FILE, Run, RunFile, Start};
+use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use toml::Value;
 
 /// Options of `pretrain`.
@@ -92,14 +93,31 @@ pub struct Pretrain {
 
 impl Pretrain {
     /// Trains, then lets the model write.
-    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
+    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<ExitCode> {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
         fits(&run)?;
         let mut progress = Progress { out: *out, bar: None, seen: demo::progress::Progress::new(&run.config) };
+        let signals = interrupt::watch().context("signals cannot be watched")?;
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
+        drop(signals);
         progress.finish();
-        demo::end(&ctx, &run, &outcome, progress.seen.ended(), !self.no_demo, out)
+        if !outcome.finished {
+            return Ok(self.stopped(&outcome, out));
+        }
+        demo::end(&ctx, &run, &outcome, progress.seen.ended(), !self.no_demo, out)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The end of a run that was told to stop.
+    fn stopped(&self, outcome: &Outcome, out: &Output) -> ExitCode {
+        let resume = format!("hadal pretrain --resume --out {}", demo::quoted(&self.out));
+        out.object(&serde_json::json!({
+            "stopped": { "step": outcome.step, "checkpoint": outcome.checkpoint, "resume": resume },
+        }));
+        let dir = outcome.checkpoint.display();
+        out.text(&format!("\nStopped after step {}. Checkpoint: {dir}\nTo go on: {resume}\n", outcome.step));
+        ExitCode::from(interrupt::STOPPED)
     }
 
     fn resolve(&self, global: &Global) -> anyhow::Result<Run> {
@@ -261,6 +279,16 @@ impl Observer for Progress {
             let unit = if m.valid_bits_per_byte.is_some() { " bits per byte" } else { "" };
             self.line(format!("step {}: {message}{unit}", m.step));
         }
+    }
+
+    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]) {
+        self.out.object(&serde_json::json!({ "resumed": { "checkpoint": from, "step": step, "remarks": remarks } }));
+        self.line(format!("going on after step {step} from {}", from.display()));
+        remarks.iter().for_each(|remark| self.line(format!("  {remark}")));
+    }
+
+    fn stop(&self) -> bool {
+        interrupt::stop()
     }
 
     fn checkpoint(&mut self, path: &Path) {

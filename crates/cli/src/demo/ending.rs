@@ -11,8 +11,6 @@ use std::time::Duration;
 pub struct Ending {
     checkpoint: PathBuf,
     steps: u64,
-    /// False for a run that was told to stop.
-    finished: bool,
     loss: f64,
     valid_bits_per_byte: Option<f64>,
     tokens: u64,
@@ -33,21 +31,19 @@ impl Ending {
         Self {
             checkpoint: outcome.checkpoint.clone(),
             steps: outcome.step,
-            finished: outcome.finished,
             loss: last.loss,
             valid_bits_per_byte: last.valid_bits_per_byte,
             tokens: last.tokens,
             seconds: took.as_secs_f64(),
             tokens_per_s: rate,
             report_seconds: report.as_secs_f64(),
-            next: next(run, outcome.finished),
+            next: next(run),
         }
     }
 
     /// For people.
     pub fn text(&self) -> String {
-        let how = if self.finished { "Trained" } else { "Stopped after" };
-        let mut s = format!("\n{how} {} steps, {} tokens", self.steps, self.tokens);
+        let mut s = format!("\nTrained {} steps, {} tokens", self.steps, self.tokens);
         if self.tokens_per_s > 0.0 {
             s += &format!("; took {} at {:.0} tokens/s", duration(self.seconds), self.tokens_per_s);
         }
@@ -66,13 +62,9 @@ impl Ending {
     }
 }
 
-fn next(run: &Run, finished: bool) -> Vec<String> {
+fn next(run: &Run) -> Vec<String> {
     let dir = quoted(&run.out);
     let mut commands = vec![format!("hadal generate {dir} 'Once upon a time'"), format!("hadal inspect {dir}")];
-    if !finished {
-        commands.insert(0, format!("hadal pretrain --resume --out {dir}"));
-        return commands;
-    }
     let latest = quoted(&run.out.join("latest"));
     let fp8 = match run.out.file_name() {
         Some(name) => run.out.with_file_name(format!("{}-fp8", name.display())),

@@ -30,6 +30,7 @@ use samples::{Sample, samples};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+pub use text::quoted;
 
 /// Problems scored.
 const PROBLEMS: usize = 60;
@@ -91,8 +92,8 @@ struct Prompt {
     ids: Vec<u32>,
 }
 
-/// The end of a run that took `clock` (its time, and tokens a second of its steps): the report if it is `wanted` and the
-/// run was not stopped before its end, and what to try next.
+/// The end of a finished run that took `clock` (its time, and tokens a second of its steps): the report if it is
+/// `wanted`, and what to try next.
 pub fn end(
     ctx: &Ctx,
     run: &Run,
@@ -102,11 +103,10 @@ pub fn end(
     out: &Output,
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let report =
-        (wanted && outcome.finished).then(|| report(ctx, run, outcome, out)).transpose().with_context(|| {
-            let dir = outcome.checkpoint.display();
-            format!("{dir}: the checkpoint is written, but the report on it failed")
-        })?;
+    let report = wanted.then(|| report(ctx, run, outcome, out)).transpose().with_context(|| {
+        let dir = outcome.checkpoint.display();
+        format!("{dir}: the checkpoint is written, but the report on it failed")
+    })?;
     let ending = Ending::new(run, outcome, clock, begin.elapsed());
     out.text(&ending.text());
     out.object(&Finished { ending, report });

@@ -7,4 +7,5 @@ mod demo;
 mod determinism;
 mod inference;
 mod pretrain;
+mod settings;
 mod support;
