@@ -74,7 +74,7 @@ pub struct Pretrain {
     /// Peak learning rate `[default: 0.002]`.
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
-    /// Steps between checkpoints `[default: only at the end]`.
+    /// Steps between checkpoints `[default: a quarter of the steps]`.
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
     /// Steps between validations `[default: a quarter of the steps]`.
@@ -320,6 +320,12 @@ impl Observer for Progress {
             let left = (bar.length().unwrap_or(0) - m.step) as f64 * m.seconds;
             self.line(format!("step {}: {message}, about {left:.0} s left", m.step));
         }
+    }
+
+    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]) {
+        self.out.object(&serde_json::json!({ "resumed": { "checkpoint": from, "step": step, "remarks": remarks } }));
+        self.line(format!("going on after step {step} from {}", from.display()));
+        remarks.iter().for_each(|remark| self.line(format!("  {remark}")));
     }
 
     fn stop(&self) -> bool {

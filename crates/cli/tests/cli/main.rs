@@ -6,5 +6,6 @@ mod bad_models;
 mod determinism;
 mod inference;
 mod pretrain;
+mod resume;
 mod settings;
 mod support;

@@ -36,9 +36,9 @@ impl From<Build> for SavedBuild {
 }
 
 /// Keys of `[train]` that a run may change on its way. What is left out would make another run of it: weights and data
-/// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; record_batches and
-/// save_initial want steps that are gone.
-pub(super) const MAY_CHANGE: [&str; 19] = [
+/// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; save_initial wants a step
+/// that is gone.
+pub(super) const MAY_CHANGE: [&str; 20] = [
     "steps",
     "batch",
     "micro_batch",
@@ -58,6 +58,7 @@ pub(super) const MAY_CHANGE: [&str; 19] = [
     "checkpoint_every",
     "keep_last",
     "keep_best",
+    "save_beside",
 ];
 
 /// The `[model]` table of a run: what the tokenizer decides is not in it.
@@ -99,6 +100,7 @@ impl TrainConfig {
             checkpoint_every: Some(self.checkpoint_every),
             keep_last: Some(self.keep_last),
             keep_best: Some(self.keep_best),
+            save_beside: Some(self.save_beside),
             save_initial: Some(self.save_initial),
             record_batches: self.record_batches.clone(),
         }
@@ -159,7 +161,7 @@ pub fn check(path: &Path, run: &Run) -> Result<Vec<String>, TrainError> {
     let now = SavedBuild::from(run.build);
     let built = (by != now).then(|| {
         let [then, now] = [by, now].map(|b| format!("{} ({})", b.version, b.commit));
-        format!("the run was begun by hadal {then}; this is {now}: its numbers may differ in their last bits")
+        format!("the run was made by hadal {then} so far; this is {now}: numbers may differ in their last bits")
     });
     Ok(built.into_iter().chain(may.iter().map(|d| d.change())).collect())
 }
@@ -189,8 +191,8 @@ impl Difference {
         match key {
             // The average of the steps that are gone was not kept.
             "ema_decay" => saved.config.ema_decay > 0.0 && asked.config.ema_decay > 0.0,
-            // A recording is one tensor [steps, batch, seq + 1].
-            "batch" => asked.config.record_batches.is_none(),
+            // A recording begins with the first step, and may be given up.
+            "record_batches" => asked.config.record_batches.is_none(),
             _ => MAY_CHANGE.contains(&key),
         }
     }
