@@ -228,8 +228,13 @@ fn fits(run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
     let saved = account::saved_activations(model, c.precision, c.micro_batch, c.seq);
-    let needed = TrainingMemory::of(&layout, c.precision, DType::F32, saved).total();
-    memory::fits("the run (hadal inspect says what it needs)", needed)
+    let training = TrainingMemory::of(&layout, c.precision, DType::F32, saved);
+    let average = if c.ema_decay > 0.0 { training.masters } else { 0 };
+    // What a checkpoint is written from beside training.
+    let copy = if c.save_beside { training.masters + training.moments + average } else { 0 };
+    let needed = training.total().saturating_add(average).saturating_add(copy);
+    let hint = if c.save_beside { "; train.save_beside = false takes less" } else { "" };
+    memory::fits(&format!("the run (hadal inspect says what it needs{hint})"), needed)
 }
 
 /// Continues the beginnings of a few held-out documents.
