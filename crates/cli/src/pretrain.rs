@@ -74,7 +74,7 @@ pub struct Pretrain {
     /// Peak learning rate `[default: 0.002]`.
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
-    /// Steps between checkpoints `[default: only at the end]`.
+    /// Steps between checkpoints `[default: a quarter of the steps]`.
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
     /// Steps between validations `[default: a quarter of the steps]`.

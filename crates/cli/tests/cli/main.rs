@@ -7,5 +7,6 @@ mod demo;
 mod determinism;
 mod inference;
 mod pretrain;
+mod resume;
 mod settings;
 mod support;
