@@ -131,7 +131,10 @@ mod tests {
     #[test]
     fn what_clap_says_is_one_line() {
         for (args, expected) in [
-            (&["pretrain", "--ot", "x"][..], "unexpected argument '--ot' found; a similar argument exists: '--out'"),
+            (
+                &["pretrain", "--outt", "x"][..],
+                "unexpected argument '--outt' found; a similar argument exists: '--out'",
+            ),
             (&["generate", "m"], "the following required arguments were not provided: <PROMPT>"),
             (&["pretrain", "--out"], "a value is required for '--out <DIR>' but none was supplied"),
             (&["inspect", "m", "--seq", "many"], "invalid value 'many' for '--seq <T>': invalid digit found in string"),
