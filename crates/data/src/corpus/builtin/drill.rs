@@ -82,7 +82,7 @@ pub fn problems(seed: u64, count: usize) -> Vec<Problem> {
 pub(super) fn document(scene: &mut Scene) -> String {
     let language = Language::draw(&mut scene.dice);
     let mut text = String::new();
-    for _ in 0..scene.dice.range(2, 4) {
+    for _ in 0..scene.dice.range(4, 7) {
         let share = scene.dice.below(100);
         let kind = Kind::ALL[SHARES.partition_point(|&up_to| up_to <= share)];
         let worked = draw(kind, language, false, scene);
@@ -95,7 +95,7 @@ pub(super) fn document(scene: &mut Scene) -> String {
 
 /// Hundredths of the problems of a corpus up to each kind. Most are additions and subtractions, so that a small model
 /// sees these often enough.
-const SHARES: [usize; 6] = [38, 66, 76, 83, 89, 100];
+const SHARES: [usize; 6] = [44, 74, 81, 86, 91, 100];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
@@ -148,7 +148,9 @@ fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Work
 
 /// Two numbers worked column by column. In a word problem setting up the columns is part of the working.
 fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
-    let digits = if story || scene.dice.chance(85) { 2 } else { 3 };
+    // There are few products and quotients of two digits, so most have three.
+    let wide = if matches!(kind, Kind::Addition | Kind::Subtraction) { 50 } else { 80 };
+    let digits = if scene.dice.chance(wide) { 3 } else { 2 };
     let (low, high) = (10i64.pow(digits - 1), 10i64.pow(digits) - 1);
     let (a, b) = loop {
         let a = scene.dice.range(low, high);
