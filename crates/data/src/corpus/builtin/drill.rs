@@ -6,11 +6,12 @@
 //! begins with `=`: what the last column gave, then the digits of the columns before it.
 //!
 //! ```text
-//! Add 47 and 85.
-//! 4 7+8 5
+//! Add 347 and 285.
+//! 3 4 7+2 8 5
 //! 7+5+0=12
 //! 4+8+1=13
-//! =13 2
+//! 3+2+1=6
+//! =6 3 2
 //! ```
 //!
 //! So every digit is one of few looked up a fixed distance back, or a fact of a one-digit table.
@@ -82,7 +83,7 @@ pub fn problems(seed: u64, count: usize) -> Vec<Problem> {
 pub(super) fn document(scene: &mut Scene) -> String {
     let language = Language::draw(&mut scene.dice);
     let mut text = String::new();
-    for _ in 0..scene.dice.range(4, 7) {
+    for _ in 0..scene.dice.range(3, 6) {
         let share = scene.dice.below(100);
         let kind = Kind::ALL[SHARES.partition_point(|&up_to| up_to <= share)];
         let worked = draw(kind, language, false, scene);
@@ -92,6 +93,9 @@ pub(super) fn document(scene: &mut Scene) -> String {
     text.truncate(text.trim_end().len());
     text
 }
+
+/// Digits of the numbers to be worked on: always as many, so that what a step looks up is always as far back.
+const COLUMNS: u32 = 3;
 
 /// Hundredths of the problems of a corpus up to each kind. Most are additions and subtractions, so that a small model
 /// sees these often enough.
@@ -148,10 +152,7 @@ fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Work
 
 /// Two numbers worked column by column. In a word problem setting up the columns is part of the working.
 fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
-    // There are few products and quotients of two digits, so most have three.
-    let wide = if matches!(kind, Kind::Addition | Kind::Subtraction) { 50 } else { 80 };
-    let digits = if scene.dice.chance(wide) { 3 } else { 2 };
-    let (low, high) = (10i64.pow(digits - 1), 10i64.pow(digits) - 1);
+    let (low, high) = (10i64.pow(COLUMNS - 1), 10i64.pow(COLUMNS) - 1);
     let (a, b) = loop {
         let a = scene.dice.range(low, high);
         let b = match kind {
@@ -190,9 +191,9 @@ fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut
             let rest = format!(" {} {}", language.of("r", "余"), a % b);
             (format!("{}{rest}", a / b), format!("{}{rest}", apart(a / b)))
         }
-        Kind::Addition => (format!("{}", a + b), columns_of(a + b, digits)),
-        Kind::Subtraction => (format!("{}", a - b), columns_of(a - b, digits)),
-        _ => (format!("{}", a * b), columns_of(a * b, digits)),
+        Kind::Addition => (format!("{}", a + b), columns_of(a + b, COLUMNS)),
+        Kind::Subtraction => (format!("{}", a - b), columns_of(a - b, COLUMNS)),
+        _ => (format!("{}", a * b), columns_of(a * b, COLUMNS)),
     };
     let (prompt, head) =
         if story { (format!("{question}\n"), columns) } else { (format!("{question}\n{columns}"), String::new()) };

@@ -71,12 +71,12 @@ impl Part {
     /// The first draw of a document.
     fn draw(dice: &mut Dice) -> Self {
         match dice.below(100) {
-            0..13 => Self::English,
-            13..24 => Self::Chinese,
-            24..29 => Self::Module,
-            29..33 => Self::Trace,
-            33..88 => Self::Drill,
-            88..93 => Self::Arithmetic,
+            0..15 => Self::English,
+            15..27 => Self::Chinese,
+            27..32 => Self::Module,
+            32..36 => Self::Trace,
+            36..87 => Self::Drill,
+            87..93 => Self::Arithmetic,
             _ => Self::Logic,
         }
     }
