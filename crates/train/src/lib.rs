@@ -3,18 +3,25 @@
 
 mod config;
 mod evaluate;
+mod examine;
 mod metrics;
 mod optimizer;
+mod prepare;
 mod pretrain;
 mod record;
+mod run_loop;
+mod saver;
 mod schedule;
+mod state;
 mod step;
 
+pub use config::saved::{Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
+pub use examine::{Drafts, Examination, examine};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};
-pub use pretrain::{Observer, Outcome, Run, Start, pretrain};
+pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};
 pub use schedule::Schedule;
 pub use step::{Objective, StepReport, Trainer};
 
@@ -48,6 +55,9 @@ pub enum TrainError {
         /// What it lacks.
         why: hadal_data::DataError,
     },
+    /// A file that cannot be written.
+    #[error(transparent)]
+    File(#[from] hadal_files::FileError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] hadal_model::io::IoError),

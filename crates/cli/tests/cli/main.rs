@@ -3,7 +3,10 @@
 mod bad_arguments;
 mod bad_data;
 mod bad_models;
+mod demo;
 mod determinism;
 mod inference;
 mod pretrain;
+mod resume;
+mod settings;
 mod support;
