@@ -1,17 +1,20 @@
 //! The core of the arithmetic: one steady way to work each kind of problem, digit by digit, so that a small model can
 //! learn to solve problems it has not seen.
 //!
-//! A problem is a question, the same in digits kept apart (each then is a token of its own, and columns line up), one
-//! line of working for each column, and the answer on a line that begins with `=`:
+//! A problem is a question, the same with its digits kept apart (each then is a token of its own), one line of working
+//! for each column, ones first, with what was carried or borrowed always the third number, and the answer on a line that
+//! begins with `=`: what the last column gave, then the digits of the columns before it.
 //!
 //! ```text
 //! Add 347 and 285.
-//! 3 4 7 + 2 8 5
-//! 7 + 5 = 12
-//! 4 + 8 + 1 = 13
-//! 3 + 2 + 1 = 6
-//! = 6 3 2
+//! 3 4 7+2 8 5
+//! 7+5+0=12
+//! 4+8+1=13
+//! 3+2+1=6
+//! =6 3 2
 //! ```
+//!
+//! So every digit is one of few looked up a fixed distance back, or a fact of a one-digit table.
 //!
 //! One problem in eight, chosen by its numbers alone, is kept out of every corpus: [`problems`] draws from those.
 
@@ -45,7 +48,13 @@ impl Problem {
 
     /// Whether `continuation` arrives at the answer. Spaces between digits do not matter.
     pub fn solved_by(&self, continuation: &str) -> bool {
-        let plain = |s: &str| s.split_whitespace().collect::<String>();
+        // A difference by columns may begin with zeros.
+        let plain = |s: &str| {
+            let joined: String = s.split_whitespace().collect();
+            let zeros = joined.bytes().take_while(|&c| c == b'0').count();
+            let digits = joined.bytes().take_while(u8::is_ascii_digit).count();
+            joined[zeros.min(digits.saturating_sub(1))..].to_owned()
+        };
         Self::answer_of(continuation).is_some_and(|found| plain(found) == plain(&self.answer))
     }
 }
@@ -74,8 +83,9 @@ pub fn problems(seed: u64, count: usize) -> Vec<Problem> {
 pub(super) fn document(scene: &mut Scene) -> String {
     let language = Language::draw(&mut scene.dice);
     let mut text = String::new();
-    for _ in 0..scene.dice.range(2, 4) {
-        let kind = *scene.dice.pick(&Kind::ALL);
+    for _ in 0..scene.dice.range(3, 6) {
+        let share = scene.dice.below(100);
+        let kind = Kind::ALL[SHARES.partition_point(|&up_to| up_to <= share)];
         let worked = draw(kind, language, false, scene);
         text.push_str(&worked.prompt);
         text.push_str(&worked.working);
@@ -83,6 +93,13 @@ pub(super) fn document(scene: &mut Scene) -> String {
     text.truncate(text.trim_end().len());
     text
 }
+
+/// Digits of the numbers to be worked on: always as many, so that what a step looks up is always as far back.
+const COLUMNS: u32 = 3;
+
+/// Hundredths of the problems of a corpus up to each kind. Most are additions and subtractions, so that a small model
+/// sees these often enough.
+const SHARES: [usize; 6] = [44, 74, 81, 86, 91, 100];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
@@ -126,7 +143,7 @@ fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Work
     match kind {
         Kind::Equation => equation(language, wanted, scene),
         Kind::Word => {
-            let kind = Kind::ALL[scene.dice.below(4)];
+            let kind = Kind::ALL[[0, 0, 0, 0, 1, 1, 1, 1, 2, 3][scene.dice.below(10)]];
             column(kind, true, language, wanted, scene)
         }
         _ => column(kind, false, language, wanted, scene),
@@ -135,8 +152,7 @@ fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Work
 
 /// Two numbers worked column by column. In a word problem setting up the columns is part of the working.
 fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
-    let digits = if story || scene.dice.chance(55) { 2 } else { 3 };
-    let (low, high) = (10i64.pow(digits - 1), 10i64.pow(digits) - 1);
+    let (low, high) = (10i64.pow(COLUMNS - 1), 10i64.pow(COLUMNS) - 1);
     let (a, b) = loop {
         let a = scene.dice.range(low, high);
         let b = match kind {
@@ -163,28 +179,38 @@ fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut
     }
     let question = DRILL.say(&language.section(&section), scene);
     scene.forget();
-    let columns = format!("{} {sign} {}\n", apart(a), apart(b));
-    let (steps, result) = match kind {
-        Kind::Addition => (addition(a, b), (a + b).to_string()),
-        Kind::Subtraction => (subtraction(a, b), (a - b).to_string()),
-        Kind::Multiplication => (multiplication(a, b), (a * b).to_string()),
-        _ => (division(a, b), format!("{} {} {}", a / b, language.of("r", "余"), a % b)),
+    let columns = format!("{}{sign}{}\n", apart(a), apart(b));
+    let steps = match kind {
+        Kind::Addition => addition(a, b),
+        Kind::Subtraction => subtraction(a, b),
+        Kind::Multiplication => multiplication(a, b),
+        _ => division(a, b),
     };
-    let spaced = match kind {
-        Kind::Division => format!("{} {} {}", apart(a / b), language.of("r", "余"), a % b),
-        Kind::Addition => apart(a + b),
-        Kind::Subtraction => apart(a - b),
-        _ => apart(a * b),
+    let (answer, spaced) = match kind {
+        Kind::Division => {
+            let rest = format!(" {} {}", language.of("r", "余"), a % b);
+            (format!("{}{rest}", a / b), format!("{}{rest}", apart(a / b)))
+        }
+        Kind::Addition => (format!("{}", a + b), columns_of(a + b, COLUMNS)),
+        Kind::Subtraction => (format!("{}", a - b), columns_of(a - b, COLUMNS)),
+        _ => (format!("{}", a * b), columns_of(a * b, COLUMNS)),
     };
     let (prompt, head) =
         if story { (format!("{question}\n"), columns) } else { (format!("{question}\n{columns}"), String::new()) };
-    Worked { prompt, working: format!("{head}{steps}= {spaced}\n"), answer: result }
+    Worked { prompt, working: format!("{head}{steps}={spaced}\n"), answer }
 }
 
 /// 347 is `3 4 7`.
 fn apart(n: i64) -> String {
     let digits: Vec<String> = n.to_string().chars().map(String::from).collect();
     digits.join(" ")
+}
+
+/// `n` by columns, of which there are `count`: 132 in two is `13 2`, 7 in two `0 7`.
+fn columns_of(n: i64, count: u32) -> String {
+    let unit = 10i64.pow(count - 1);
+    let lower: String = (0..count - 1).rev().map(|i| format!(" {}", n / 10i64.pow(i) % 10)).collect();
+    format!("{}{lower}", n / unit)
 }
 
 /// Digits from the ones up.
@@ -201,9 +227,8 @@ fn addition(a: i64, b: i64) -> String {
     let (mut text, mut carry) = (String::new(), 0);
     for (x, y) in digits(a).into_iter().zip(digits(b)) {
         let sum = x + y + carry;
-        let carried = if carry > 0 { " + 1" } else { "" };
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{x} + {y}{carried} = {sum}");
+        let _ = writeln!(text, "{x}+{y}+{carry}={sum}");
         carry = sum / 10;
     }
     text
@@ -213,8 +238,7 @@ fn subtraction(a: i64, b: i64) -> String {
     let (mut text, mut borrow) = (String::new(), 0);
     for (x, y) in digits(a).into_iter().zip(digits(b)) {
         let lent = if x - borrow < y { 10 } else { 0 };
-        let borrowed = if borrow > 0 { " - 1" } else { "" };
-        let _ = writeln!(text, "{} - {y}{borrowed} = {}", x + lent, x + lent - y - borrow);
+        let _ = writeln!(text, "{}-{y}-{borrow}={}", x + lent, x + lent - y - borrow);
         borrow = lent / 10;
     }
     text
@@ -224,8 +248,7 @@ fn multiplication(a: i64, b: i64) -> String {
     let (mut text, mut carry) = (String::new(), 0);
     for x in digits(a) {
         let product = x * b + carry;
-        let carried = if carry > 0 { format!(" + {carry}") } else { String::new() };
-        let _ = writeln!(text, "{x} × {b}{carried} = {product}");
+        let _ = writeln!(text, "{x}×{b}+{carry}={product}");
         carry = product / 10;
     }
     text
@@ -236,7 +259,7 @@ fn division(a: i64, b: i64) -> String {
     for x in digits(a).into_iter().rev() {
         let head = rest * 10 + x;
         rest = head % b;
-        let _ = writeln!(text, "{head} = {b} × {} + {rest}", head / b);
+        let _ = writeln!(text, "{head}={b}×{}+{rest}", head / b);
     }
     text
 }
@@ -250,10 +273,10 @@ fn equation(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     };
     let minus = c < k * y && scene.dice.chance(50);
     let (sign, back, total) = if minus { ('-', '+', k * y - c) } else { ('+', '-', k * y + c) };
-    scene.bind("e", format!("{k} × y {sign} {c} = {total}"));
+    scene.bind("e", format!("{k}×y{sign}{c}={total}"));
     let prompt = format!("{}\n", DRILL.say(&language.section("eq"), scene));
     scene.forget();
-    let working = format!("{total} {back} {c} = {}\n{} ÷ {k} = {y}\n= {y}\n", k * y, k * y);
+    let working = format!("{total}{back}{c}={}\n{}÷{k}={y}\n={y}\n", k * y, k * y);
     Worked { prompt, working, answer: y.to_string() }
 }
 
@@ -263,11 +286,13 @@ mod tests {
 
     #[test]
     fn worked_by_hand() {
-        assert_eq!(addition(347, 285), "7 + 5 = 12\n4 + 8 + 1 = 13\n3 + 2 + 1 = 6\n");
-        assert_eq!(subtraction(342, 185), "12 - 5 = 7\n14 - 8 - 1 = 5\n3 - 1 - 1 = 1\n");
-        assert_eq!(subtraction(205, 106), "15 - 6 = 9\n10 - 0 - 1 = 9\n2 - 1 - 1 = 0\n");
-        assert_eq!(multiplication(347, 6), "7 × 6 = 42\n4 × 6 + 4 = 28\n3 × 6 + 2 = 20\n");
-        assert_eq!(division(874, 6), "8 = 6 × 1 + 2\n27 = 6 × 4 + 3\n34 = 6 × 5 + 4\n");
+        assert_eq!(addition(347, 285), "7+5+0=12\n4+8+1=13\n3+2+1=6\n");
+        assert_eq!(subtraction(342, 185), "12-5-0=7\n14-8-1=5\n3-1-1=1\n");
+        assert_eq!(subtraction(205, 106), "15-6-0=9\n10-0-1=9\n2-1-1=0\n");
+        assert_eq!(multiplication(347, 6), "7×6+0=42\n4×6+4=28\n3×6+2=20\n");
+        assert_eq!(division(874, 6), "8=6×1+2\n27=6×4+3\n34=6×5+4\n");
+        assert_eq!(columns_of(132, 2), "13 2");
+        assert_eq!(columns_of(7, 3), "0 0 7");
     }
 
     #[test]
@@ -278,6 +303,10 @@ mod tests {
         assert!(problem.solved_by("= 632"));
         assert!(!problem.solved_by("7 + 5 = 12\n= 6 3 3\n= 6 3 2"));
         assert!(!problem.solved_by("6 3 2"));
+        problem.answer = "7".into();
+        assert!(problem.solved_by("=0 7") && !problem.solved_by("=0 0") && !problem.solved_by("="));
+        problem.answer = "0".into();
+        assert!(problem.solved_by("=0 0"));
         problem.answer = "145 余 4".into();
         assert!(problem.solved_by("= 1 4 5 余 4\n"));
         assert_eq!(Problem::answer_of("no answer"), None);
