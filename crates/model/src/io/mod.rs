@@ -6,13 +6,16 @@
 //! error and not a signal, and no unsafe code is needed.
 
 mod checkpoint;
+mod convert;
 mod error;
 mod load;
 mod save;
 mod shard;
+mod source;
 #[cfg(test)]
 mod tests;
 
 pub use checkpoint::Checkpoint;
+pub use convert::{ConvertObserver, ConvertOptions, Converted, Target, convert};
 pub use error::IoError;
 pub use save::{SaveOptions, save_checkpoint, write_whole};

@@ -79,7 +79,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
     sync_dir(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
 
-fn vacant(dir: &Path) -> Result<(), IoError> {
+pub(super) fn vacant(dir: &Path) -> Result<(), IoError> {
     let exists = |found| Err(IoError::Exists { path: dir.to_path_buf(), found });
     match std::fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
         Ok(true) => Ok(()),
@@ -91,13 +91,13 @@ fn vacant(dir: &Path) -> Result<(), IoError> {
 }
 
 /// The directory being written; removed unless committed.
-struct Partial {
-    path: PathBuf,
+pub(super) struct Partial {
+    pub(super) path: PathBuf,
     done: bool,
 }
 
 impl Partial {
-    fn create(dir: &Path) -> Result<Self, IoError> {
+    pub(super) fn create(dir: &Path) -> Result<Self, IoError> {
         let Some(name) = dir.file_name() else {
             return Err(IoError::format(dir, "the path of a new directory", "a path without a last name"));
         };
@@ -113,7 +113,7 @@ impl Partial {
         Ok(Self { path, done: false })
     }
 
-    fn commit(mut self, dir: &Path) -> Result<(), IoError> {
+    pub(super) fn commit(mut self, dir: &Path) -> Result<(), IoError> {
         sync_dir(&self.path)?;
         std::fs::rename(&self.path, dir).map_err(IoError::system(dir, "renaming the finished directory"))?;
         self.done = true;
@@ -138,7 +138,7 @@ fn sync_dir(dir: &Path) -> Result<(), IoError> {
     Ok(())
 }
 
-fn write_file(path: &Path, f: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<(), IoError> {
+pub(super) fn write_file(path: &Path, f: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<(), IoError> {
     let write = || {
         let mut file = File::create_new(path)?;
         f(&mut file)?;
@@ -195,13 +195,15 @@ fn items(config: &ModelConfig, layout: &Layout, dtype: DType) -> Vec<Item> {
     out
 }
 
+/// Name of file `i` of `n`.
+pub(super) fn shard_name(i: usize, n: usize) -> String {
+    if n == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{n:05}.safetensors", i + 1) }
+}
+
 fn write_shards(dir: &Path, shards: &[Vec<Item>], params: &Params) -> Result<(), IoError> {
     let master = params.master.view().f32();
     let n = shards.len();
-    let file = |i: usize| match n {
-        1 => "model.safetensors".to_string(),
-        _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-    };
+    let file = |i: usize| shard_name(i, n);
     for (i, items) in shards.iter().enumerate() {
         write_file(&dir.join(file(i)), |out| write_shard(out, items, master))?;
     }
@@ -215,6 +217,16 @@ fn write_shards(dir: &Path, shards: &[Vec<Item>], params: &Params) -> Result<(),
     write_file(&dir.join("model.safetensors.index.json"), |out| out.write_all(index.as_bytes()))
 }
 
+/// What precedes the data of a file with these tensors, in the order of the data.
+pub(super) fn header(entries: Vec<(String, TensorInfo)>) -> std::io::Result<Vec<u8>> {
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let metadata = Metadata::new(Some(format), entries).map_err(std::io::Error::other)?;
+    let mut text = serde_json::to_vec(&metadata)?;
+    // The data begins at a multiple of 8 bytes, as readers that map the file want it.
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok([&(text.len() as u64).to_le_bytes()[..], &text].concat())
+}
+
 fn write_shard(out: &mut File, items: &[Item], master: &[f32]) -> std::io::Result<()> {
     let mut at = 0;
     let entry = |item: &Item| {
@@ -223,14 +235,7 @@ fn write_shard(out: &mut File, items: &[Item], master: &[f32]) -> std::io::Resul
         let dtype = if item.dtype == DType::F32 { Dtype::F32 } else { Dtype::BF16 };
         (item.name.clone(), TensorInfo { dtype, shape: item.shape.clone(), data_offsets: (begin, at) })
     };
-    let entries = items.iter().map(entry).collect();
-    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let header = Metadata::new(Some(format), entries).map_err(std::io::Error::other)?;
-    let mut header = serde_json::to_vec(&header)?;
-    // The data begins at a multiple of 8 bytes, as readers that map the file want it.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
+    out.write_all(&header(items.iter().map(entry).collect())?)?;
     let mut bytes = Vec::new();
     for item in items {
         for piece in master[item.range.clone()].chunks(PIECE) {
