@@ -10,6 +10,7 @@ mod quantization;
 #[cfg(test)]
 mod tests;
 mod toml;
+mod toml_write;
 mod validate;
 
 pub use error::ConfigError;

@@ -4,7 +4,7 @@ use super::Target;
 use crate::Quantization;
 use crate::config::{ConfigError, read_object};
 use crate::io::IoError;
-use crate::io::save::write_file;
+use hadal_files::Disk;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::Path;
@@ -35,7 +35,7 @@ pub(super) fn converted(path: &Path, target: Target) -> Result<String, ConfigErr
 
 /// Copies the files of `from` that are neither weights nor `config.json`. Larger ones and directories are named in
 /// warnings, one line each.
-pub(super) fn copy_others(from: &Path, to: &Path) -> Result<Vec<String>, IoError> {
+pub(super) fn copy_others(disk: &Disk, from: &Path, to: &Path) -> Result<Vec<String>, IoError> {
     let listing = || std::fs::read_dir(from)?.map(|e| e.map(|e| e.file_name())).collect::<std::io::Result<Vec<_>>>();
     let mut names = listing().map_err(IoError::system(from, "listing"))?;
     names.sort();
@@ -54,7 +54,7 @@ pub(super) fn copy_others(from: &Path, to: &Path) -> Result<Vec<String>, IoError
             continue;
         }
         let bytes = std::fs::read(&path).map_err(IoError::system(&path, "reading"))?;
-        write_file(&to.join(&name), |out| out.write_all(&bytes))?;
+        disk.write_new(&to.join(&name), |out| out.write_all(&bytes))?;
     }
     Ok(warnings)
 }

@@ -9,9 +9,10 @@ mod out;
 mod plan;
 mod unit;
 
-use super::save::{Partial, shard_name, vacant, write_file};
+use super::save::{shard_name, vacant};
 use super::{Checkpoint, IoError};
 use crate::ModelConfig;
+use hadal_files::{Disk, Staged};
 use hadal_kernels::{Ctx, Device};
 use hadal_numerics::block::ScaleFormat;
 use plan::Plan;
@@ -84,19 +85,22 @@ pub fn convert(
     let (plan, more) = Plan::new(&checkpoint, &model, options)?;
     warnings.extend(more);
     vacant(dir)?;
-    let partial = Partial::create(dir)?;
+    let disk = Disk::new();
+    let staged = Staged::begin(&disk, dir)?;
     let text = config::converted(&config_path, options.target)?;
-    write_file(&partial.path.join("config.json"), |out| out.write_all(text.as_bytes()))?;
-    warnings.extend(config::copy_others(source, &partial.path)?);
+    disk.write_new(&staged.path().join("config.json"), |out| out.write_all(text.as_bytes()))?;
+    warnings.extend(config::copy_others(&disk, source, staged.path())?);
     observer.start(plan.shards.iter().flatten().map(Unit::bytes_read).sum());
     for (i, units) in plan.shards.iter().enumerate() {
-        write_shard(ctx, &partial.path.join(shard_name(i, plan.shards.len())), units, observer)?;
+        let name = shard_name("model", i, plan.shards.len());
+        write_shard(ctx, &staged.path().join(name), units, observer)?;
     }
     if plan.shards.len() > 1 {
         let index = format!("{:#}\n", index(&plan));
-        write_file(&partial.path.join("model.safetensors.index.json"), |out| out.write_all(index.as_bytes()))?;
+        let path = staged.path().join("model.safetensors.index.json");
+        disk.write_new(&path, |out| out.write_all(index.as_bytes()))?;
     }
-    partial.commit(dir)?;
+    staged.commit()?;
     let (tensors, files) = (plan.tensors().count(), plan.shards.len());
     Ok(Converted { tensors, parameters: plan.parameters(), bytes: plan.bytes(), files, warnings })
 }
@@ -113,7 +117,7 @@ fn write_shard(ctx: &Ctx, path: &Path, units: &[Unit<'_>], observer: &dyn Conver
 
 fn index(plan: &Plan<'_>) -> serde_json::Value {
     let n = plan.shards.len();
-    let map: BTreeMap<String, String> = plan.tensors().map(|(i, t)| (t.name.clone(), shard_name(i, n))).collect();
+    let map: BTreeMap<String, String> = plan.tensors().map(|(i, t)| (t.name.clone(), shard_name("model", i, n))).collect();
     let metadata = json!({ "total_parameters": plan.parameters(), "total_size": plan.bytes() });
     json!({ "metadata": metadata, "weight_map": map })
 }
