@@ -33,8 +33,8 @@ pub(super) fn converted(path: &Path, target: Target) -> Result<String, ConfigErr
     Ok(format!("{:#}\n", Value::Object(map)))
 }
 
-/// Copies the files of `from` that are neither weights nor `config.json`. Larger ones and directories are named in
-/// warnings, one line each.
+/// Copies the files of `from` that are neither weights nor `config.json`, nor hidden. Larger ones are named in warnings,
+/// one line each; directories (a run's state) are left out.
 pub(super) fn copy_others(disk: &Disk, from: &Path, to: &Path) -> Result<Vec<String>, IoError> {
     let listing = || std::fs::read_dir(from)?.map(|e| e.map(|e| e.file_name())).collect::<std::io::Result<Vec<_>>>();
     let mut names = listing().map_err(IoError::system(from, "listing"))?;
@@ -48,9 +48,11 @@ pub(super) fn copy_others(disk: &Disk, from: &Path, to: &Path) -> Result<Vec<Str
             continue;
         }
         let data = std::fs::metadata(&path).map_err(IoError::system(&path, "reading its size"))?;
-        if !data.is_file() || data.len() > MAX_COPY {
-            let what = if data.is_file() { "a file of more than 64 MiB" } else { "not a file" };
-            warnings.push(format!("{}: {what}: not copied", path.display()));
+        if !data.is_file() {
+            continue;
+        }
+        if data.len() > MAX_COPY {
+            warnings.push(format!("{}: a file of more than 64 MiB: not copied", path.display()));
             continue;
         }
         let bytes = std::fs::read(&path).map_err(IoError::system(&path, "reading"))?;

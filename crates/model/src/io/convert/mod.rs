@@ -7,6 +7,8 @@
 mod config;
 mod out;
 mod plan;
+#[cfg(test)]
+mod tests;
 mod unit;
 
 use super::save::{shard_name, vacant};
@@ -117,7 +119,8 @@ fn write_shard(ctx: &Ctx, path: &Path, units: &[Unit<'_>], observer: &dyn Conver
 
 fn index(plan: &Plan<'_>) -> serde_json::Value {
     let n = plan.shards.len();
-    let map: BTreeMap<String, String> = plan.tensors().map(|(i, t)| (t.name.clone(), shard_name("model", i, n))).collect();
+    let map: BTreeMap<String, String> =
+        plan.tensors().map(|(i, t)| (t.name.clone(), shard_name("model", i, n))).collect();
     let metadata = json!({ "total_parameters": plan.parameters(), "total_size": plan.bytes() });
     json!({ "metadata": metadata, "weight_map": map })
 }
