@@ -9,11 +9,11 @@ difference and prints one line of JSON.
     python check.py loads FP8 LOGITS IDS            transformers dequantises FP8 and gives LOGITS
     python check.py sparse-make DIR each|fused      V3, 671B, FP8, all but a few numbers holes
     python check.py sparse-run HADAL SRC DST each|fused    converts it to bf16 and looks at memory and what came out
+    python check.py dense HADAL DIR                 the same of 1.6 GB without holes, most of it in one fused tensor
 """
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -361,13 +361,24 @@ def header_of(path: Path) -> tuple[dict, int]:
         return json.loads(f.read(size)), 8 + size
 
 
-def sparse_run(hadal: str, source: str, out: str, form: str) -> int:
+# Run by a small interpreter: a child counts as large as the process it was forked from.
+WATCH = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)"""
+
+
+def measured(hadal: str, source: str, out: str, dtype: str) -> tuple[dict, int, float]:
+    """What `convert` said, the most memory it held (bytes), and its seconds."""
+    command = [sys.executable, "-c", WATCH, hadal, "convert", source, out, "--dtype", dtype, "--json"]
     begin = time.monotonic()
-    done = subprocess.run([hadal, "convert", source, out, "--dtype", "bf16", "--json"], stdout=subprocess.PIPE,
-                          check=True, text=True)
-    seconds = time.monotonic() - begin
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    lines = done.stdout.splitlines()
+    return json.loads(lines[-2]), int(lines[-1]), time.monotonic() - begin
+
+
+def sparse_run(hadal: str, source: str, out: str, form: str) -> int:
+    result, peak, seconds = measured(hadal, source, out, "bf16")
     root = Path(out)
     index = json.loads((root / "model.safetensors.index.json").read_text())
     found = {}
@@ -396,9 +407,75 @@ def sparse_run(hadal: str, source: str, out: str, form: str) -> int:
                   names_shapes_dtypes=shapes, index=listed, planted_numbers=sum(values), of=len(EXPECTED))
 
 
+def dense(hadal: str, directory: str) -> int:
+    """One layer with 256 experts of 1024 in fused FP8 tensors, random codes; to BF16, and that to FP8."""
+    root = Path(directory)
+    (root / "fp8").mkdir(parents=True)
+    d, f, e = 2048, 1024, 256
+    small = {"vocab_size": 256, "hidden_size": d, "moe_intermediate_size": f, "num_hidden_layers": 1,
+             "first_k_dense_replace": 0, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 128,
+             "num_nextn_predict_layers": 0}
+    (root / "fp8/config.json").write_text(json.dumps(V3 | small))
+    p = "model.layers.0"
+    tensors = [("model.embed_tokens.weight", "BF16", [256, d]), ("lm_head.weight", "BF16", [256, d]),
+               ("model.norm.weight", "BF16", [d]), (f"{p}.input_layernorm.weight", "BF16", [d]),
+               (f"{p}.post_attention_layernorm.weight", "BF16", [d]),
+               (f"{p}.self_attn.q_proj.weight", "F8_E4M3", [384, d]),
+               (f"{p}.self_attn.kv_a_proj_with_mqa.weight", "F8_E4M3", [192, d]),
+               (f"{p}.self_attn.kv_a_layernorm.weight", "BF16", [128]),
+               (f"{p}.self_attn.kv_b_proj.weight", "F8_E4M3", [512, 128]),
+               (f"{p}.self_attn.o_proj.weight", "F8_E4M3", [d, 256]), (f"{p}.mlp.gate.weight", "BF16", [e, d]),
+               (f"{p}.mlp.gate.e_score_correction_bias", "F32", [e]), *swiglu(f"{p}.mlp.shared_experts", d, f),
+               (f"{p}.mlp.experts.gate_up_proj", "F8_E4M3", [e, 2 * f, d]),
+               (f"{p}.mlp.experts.down_proj", "F8_E4M3", [e, d, f])]
+    generator = torch.Generator().manual_seed(1)
+    header, at, largest = {}, 0, 0
+    order = sorted(with_scales(tensors), key=lambda t: -WIDTH[t[1]])
+    for name, dtype, shape in order:
+        size = math.prod(shape) * WIDTH[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at, largest = at + size, max(largest, size)
+    text = json.dumps(header).encode()
+    with open(root / "fp8/model.safetensors", "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape in order:
+            left = math.prod(shape)
+            while left:
+                n = min(left, 1 << 24)
+                if dtype == "F8_E4M3":
+                    # Every code but NaN, of both signs.
+                    part = torch.randint(0, 127, (n,), generator=generator, dtype=torch.uint8)
+                    part |= torch.randint(0, 2, (n,), generator=generator, dtype=torch.uint8) << 7
+                else:
+                    kind = torch.float32 if dtype == "F32" else torch.bfloat16
+                    part = torch.rand(n, generator=generator).to(kind)
+                out.write(raw(part))
+                left -= n
+    peaks, seconds, sizes = [], [], []
+    for source, to, dtype in (("fp8", "bf16", "bf16"), ("bf16", "back", "fp8")):
+        result, peak, took = measured(hadal, str(root / source), str(root / to), dtype)
+        peaks, seconds, sizes = peaks + [peak], seconds + [round(took, 1)], sizes + [result["bytes"]]
+    # Some of the experts; all of them would need this script to hold what convert does not.
+    wrong = 0
+    with safe_open(root / "fp8/model.safetensors", "pt") as a, safe_open(root / "bf16/model.safetensors", "pt") as b, \
+            safe_open(root / "back/model.safetensors", "pt") as c:
+        for expert in (0, 1, 100, 255):
+            for fused in ("gate_up_proj", "down_proj"):
+                name = f"{p}.mlp.experts.{fused}"
+                x = widen(a.get_slice(name)[expert:expert + 1], a.get_slice(name + "_scale_inv")[expert:expert + 1])
+                for part, y in split(name, x.to(torch.bfloat16)).items():
+                    part = part.replace(".experts.0.", f".experts.{expert}.")
+                    q, s = quantise(y.to(torch.float32), False)
+                    wrong += raw(y) != raw(b.get_tensor(part))
+                    wrong += raw(q) != raw(c.get_tensor(part)) or raw(s) != raw(c.get_tensor(part + "_scale_inv"))
+    good = wrong == 0 and max(peaks) < 2e8 < largest
+    return report(good, what="a model without holes, to bf16 and that to fp8", bytes=[at, *sizes], largest_tensor=largest,
+                  peak_rss_bytes=peaks, allowed=2 * 10**8, seconds=seconds, compared_experts_unlike=wrong)
+
+
 def main() -> int:
     commands = {"quantised": quantised, "make": make, "same": same, "widened": widened, "loads": loads,
-                "sparse-make": sparse_make, "sparse-run": sparse_run}
+                "sparse-make": sparse_make, "sparse-run": sparse_run, "dense": dense}
     return commands[sys.argv[1]](*sys.argv[2:])
 
 

@@ -3,7 +3,7 @@
 #   runs/formats/run.sh [PYTHON]        PYTHON: one with torch, transformers, safetensors and numpy
 # Exits non-zero on a difference; records what it prints in runs/formats/output.txt if there is none. HADAL names another
 # binary than the release build. The 671B checkpoint is a sparse file: it needs a file system with holes (ext4, xfs,
-# btrfs) in TMPDIR and some 100 MB there.
+# btrfs) in TMPDIR and some 100 MB there; the rest needs 7 GB.
 set -euo pipefail
 python=${1:-python3}
 cd "$(dirname "$0")/../.."
@@ -36,6 +36,8 @@ main() {
   check same "$out/hf/f32" "$out/f32-bf16" bfloat16
   convert "$out/hf/fp8-fused" "$out/wide-fused" --dtype fp32
   check widened "$out/hf/fp8-fused" "$out/wide-fused"
+  check dense "$hadal" "$out/dense"
+  rm -r "$out/dense"
   # All of V3.
   for form in each fused; do
     check sparse-make "$out/v3" $form

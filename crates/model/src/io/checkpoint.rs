@@ -176,7 +176,7 @@ impl Checkpoint {
         let quantised = |name: &&str| self.stored(name).is_some_and(|(_, stored)| stored.dtype == Dtype::F8_E4M3);
         let scales: Vec<String> = used.keys().copied().filter(quantised).map(scales_name).collect();
         used.extend(scales.iter().map(|name| (name.as_str(), ())));
-        self.names().into_iter().filter(|n| !used.contains_key(n) && !derived(n)).collect()
+        self.names().into_iter().filter(|n| !used.contains_key(n)).collect()
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::io::tests::{Tensors, ctx, layout, load, tensors, tiny, weights, write};
-use crate::{Params, Precision, SaveOptions, save_checkpoint};
+use crate::{ParamId, Params, Precision, SaveOptions, save_checkpoint};
 use hadal_kernels::{DType, Elem, bf16};
 use hadal_numerics::{e4m3, ue8m0};
 use safetensors::Dtype;
@@ -158,7 +158,10 @@ fn fp8_is_what_the_obvious_quantiser_gives_and_loads_as_that() {
             checkpoint.load_for_inference(&ctx(5), &place.config, layout(&place.config), Precision::Bf16).unwrap();
         assert_eq!(warnings, Vec::<String>::new());
         let full = checkpoint.load(&ctx(1), &place.config, layout(&place.config), Precision::Bf16).unwrap().0;
-        assert_eq!(lean.compute.as_ref().unwrap().view().bf16(), full.compute.as_ref().unwrap().view().bf16());
+        for i in 0..lean.layout.tensors.len() {
+            let (a, b) = (lean.weight(ParamId(i)), full.weight(ParamId(i)));
+            assert_eq!(a.data.to_f32(), b.data.to_f32(), "{}", lean.layout.tensors[i].published[0].name);
+        }
     }
 }
 
@@ -248,11 +251,18 @@ fn fused_experts() {
         }
         let split = place.convert("fp8", "split", Target::Fp8(ScaleFormat::F32));
         assert_eq!(split.keys().collect::<Vec<_>>(), each.keys().collect::<Vec<_>>());
-        if rows == 128 {
-            assert_eq!(split, each, "blocks that lie alike keep codes and scales");
-        } else {
-            assert_eq!(split, place.convert("wide", "split-wide", Target::Fp8(ScaleFormat::F32)));
+        // Blocks that lie alike keep codes and scales; the up rows need new ones where they begin within a block.
+        let fresh = place.convert("wide", "split-wide", Target::Fp8(ScaleFormat::F32));
+        let kept = place.convert("split", "split-f32", Target::F32);
+        for (name, x) in &kept {
+            if rows == 136 && name.contains(".experts.") && name.contains("up_proj") {
+                let scale = format!("{name}_scale_inv");
+                assert_eq!((&split[name], &split[&scale]), (&fresh[name], &fresh[&scale]), "{name}");
+            } else {
+                assert_eq!(x, &f32[name], "{name}");
+            }
         }
+        assert!(rows == 136 || split == each);
     }
 }
 
@@ -430,7 +440,7 @@ fn other_tensors_and_files() {
     let e = place.try_convert("out", "out", Target::F32, usize::MAX).unwrap_err().to_string();
     assert!(e.ends_with("out: expected a path that does not exist yet, found a directory that is not empty"), "{e}");
     std::fs::create_dir_all(place.dir(".next.partial/old")).unwrap();
-    place.convert("out", "next", Target::F32);
+    place.try_convert("out", "next", Target::F32, usize::MAX).unwrap();
     assert_eq!(names(""), ["f32", "next", "out"]);
     let mut few = out.clone();
     few.remove("model.norm.weight");
@@ -448,7 +458,7 @@ fn sparse_files_stay_sparse() {
     let place = Place { root: tempfile::tempdir().unwrap(), params: weights(&tiny()), config };
     let whole = layout(&place.config);
     let mut at = 0;
-    let entry = |p: &crate::Published| {
+    let mut entry = |p: &crate::Published| {
         let begin = at;
         at += 4 * p.len();
         let dtype = Dtype::F32;
@@ -476,7 +486,8 @@ fn sparse_files_stay_sparse() {
         let mut found = vec![9; bytes * 3];
         shard.read_bytes(stored, middle - 1, &mut found).unwrap();
         assert_eq!(found, [vec![0; bytes], one, vec![0; bytes]].concat());
-        assert!(shard.is_hole(stored, 0, middle / 2) && !shard.is_hole(stored, middle - 1, 3));
+        // Not from the first element on: it shares a page with the header.
+        assert!(shard.is_hole(stored, middle / 4, middle / 4) && !shard.is_hole(stored, middle - 1, 3));
         std::fs::remove_dir_all(place.dir("out")).unwrap();
     }
     // Zeros that are written out are holes afterwards too.
