@@ -23,8 +23,13 @@ pub(crate) struct Prepared {
     pub prompts: Vec<String>,
 }
 
-/// Reads, splits and tokenises the text.
-pub(crate) fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prepared, TrainError> {
+/// Reads, splits and tokenises the text; `tokenizer` replaces the one in the settings.
+pub(crate) fn prepare(
+    ctx: &Ctx,
+    run: &Run,
+    tokenizer: Option<&Path>,
+    observer: &mut dyn Observer,
+) -> Result<Prepared, TrainError> {
     let seed = run.config.seed;
     let documents = match run.data.paths.as_deref() {
         Some([]) => {
@@ -51,7 +56,8 @@ pub(crate) fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Resu
     let (train, held) = (pick(&split.train), pick(&split.validation));
     let Device::Cpu(cpu) = &ctx.device;
     let prompts = beginnings(&held);
-    let tokenizer = match &run.data.tokenizer {
+    let given = tokenizer.or(run.data.tokenizer.as_deref());
+    let tokenizer = match given {
         Some(path) => Tokenizer::load(path)?,
         None => {
             observer.phase("training a byte-level BPE tokenizer");
@@ -65,7 +71,7 @@ pub(crate) fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Resu
             trained
         }
     };
-    if let Some(path) = &run.data.tokenizer {
+    if let Some(path) = given {
         check_tokenizer(path, &tokenizer, &run.model)?;
     }
     observer.phase("tokenising");

@@ -7,4 +7,5 @@ mod convert;
 mod determinism;
 mod inference;
 mod pretrain;
+mod settings;
 mod support;
