@@ -6,7 +6,6 @@ difference and prints one line of JSON.
     python check.py make DIR                        checkpoints of transformers: bf16, f32, bf16-fused, fp8-fused
     python check.py same A B [DTYPE]                the tensors of A, split by expert and as DTYPE, are B's bytes
     python check.py widened FP8 WIDE                WIDE is FP8 dequantised
-    python check.py loads FP8 LOGITS IDS            transformers dequantises FP8 and gives LOGITS
     python check.py sparse-make DIR each|fused      V3, 671B, FP8, all but a few numbers holes
     python check.py sparse-run HADAL SRC DST each|fused    converts it to bf16 and looks at memory and what came out
     python check.py dense HADAL DIR                 the same of 1.6 GB without holes, most of it in one fused tensor
@@ -199,23 +198,6 @@ def widened(fp8: str, wide: str) -> int:
     scales = [n for n in source if n.endswith("_scale_inv")]
     return report(wrong == 0 and len(scales) > 0, what=f"{Path(fp8).name}, dequantised", fp8_tensors=len(scales),
                   tensors=len(found), unlike=wrong)
-
-
-def loads(fp8: str, logits: str, ids: str) -> int:
-    import transformers
-    from safetensors.torch import load_file
-
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        fp8, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
-        quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
-    with torch.no_grad():
-        expected = model.eval()(torch.tensor([[int(i) for i in ids.split(",")]])).logits[0].to(torch.float32)
-    found = load_file(logits)["logits"]
-    rms = expected.square().mean().sqrt()
-    worst = ((found - expected).abs() / (expected.abs() + rms)).max().item()
-    good = not info["missing_keys"] and not info["unexpected_keys"] and worst <= 1e-4
-    return report(good, what="our fp8 export, opened by transformers", missing_keys=len(info["missing_keys"]),
-                  unexpected_keys=len(info["unexpected_keys"]), worst_logit_difference=worst, allowed=1e-4)
 
 
 V3 = {
@@ -474,7 +456,7 @@ def dense(hadal: str, directory: str) -> int:
 
 
 def main() -> int:
-    commands = {"quantised": quantised, "make": make, "same": same, "widened": widened, "loads": loads,
+    commands = {"quantised": quantised, "make": make, "same": same, "widened": widened,
                 "sparse-make": sparse_make, "sparse-run": sparse_run, "dense": dense}
     return commands[sys.argv[1]](*sys.argv[2:])
 
