@@ -1,6 +1,7 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
 mod convert;
+mod demo;
 mod generate;
 mod inspect;
 mod interrupt;

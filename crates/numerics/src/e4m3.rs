@@ -89,7 +89,7 @@ mod tests {
         let sign = if x.is_sign_negative() { 0x80 } else { 0 };
         let distance = |code: u8| (f64::from(decode(code)) - f64::from(x.abs().min(MAX))).abs();
         let better = |a: u8, b: u8| match distance(a).total_cmp(&distance(b)) {
-            std::cmp::Ordering::Equal if a % 2 == 0 => a,
+            std::cmp::Ordering::Equal if a.is_multiple_of(2) => a,
             std::cmp::Ordering::Less => a,
             _ => b,
         };

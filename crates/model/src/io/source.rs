@@ -135,7 +135,7 @@ impl<'a> Scales<'a> {
     /// True if the element `at` begins a row of blocks.
     pub(super) fn begins_blocks(&self, at: usize) -> bool {
         let [rows, cols] = self.matrix;
-        at % cols == 0 && (at / cols % rows).is_multiple_of(self.block[0])
+        at.is_multiple_of(cols) && (at / cols % rows).is_multiple_of(self.block[0])
     }
 
     /// First scale, within all grids, of the row of blocks that holds the element `at` of the weights.

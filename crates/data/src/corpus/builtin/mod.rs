@@ -9,10 +9,12 @@
 
 mod arithmetic;
 mod code;
+mod drill;
 mod grammar;
 mod logic;
 mod prose;
 
+pub use drill::{Problem, problems};
 use grammar::{Dice, Scene};
 
 /// Size of the default corpus.
@@ -38,10 +40,35 @@ fn document(seed: u64, index: u64) -> (String, Scene) {
         19..32 => prose::chinese(&mut scene),
         32..39 => code::module(&mut scene),
         39..50 => code::trace(&mut scene),
-        50..82 => arithmetic::document(&mut scene),
+        50..64 => drill::document(&mut scene),
+        64..82 => arithmetic::document(&mut scene),
         _ => logic::document(&mut scene),
     };
     (text, scene)
+}
+
+/// Beginnings of documents that no corpus holds, to be continued by a model: what it is ("English", "Chinese", "code"),
+/// and the first lines or sentences. Two of each.
+pub fn openings(seed: u64) -> Vec<(&'static str, String)> {
+    let mut openings = Vec::new();
+    for (stream, name) in (0..).zip(["English", "English", "Chinese", "Chinese", "code", "code"]) {
+        // Apart from the numbers of documents and of problems.
+        let mut scene = Scene::new(Dice::new(seed, stream | 3 << 62));
+        let text = match name {
+            "English" => prose::english(&mut scene),
+            "Chinese" => prose::chinese(&mut scene),
+            _ => code::module(&mut scene),
+        };
+        openings.push((name, beginning(&text)));
+    }
+    openings
+}
+
+/// Two lines of code or about two sentences.
+fn beginning(text: &str) -> String {
+    let ends: Vec<usize> = text.match_indices(['.', '。', '\n']).map(|(at, mark)| at + mark.len()).collect();
+    let end = ends.into_iter().find(|&end| end >= 60).unwrap_or(text.len());
+    text[..end].to_owned()
 }
 
 /// The two languages of worked problems; section names begin with the prefix.

@@ -275,11 +275,9 @@ fn shards_and_scales_in_other_files() {
     assert!(done.files > 5, "{done:?}");
     let index = std::fs::read(place.dir("shards/model.safetensors.index.json")).unwrap();
     let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
-    let sum = |of: &dyn Fn(&str, &(Dtype, Vec<usize>, Vec<u8>)) -> usize| -> usize {
-        whole.iter().map(|(name, t)| of(name, t)).sum()
-    };
-    let bytes = sum(&|_, t| t.2.len());
-    let numbers = sum(&|name, t| if name.ends_with("_scale_inv") { 0 } else { t.1.iter().product() });
+    let bytes: usize = whole.values().map(|t| t.2.len()).sum();
+    let weights = whole.iter().filter(|(name, _)| !name.ends_with("_scale_inv"));
+    let numbers: usize = weights.map(|(_, t)| t.1.iter().product::<usize>()).sum();
     assert_eq!((done.bytes, done.parameters, done.tensors), (bytes, numbers, whole.len()));
     assert_eq!(index["metadata"], json!({ "total_parameters": numbers, "total_size": bytes }));
     let mut all = Tensors::new();
