@@ -1,5 +1,6 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
+mod convert;
 mod demo;
 mod generate;
 mod inspect;
@@ -58,6 +59,8 @@ enum Verb {
     Logits(logits::Logits),
     /// Count what a model costs: parameters, FLOPs, cache, training memory.
     Inspect(inspect::Inspect),
+    /// Store a checkpoint's weights in another dtype: BF16, FP32 or FP8.
+    Convert(convert::Convert),
 }
 
 impl Verb {
@@ -68,6 +71,7 @@ impl Verb {
             Self::Generate(_) => ("generate", true, true),
             Self::Logits(_) => ("logits", true, false),
             Self::Inspect(_) => ("inspect", false, false),
+            Self::Convert(_) => ("convert", true, false),
         }
     }
 }
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
         Verb::Generate(v) => done(v.run(&cli.global, &out)),
         Verb::Logits(v) => done(v.run(&cli.global, &out)),
         Verb::Inspect(v) => done(v.run(&cli.global, &out)),
+        Verb::Convert(v) => done(v.run(&cli.global, &out)),
     });
     result.unwrap_or_else(|e| {
         out.error(&format!("{e:#}"));

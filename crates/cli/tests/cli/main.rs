@@ -3,6 +3,7 @@
 mod bad_arguments;
 mod bad_data;
 mod bad_models;
+mod convert;
 mod demo;
 mod determinism;
 mod inference;
