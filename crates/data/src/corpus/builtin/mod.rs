@@ -71,11 +71,11 @@ impl Part {
     /// The first draw of a document.
     fn draw(dice: &mut Dice) -> Self {
         match dice.below(100) {
-            0..15 => Self::English,
-            15..27 => Self::Chinese,
-            27..32 => Self::Module,
-            32..36 => Self::Trace,
-            36..87 => Self::Drill,
+            0..18 => Self::English,
+            18..32 => Self::Chinese,
+            32..38 => Self::Module,
+            38..43 => Self::Trace,
+            43..87 => Self::Drill,
             87..93 => Self::Arithmetic,
             _ => Self::Logic,
         }

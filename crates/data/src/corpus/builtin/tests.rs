@@ -171,7 +171,7 @@ fn problems_are_unseen_and_openings_too() {
             assert!(problem.prompt.ends_with('\n') && !problem.answer.is_empty(), "{problem:?}");
         }
         for language in ["en", "zh"] {
-            for kind in ["addition", "subtraction", "multiplication", "division", "equation", "word problem"] {
+            for kind in ["running sum", "product and sum", "addition", "subtraction", "equation", "word problem"] {
                 let count = problems.iter().filter(|p| p.kind == kind && p.language == language).count();
                 assert_eq!(count, 20, "{kind} {language}");
             }
@@ -217,62 +217,85 @@ fn quotient(text: &str) -> Option<i64> {
     }
 }
 
-/// Every line of working is a true equation, and every answer is what the columns above it ask for, worked out here
-/// from the numbers in the text.
+/// Every line of working is a true equation that goes on from the one before, and every answer is what its question
+/// asks for, worked out here from the text.
 #[test]
 fn worked_arithmetic_is_right() {
-    let (mut lines, mut answers) = (0, 0);
+    let (mut lines, mut answers) = (0, [0; 4]);
     for i in 0..6000 {
         let mut scene = Scene::new(Dice::new(3, i));
         let Part::Drill = Part::draw(&mut scene.dice) else { continue };
         let text = document(3, i).0;
-        let mut asked = None;
+        let (mut asked, mut operands, mut last) = (None, Vec::new(), 0);
         for line in text.lines() {
             if let Some(found) = line.strip_prefix('=') {
-                let found: String = found.split_whitespace().collect();
-                answers += 1;
+                let found: i64 = found.split_whitespace().collect::<String>().parse().unwrap();
                 match asked.take() {
-                    Some(Asked::Number(n)) => assert_eq!(found.parse(), Ok(n), "{text}"),
-                    Some(Asked::Quotient(q, r)) => {
-                        let (a, b) = found.split_once(['r', '余']).unwrap();
-                        assert_eq!((a.parse(), b.parse()), (Ok(q), Ok(r)), "{text}");
+                    Some(Asked::Number(kind, n)) => {
+                        assert_eq!(found, n, "{text}");
+                        answers[kind] += 1;
+                    }
+                    Some(Asked::Story(numbers)) => {
+                        assert_eq!((found, &operands), (last, &numbers), "{text}");
+                        answers[3] += 1;
                     }
                     None => panic!("an answer without a question: {text}"),
                 }
-            } else if let Some(columns) = columns(line) {
-                asked = Some(columns);
-            } else if let Some(unknown) = unknown(line) {
-                asked = Some(Asked::Number(unknown));
+                operands.clear();
             } else if let Some((left, right)) =
                 line.split_once('=').filter(|(left, right)| value(left).is_some() && value(right).is_some())
             {
                 assert_eq!(value(left), value(right), "{line} in\n{text}");
+                let numbers = numbers(left);
+                if operands.is_empty() {
+                    operands.push(numbers[0]);
+                }
+                operands.push(numbers[1]);
+                last = value(right).unwrap();
                 lines += 1;
+            } else if let Some(question) = question(line) {
+                asked = Some(question);
             }
         }
         assert!(asked.is_none(), "a question without an answer: {text}");
     }
-    assert!(answers > 3000 && lines > 6000, "{answers}, {lines}");
+    assert!(answers.iter().all(|&n| n > 500) && lines > 6000, "{answers:?}, {lines}");
 }
 
 #[derive(Debug)]
 enum Asked {
-    Number(i64),
-    Quotient(i64, i64),
+    /// 0 an expression, 1 columns, 2 an equation; and what it comes to.
+    Number(usize, i64),
+    /// A story with these numbers.
+    Story(Vec<i64>),
 }
 
-/// The task of a line such as "4 7+8 5".
-fn columns(line: &str) -> Option<Asked> {
-    let mark = line.find(['+', '-', '×', '÷'])?;
-    let sign = line[mark..].chars().next()?;
-    let number = |s: &str| s.split(' ').collect::<String>().parse::<i64>().ok();
-    let (a, b) = (number(&line[..mark])?, number(&line[mark + sign.len_utf8()..])?);
-    Some(match sign {
-        '+' => Asked::Number(a + b),
-        '-' => Asked::Number(a - b),
-        '×' => Asked::Number(a * b),
-        _ => Asked::Quotient(a / b, a % b),
-    })
+fn numbers(text: &str) -> Vec<i64> {
+    text.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+fn question(line: &str) -> Option<Asked> {
+    if let Some(n) = unknown(line) {
+        return Some(Asked::Number(2, n));
+    }
+    if let Some(n) = columns(line) {
+        return Some(Asked::Number(1, n));
+    }
+    // "Add 4 7 and 8 5" comes with its columns on the next line.
+    let mut expressions =
+        line.split(|c: char| !(c.is_ascii_digit() || "+-×".contains(c))).filter(|e| numbers(e).len() > 2);
+    match expressions.next() {
+        Some(e) => Some(Asked::Number(0, value(e)?)),
+        None => (numbers(line).len() == 4).then(|| Asked::Story(numbers(line))),
+    }
+}
+
+/// What a line such as "4 7+8 5" comes to.
+fn columns(line: &str) -> Option<i64> {
+    let mark = line.find(['+', '-'])?;
+    let number = |s: &str| s.split(' ').collect::<String>().parse::<i64>().ok().filter(|_| s.contains(' '));
+    let (a, b) = (number(&line[..mark])?, number(&line[mark + 1..])?);
+    Some(if line.as_bytes()[mark] == b'+' { a + b } else { a - b })
 }
 
 /// The y of a line that holds an equation such as "3×y+4=19".
