@@ -14,6 +14,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::ModelWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::DataError;
 
@@ -90,6 +91,14 @@ impl Tokenizer {
     /// per byte, which vocabularies of any size share.
     pub fn token_byte_lengths(&self) -> Vec<u32> {
         self.byte_lengths.clone()
+    }
+
+    /// A hash of all that decides which tokens a document becomes.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        hash.update(&self.files()[0].1);
+        hash.update(&self.eos.map_or(u64::MAX, u64::from).to_le_bytes());
+        hash.digest()
     }
 
     /// `tokenizer.json` and `tokenizer_config.json` as transformers reads them: (name, contents), for whoever writes
