@@ -42,7 +42,7 @@ impl Disk {
         Self { faults: Some(faults) }
     }
 
-    /// Runs `f` unless a fault is planned here; `half` is what happens before a planned death.
+    /// Runs `f` unless a fault is planned here; `half` is what a planned death lets happen.
     pub(crate) fn op<T>(
         &self,
         takes: Takes,
@@ -52,9 +52,9 @@ impl Disk {
         match self.faults.as_ref().map_or(Verdict::Proceed, |faults| faults.verdict(takes)) {
             Verdict::Proceed => f(),
             Verdict::Fail(e) => Err(e),
-            Verdict::Die => {
+            Verdict::Half => {
                 half();
-                std::process::abort()
+                Err(std::io::Error::other("dead"))
             }
         }
     }
@@ -78,12 +78,17 @@ impl Disk {
     /// Writes one file beside its place, flushes it and renames it: whole or not there. An existing file is replaced.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         let partial = hidden(path, "partial")?;
-        let _ = std::fs::remove_file(&partial); // Left by an interrupted writer, or not there.
+        self.forget(&partial);
         let written = self.write_new(&partial, |out| out.write_all(bytes)).and_then(|_| self.rename(&partial, path));
         if written.is_err() {
-            let _ = std::fs::remove_file(&partial); // The first error is the one to report.
+            self.forget(&partial);
         }
         written
+    }
+
+    /// Removes what an interrupted or failed writer left, if anything; should it stay, making it anew says so.
+    fn forget(&self, partial: &Path) {
+        let _ = self.op(Takes::Nothing, || (), || std::fs::remove_file(partial));
     }
 
     /// Makes a directory and those above it.
@@ -104,7 +109,7 @@ impl Disk {
             return self.replace(path, name.as_bytes());
         }
         let partial = hidden(path, "partial")?;
-        let _ = std::fs::remove_file(&partial); // Left by an interrupted writer, or not there.
+        self.forget(&partial);
         self.op(Takes::Room, || (), || symlink(name, &partial)).map_err(FileError::new(&partial, "linking"))?;
         self.rename(&partial, path)
     }
@@ -127,7 +132,9 @@ impl Disk {
             }
             match path.is_dir() && !path.is_symlink() {
                 true => self.discard(&path)?,
-                false => std::fs::remove_file(&path).map_err(FileError::new(&path, "removing"))?,
+                false => self
+                    .op(Takes::Nothing, || (), || std::fs::remove_file(&path))
+                    .map_err(FileError::new(&path, "removing"))?,
             }
         }
         Ok(())
@@ -140,7 +147,7 @@ impl Disk {
         }
         let first = || {
             if let Some(entry) = std::fs::read_dir(path).ok().and_then(|mut entries| entries.next()?.ok()) {
-                let _ = std::fs::remove_file(entry.path()); // On the way to a planned death.
+                let _ = std::fs::remove_file(entry.path()); // A planned death.
             }
         };
         self.op(Takes::Nothing, first, || std::fs::remove_dir_all(path)).map_err(FileError::new(path, "removing"))
@@ -171,7 +178,7 @@ impl Write for Output {
         let file = &self.file;
         let half = || {
             let mut file = file;
-            let _ = file.write_all(&bytes[..bytes.len() / 2]); // On the way to a planned death.
+            let _ = file.write_all(&bytes[..bytes.len() / 2]); // A planned death.
         };
         let mut to = file;
         let n = self.disk.op(Takes::Room, half, || to.write(bytes))?;

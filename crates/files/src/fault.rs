@@ -10,8 +10,8 @@ pub enum Fault {
     Once(ErrorKind),
     /// From here on nothing can be created or written; names can still be changed and removed.
     Full,
-    /// The process dies in the middle of it, without unwinding: half of what was to be written is written.
-    Kill,
+    /// In the middle of it the process dies: half of it happens, and nothing after it. The caller sees errors.
+    Death,
 }
 
 /// One fault at operation number `at`, counted from 0. Without a fault it only counts.
@@ -25,7 +25,8 @@ pub struct Faults {
 pub(crate) enum Verdict {
     Proceed,
     Fail(Error),
-    Die,
+    /// Half of the operation happens.
+    Half,
 }
 
 /// Whether an operation takes room.
@@ -55,7 +56,8 @@ impl Faults {
         let n = self.count.fetch_add(1, Ordering::SeqCst);
         match self.planned {
             Some((at, Fault::Once(kind))) if n == at => Verdict::Fail(Error::new(kind, "a planned fault")),
-            Some((at, Fault::Kill)) if n == at => Verdict::Die,
+            Some((at, Fault::Death)) if n == at => Verdict::Half,
+            Some((at, Fault::Death)) if n > at => Verdict::Fail(Error::other("dead")),
             Some((at, Fault::Full)) if n >= at && takes == Takes::Room => Verdict::Fail(ErrorKind::StorageFull.into()),
             _ => Verdict::Proceed,
         }

@@ -44,7 +44,7 @@ impl Drop for Staged {
     fn drop(&mut self) {
         if !self.done {
             // The error that led here is the one to report; the next writer removes what stays.
-            let _ = std::fs::remove_dir_all(&self.path);
+            let _ = self.disk.discard(&self.path);
         }
     }
 }

@@ -48,16 +48,18 @@ pub fn save_checkpoint(
     assert!(params.has_masters(), "weights for inference are no checkpoint");
     config.validate()?;
     vacant(dir)?;
-    let staged = Staged::begin(&Disk::new(), dir)?;
-    write_model(&staged, config, &params.layout, params.master.view().f32(), options)?;
-    write_extra(&staged, dir, extra)?;
+    let disk = Disk::new();
+    let staged = Staged::begin(&disk, dir)?;
+    write_model(&disk, staged.path(), config, &params.layout, params.master.view().f32(), options)?;
+    write_extra(&disk, staged.path(), extra)?;
     Ok(staged.commit()?)
 }
 
 /// Writes `config.json` and the weights `master`, the f32 arena of `layout`, into a directory that is being made.
 /// Panics unless the layout is of the whole model (a contract breach).
 pub fn write_model(
-    staged: &Staged,
+    disk: &Disk,
+    dir: &Path,
     config: &ModelConfig,
     layout: &Layout,
     master: &[f32],
@@ -65,9 +67,9 @@ pub fn write_model(
 ) -> Result<Manifest, IoError> {
     assert_eq!(layout.scope, Scope::whole(config), "only a whole model makes a checkpoint");
     let text = format!("{:#}\n", config.to_hf_json(options.dtype));
-    let written = staged.disk().write_new(&staged.path().join("config.json"), |out| out.write_all(text.as_bytes()))?;
+    let written = disk.write_new(&dir.join("config.json"), |out| out.write_all(text.as_bytes()))?;
     let shards = plan(items(config, layout, options.dtype), options);
-    let mut manifest = write_shards(staged, "model", &shards, master)?;
+    let mut manifest = write_shards(disk, dir, "model", &shards, master)?;
     manifest.insert("config.json".into(), written);
     Ok(manifest)
 }
@@ -75,7 +77,8 @@ pub fn write_model(
 /// Writes any f32 arena of `layout` (masters, a moment, an average) as `<stem>.safetensors`, or shards with an index,
 /// under the published names and global shapes, all F32.
 pub fn write_arena(
-    staged: &Staged,
+    disk: &Disk,
+    dir: &Path,
     stem: &str,
     layout: &Layout,
     arena: &[f32],
@@ -85,17 +88,17 @@ pub fn write_arena(
         |p: &Published| Item { name: p.name.clone(), shape: p.shape.clone(), range: p.range(), dtype: DType::F32 };
     let items = layout.published().map(|(_, p)| item(p)).collect();
     let shards = plan(items, SaveOptions { dtype: DType::F32, shard_bytes });
-    write_shards(staged, stem, &shards, arena)
+    write_shards(disk, dir, stem, &shards, arena)
 }
 
-/// Writes files with plain names of their own into a directory that becomes `dir`.
-pub fn write_extra(staged: &Staged, dir: &Path, extra: &[(&str, &[u8])]) -> Result<Manifest, IoError> {
+/// Writes files with plain names of their own into a directory that is being made.
+pub fn write_extra(disk: &Disk, dir: &Path, extra: &[(&str, &[u8])]) -> Result<Manifest, IoError> {
     let mut manifest = Manifest::new();
     for (name, bytes) in extra {
-        let path = inside(staged.path(), name).filter(|p| !p.exists()).ok_or_else(|| {
+        let path = inside(dir, name).filter(|p| !p.exists()).ok_or_else(|| {
             IoError::format(dir, "extra files with plain names of their own", super::error::printable(name))
         })?;
-        manifest.insert((*name).into(), staged.disk().write_new(&path, |out| out.write_all(bytes))?);
+        manifest.insert((*name).into(), disk.write_new(&path, |out| out.write_all(bytes))?);
     }
     Ok(manifest)
 }
@@ -161,7 +164,7 @@ fn items(config: &ModelConfig, layout: &Layout, dtype: DType) -> Vec<Item> {
 }
 
 /// Writes `<stem>.safetensors`, or `<stem>-i-of-n.safetensors` and their index.
-fn write_shards(staged: &Staged, stem: &str, shards: &[Vec<Item>], arena: &[f32]) -> Result<Manifest, IoError> {
+fn write_shards(disk: &Disk, dir: &Path, stem: &str, shards: &[Vec<Item>], arena: &[f32]) -> Result<Manifest, IoError> {
     let n = shards.len();
     let file = |i: usize| match n {
         1 => format!("{stem}.safetensors"),
@@ -169,7 +172,7 @@ fn write_shards(staged: &Staged, stem: &str, shards: &[Vec<Item>], arena: &[f32]
     };
     let mut manifest = Manifest::new();
     for (i, items) in shards.iter().enumerate() {
-        let written = staged.disk().write_new(&staged.path().join(file(i)), |out| write_shard(out, items, arena))?;
+        let written = disk.write_new(&dir.join(file(i)), |out| write_shard(out, items, arena))?;
         manifest.insert(file(i), written);
     }
     if n == 1 {
@@ -182,7 +185,7 @@ fn write_shards(staged: &Staged, stem: &str, shards: &[Vec<Item>], arena: &[f32]
     let metadata = json!({ "total_size": total, "total_parameters": elements });
     let index = format!("{:#}\n", json!({ "metadata": metadata, "weight_map": map }));
     let name = format!("{stem}.safetensors.index.json");
-    let written = staged.disk().write_new(&staged.path().join(&name), |out| out.write_all(index.as_bytes()))?;
+    let written = disk.write_new(&dir.join(&name), |out| out.write_all(index.as_bytes()))?;
     manifest.insert(name, written);
     Ok(manifest)
 }
