@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args};
 use hadal_kernels::{Ctx, DType};
 use hadal_model::account::{self, TrainingMemory};
 use hadal_model::{Layout, ModelConfig, Scope, preset_sequence};
-use hadal_train::{DataSettings, Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
+use hadal_train::{Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ pub struct Pretrain {
     /// TOML file with `[model]`, `[data]` and `[train]`; options here win over it.
     #[arg(long, value_name = "F", group = "model")]
     config: Option<PathBuf>,
-    /// UTF-8 text files.
+    /// Text: files, folders, globs; .jsonl and .ndjson hold a JSON object a line.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     data: Option<Vec<PathBuf>>,
     /// A tokenizer.json, or a directory with one; by default a byte-level BPE is trained on the text.
@@ -132,11 +132,11 @@ impl Pretrain {
         let seq = self.preset.as_deref().or(table).and_then(preset_sequence);
         settings.seq = settings.seq.or(seq.map(|n| n.min(model.max_position_embeddings)));
         let config = TrainConfig::resolve(settings, &model).context(from)?;
-        let data = DataSettings {
-            paths: self.data.clone().or(file.data.paths),
-            tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
-            valid_fraction: file.data.valid_fraction,
-        };
+        let mut data = file.data;
+        if self.data.is_some() {
+            (data.paths, data.sources) = (self.data.clone(), None);
+        }
+        data.tokenizer = self.tokenizer.clone().or(data.tokenizer);
         Ok(Run { model, config, data, out: self.out.clone() })
     }
 }

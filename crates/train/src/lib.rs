@@ -11,7 +11,7 @@ mod record;
 mod schedule;
 mod step;
 
-pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
+pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};

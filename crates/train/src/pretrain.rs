@@ -31,7 +31,7 @@ pub struct Start {
     /// Trained parameters, MTP included.
     pub parameters: usize,
     /// Tokens to train on, and held out.
-    pub tokens: (usize, usize),
+    pub tokens: (u64, u64),
     /// Bytes of text a token stands for, on the training side.
     pub bytes_per_token: f64,
     /// Steps to come.
@@ -55,6 +55,8 @@ pub struct Outcome {
 pub trait Observer {
     /// A phase before training begins.
     fn phase(&mut self, what: &str);
+    /// So many bytes of `total` are done in a phase that takes long.
+    fn progress(&mut self, _what: &str, _done: u64, _total: u64) {}
     /// Training begins.
     fn start(&mut self, start: &Start);
     /// A step is done.
@@ -76,11 +78,10 @@ pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Out
     let config = with_special_tokens(run.model.clone(), &data.tokenizer);
     let model = Model::whole(ctx, config.clone());
     let params = Params::init(ctx, &config, model.layout.clone(), run.config.precision, run.config.seed);
-    let stream = data.train.stream();
     observer.start(&Start {
         parameters: model.layout.parameters(),
-        tokens: (stream.tokens.len(), data.held.tokens.len()),
-        bytes_per_token: stream.bytes as f64 / stream.tokens.len() as f64,
+        tokens: data.tokens,
+        bytes_per_token: data.bytes_per_token,
         steps: run.config.schedule.steps,
         tokens_per_step: run.config.batch * run.config.seq,
     });
@@ -146,7 +147,7 @@ impl Loop<'_> {
         for step in 0..c.schedule.steps {
             let ctx = Ctx { step, ..ctx.clone() };
             let begin = Instant::now();
-            let windows = self.windows(step);
+            let windows = self.windows(step)?;
             if let Some(r) = &mut recorder {
                 r.add(&windows);
             }
@@ -168,9 +169,9 @@ impl Loop<'_> {
     }
 
     /// The tokens of a step: a function of (seed, step) alone.
-    fn windows(&self, step: u64) -> Vec<Vec<u32>> {
+    fn windows(&self, step: u64) -> Result<Vec<Vec<u32>>, TrainError> {
         let batch = self.run.config.batch as u64;
-        (step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect()
+        Ok((step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect::<Result<_, _>>()?)
     }
 
     fn record(

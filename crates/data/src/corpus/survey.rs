@@ -209,16 +209,16 @@ fn scan(path: &Path) -> std::io::Result<(u64, Option<u64>)> {
     }
 }
 
-/// Training documents to train a tokenizer on: all of them if all documents together have at most `bound` bytes, else
+/// Documents to train a tokenizer on, without held-out ones: all of them if all documents together have at most `bound` bytes, else
 /// about so many bytes, chosen by their content so that they are spread over everything. Mixture weights do not count.
-pub fn sample(sources: &[(&Survey, &Sides)], bound: u64) -> Result<Vec<String>, DataError> {
+pub fn sample(sources: &[(&Survey, Option<&Sides>)], bound: u64) -> Result<Vec<String>, DataError> {
     let total: u64 = sources.iter().map(|(survey, _)| survey.text_bytes).sum();
     let share = (u128::from(bound) << 64) / u128::from(total.max(1));
     let (mut taken, mut bytes) = (Vec::new(), 0);
     for (survey, sides) in sources {
         survey.each(|index, text| {
             let chosen = total <= bound || (u128::from(xxh3_64(text.as_bytes())) < share && bytes < bound);
-            if chosen && !sides.held(index) {
+            if chosen && !sides.is_some_and(|s| s.held(index)) {
                 bytes += text.len() as u64;
                 taken.push(text.to_owned());
             }

@@ -16,8 +16,6 @@ pub struct Part {
     pub name: String,
     /// Its training tokens.
     pub tokens: Side,
-    /// Its share of the samples, relative to the other sources'. All have one or none has.
-    pub weight: Option<f64>,
 }
 
 /// Serves windows of several sources by global sample number. Shareable by threads; the only state is a cache.
@@ -46,21 +44,22 @@ type Places = Vec<(u32, u32)>;
 
 impl Loader {
     /// Cuts every source into windows of `seq_len` inputs; what is left over at a source's end is not trained on. A
-    /// source too short for one window, or with a weight too small for one sample in a block, is an error.
-    pub fn new(parts: Vec<Part>, seq_len: usize, seed: u64) -> Result<Self, DataError> {
+    /// source too short for one window is an error.
+    pub fn new(parts: Vec<Part>, shares: Shares, seq_len: usize, seed: u64) -> Result<Self, DataError> {
         assert!(seq_len > 0 && !parts.is_empty(), "{} sources in sequences of {seq_len}", parts.len());
         let expected = seq_len as u64 + 1;
         for part in &parts {
             let found = part.tokens.tokens();
             if found < expected {
+                let why = DataError::TooShort { expected, found };
                 return Err(match parts.len() {
-                    1 => DataError::TooShort { expected, found },
-                    _ => mixture(&part.name, DataError::TooShort { expected, found }.to_string()),
+                    1 => why,
+                    _ => DataError::Mixture { name: part.name.clone(), reason: why.to_string() },
                 });
             }
         }
         let windows = parts.iter().map(|p| (p.tokens.tokens() - 1) / seq_len as u64).collect();
-        let mixture = quotas(&parts)?.map(|quotas| Mixture { quotas, blocks: Mutex::new(Vec::new()) });
+        let mixture = shares.quotas.map(|quotas| Mixture { quotas, blocks: Mutex::new(Vec::new()) });
         Ok(Self { parts, seq_len, seed, windows, mixture })
     }
 
@@ -118,7 +117,14 @@ impl Mixture {
             return Arc::clone(places);
         }
         let order = Permutation::new(BLOCK_SAMPLES, seed, stream(BLOCK_ORDER, block));
-        let ends: Vec<u64> = self.quotas.iter().scan(0, |sum, q| { *sum += q; Some(*sum) }).collect();
+        let ends: Vec<u64> = self
+            .quotas
+            .iter()
+            .scan(0, |sum, q| {
+                *sum += q;
+                Some(*sum)
+            })
+            .collect();
         let mut given = vec![0u32; ends.len()];
         let place = |i| {
             let source = ends.partition_point(|&end| end <= order.at(i));
@@ -137,37 +143,39 @@ impl Mixture {
 /// The stream kind of blocks; sources are kinds from 1, and there are fewer than samples in a block.
 const BLOCK_ORDER: u64 = BLOCK_SAMPLES + 1;
 
-/// Each source's samples in a block, by largest remainder; None without weights.
-fn quotas(parts: &[Part]) -> Result<Option<Vec<u64>>, DataError> {
-    let given = parts.iter().filter(|p| p.weight.is_some()).count();
-    if given == 0 {
-        return Ok(None);
-    }
-    for part in parts {
-        match part.weight {
-            None => return Err(mixture(&part.name, "expected a weight, as other sources have one, found none".into())),
-            Some(w) if !(w.is_finite() && w > 0.0) => {
-                return Err(mixture(&part.name, format!("expected a finite weight above 0, found {w}")));
-            }
-            Some(_) => {}
-        }
-    }
-    let weights: Vec<f64> = parts.iter().filter_map(|p| p.weight).collect();
-    let quotas = largest_remainder(&weights, BLOCK_SAMPLES);
-    match quotas.iter().position(|&q| q == 0) {
-        Some(i) => {
-            let (found, sum) = (weights[i], weights.iter().sum::<f64>());
-            let reason = format!(
-                "expected a weight of at least one sample in {BLOCK_SAMPLES}, found {found} of {sum} in all sources"
-            );
-            Err(mixture(&parts[i].name, reason))
-        }
-        None => Ok(Some(quotas)),
-    }
+/// How samples are shared out over sources.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shares {
+    /// Samples of each source in a block of [`BLOCK_SAMPLES`]; None without weights.
+    quotas: Option<Vec<u64>>,
 }
 
-fn mixture(name: &str, reason: String) -> DataError {
-    DataError::Mixture { name: name.to_owned(), reason }
+impl Shares {
+    /// From each source's name and weight, by largest remainder. All have a weight or none has; one that is not above
+    /// 0, or gives no sample in a block, is an error.
+    pub fn new(sources: &[(&str, Option<f64>)]) -> Result<Self, DataError> {
+        let bad = |name: &str, reason| Err(DataError::Mixture { name: name.to_owned(), reason });
+        if sources.iter().all(|(_, weight)| weight.is_none()) {
+            return Ok(Self { quotas: None });
+        }
+        let mut weights = Vec::new();
+        for (name, weight) in sources {
+            match weight {
+                None => return bad(name, "expected a weight, as other sources have one, found none".into()),
+                Some(w) if !(w.is_finite() && *w > 0.0) => {
+                    return bad(name, format!("expected a finite weight above 0, found {w}"));
+                }
+                Some(w) => weights.push(*w),
+            }
+        }
+        let quotas = largest_remainder(&weights, BLOCK_SAMPLES);
+        let Some(none) = quotas.iter().position(|&q| q == 0) else { return Ok(Self { quotas: Some(quotas) }) };
+        let all = weights.iter().sum::<f64>();
+        bad(
+            sources[none].0,
+            format!("expected a weight that gives it one sample in {BLOCK_SAMPLES}, found {} of {all}", weights[none]),
+        )
+    }
 }
 
 /// `total` in whole parts proportional to `weights` (finite, at least one above 0): each rounded down, then one more for

@@ -10,7 +10,8 @@ mod split;
 #[cfg(test)]
 mod tests;
 
-pub use loader::{BLOCK_SAMPLES, Loader, Part, largest_remainder};
+use loader::largest_remainder;
+pub use loader::{BLOCK_SAMPLES, Loader, Part, Shares};
 pub use split::Sides;
 
 use crate::DataError;

@@ -101,7 +101,9 @@ impl Shard {
         let mut shard = Self { path: path.to_owned(), map, width: 0, tokens: 0, vocab_size, checked: Vec::new() };
         let found = shard.map.len();
         if found < HEADER || shard.map[..8] != MAGIC {
-            return Err(shard.bad(format!("expected a header that begins with \"hadaltok\", found {found} other bytes")));
+            return Err(
+                shard.bad(format!("expected a header that begins with \"hadaltok\", found {found} other bytes"))
+            );
         }
         let (version, width) = (shard.number(8, 4), shard.number(12, 4));
         if version != u64::from(VERSION) {
@@ -169,9 +171,9 @@ impl Shard {
         let (expected, found) = (self.number(HEADER + data.len() + i * 8, 8), xxh3_64(block));
         if expected != found {
             let blocks = self.blocks();
-            return Err(self.bad(format!(
-                "block {i} of {blocks}: expected checksum {expected:016x}, found {found:016x}"
-            )));
+            return Err(
+                self.bad(format!("block {i} of {blocks}: expected checksum {expected:016x}, found {found:016x}"))
+            );
         }
         if let Some(id) = self.ids(block).find(|&id| id as usize >= self.vocab_size) {
             return Err(self.bad(format!("block {i}: expected ids below {}, found {id}", self.vocab_size)));

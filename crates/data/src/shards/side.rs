@@ -64,7 +64,8 @@ impl Side {
 
     /// Checks every block, in parallel on the current rayon pool.
     pub fn check(&self) -> Result<(), DataError> {
-        let blocks: Vec<(&Shard, usize)> = self.shards.iter().flat_map(|s| (0..s.blocks()).map(move |i| (s, i))).collect();
+        let blocks: Vec<(&Shard, usize)> =
+            self.shards.iter().flat_map(|s| (0..s.blocks()).map(move |i| (s, i))).collect();
         // Collected, so that of several errors the first one is told whatever the threads do.
         let found: Vec<Result<(), DataError>> = blocks.par_iter().map(|(shard, i)| shard.check(*i)).collect();
         found.into_iter().collect()

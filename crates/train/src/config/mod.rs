@@ -1,9 +1,9 @@
 //! A run's settings. A TOML file and the command line fill the same table of optional keys (`Settings`); resolving it
 //! gives every value, and refuses keys that would have no effect.
 
-mod data;
+pub(crate) mod data;
 
-pub use data::DataSettings;
+pub use data::{DataSettings, SourceSettings};
 
 use crate::TrainError;
 use crate::optimizer::AdamW;
