@@ -7,6 +7,7 @@ mod memory;
 mod open;
 mod output;
 mod pretrain;
+mod tokenizer;
 
 use clap::{Args, Parser, Subcommand};
 use hadal_kernels::{Ctx, Device};
@@ -47,6 +48,8 @@ enum Verb {
     Logits(logits::Logits),
     /// Count what a model costs: parameters, FLOPs, cache, training memory.
     Inspect(inspect::Inspect),
+    /// Train, use and inspect tokenizers.
+    Tokenizer(tokenizer::TokenizerVerb),
 }
 
 impl Global {
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Verb::Generate(v) => v.run(&cli.global, &out),
         Verb::Logits(v) => v.run(&cli.global, &out),
         Verb::Inspect(v) => v.run(&cli.global, &out),
+        Verb::Tokenizer(v) => v.run(&cli.global, &out),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -151,23 +151,6 @@ impl Survey {
             }),
         }
     }
-
-    /// Gives the documents of each file apart, with the file's name, for statistics.
-    pub fn each_file(&self, mut f: impl FnMut(&str, &str)) -> Result<(), DataError> {
-        match &self.parts {
-            Parts::Generated(documents) => documents.iter().for_each(|d| f("built-in corpus", d)),
-            Parts::Files(parts) => {
-                for Part { path, reading, .. } in parts {
-                    let name = path.display().to_string();
-                    reading.documents(path, &mut |text| {
-                        f(&name, text);
-                        Ok(())
-                    })?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 /// With its length, so that what is where cannot shift unseen.

@@ -93,3 +93,25 @@ struct ShardEntry {
 fn hex(fingerprint: u64) -> String {
     format!("{fingerprint:016x}")
 }
+
+/// Sides of any tokens, for the tests of what reads them.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::path::Path;
+
+    use super::*;
+
+    /// Writes `tokens` in shards of 256 and opens them.
+    pub(crate) fn side(dir: &Path, name: &str, tokens: &[u32]) -> Side {
+        let (identity, disk) = (Identity { tokenizer: 1, source: 2 }, hadal_files::Disk::new());
+        let mut entry = SideEntry { tokens: tokens.len() as u64, ..SideEntry::default() };
+        for (i, part) in tokens.chunks(256).enumerate() {
+            let file = format!("{name}-{i}");
+            let path = dir.join(&file);
+            let _ = std::fs::remove_file(&path); // Of an earlier call.
+            file::write(&disk, &path, part, 4, 0, identity).unwrap();
+            entry.shards.push(ShardEntry { file, tokens: part.len() as u64 });
+        }
+        Side::open(dir, &entry, identity, u32::MAX as usize).unwrap()
+    }
+}
