@@ -11,6 +11,7 @@ mod record;
 mod schedule;
 mod step;
 
+pub use config::saved::{Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use metrics::Metrics;

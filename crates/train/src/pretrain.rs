@@ -1,6 +1,7 @@
 //! From text to a checkpoint: the walk is tokenizer, split, windows, steps, validation, files.
 
 use crate::TrainError;
+use crate::config::saved::Build;
 use crate::config::{DataSettings, TrainConfig};
 use crate::evaluate::{Evaluation, Held, evaluate, sequence};
 use crate::metrics::{Metrics, MetricsFile};
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Everything a run is made of.
+#[derive(Clone, Debug)]
 pub struct Run {
     /// The model.
     pub model: ModelConfig,
@@ -23,6 +25,12 @@ pub struct Run {
     pub data: DataSettings,
     /// Where everything goes; must not exist or be empty.
     pub out: PathBuf,
+    /// Go on with the run in `out`, if there is one.
+    pub resume: bool,
+    /// Go on though settings differ, as far as they may.
+    pub override_saved: bool,
+    /// What runs it.
+    pub build: Build,
 }
 
 /// What is known before the first step.
@@ -45,6 +53,10 @@ pub struct Start {
 pub struct Outcome {
     /// The last checkpoint's directory.
     pub checkpoint: PathBuf,
+    /// Steps made; fewer than asked for if the run was told to stop.
+    pub step: u64,
+    /// All steps are made.
+    pub finished: bool,
     /// The last step.
     pub last: Metrics,
     /// Beginnings of a few held-out documents.
@@ -63,6 +75,10 @@ pub trait Observer {
     fn step(&mut self, metrics: &Metrics);
     /// A checkpoint is on disk.
     fn checkpoint(&mut self, path: &Path);
+    /// True once the run is to save and leave; asked after every step.
+    fn stop(&self) -> bool {
+        false
+    }
 }
 
 /// Trains to the end.
@@ -159,7 +175,9 @@ impl Loop<'_> {
             let last = self.record(&ctx, step + 1, lr, &report, seconds)?;
             if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
                 let checkpoint = self.save(&ctx, step + 1)?;
-                outcome = Some(Outcome { checkpoint, last, prompts: self.data.prompts.clone() });
+                let prompts = self.data.prompts.clone();
+                let (step, finished) = (step + 1, step + 1 == c.schedule.steps);
+                outcome = Some(Outcome { checkpoint, step, finished, last, prompts });
             }
         }
         if let (Some(r), Some(path)) = (recorder, &c.record_batches) {

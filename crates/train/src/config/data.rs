@@ -72,6 +72,17 @@ fn bad<T>(what: String) -> Result<T, TrainError> {
 }
 
 impl DataSettings {
+    /// Every path, for whoever knows what it is relative to.
+    pub(super) fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let sources = self.sources.iter_mut().flatten().flat_map(|s| s.paths.iter_mut().flatten());
+        self.paths.iter_mut().flatten().chain(&mut self.tokenizer).chain(&mut self.cache).chain(sources)
+    }
+
+    /// With the defaults in the place of what is absent.
+    pub(super) fn resolved(self) -> Self {
+        Self { valid_fraction: Some(self.valid_fraction.unwrap_or(VALID_FRACTION)), ..self }
+    }
+
     /// The sources; `seed` is that of the generated corpus.
     pub(crate) fn sources(&self, seed: u64) -> Result<Vec<NamedSource>, TrainError> {
         let alone = SourceSettings {
@@ -202,4 +213,16 @@ fn unique(mut sources: Vec<NamedSource>) -> Result<Vec<NamedSource>, TrainError>
         }
     }
     Ok(sources)
+}
+
+impl DataSettings {
+    /// Every path, for whoever knows what it is relative to.
+    pub(super) fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        self.paths.iter_mut().flatten().chain(&mut self.tokenizer)
+    }
+
+    /// With the defaults in the place of what is absent.
+    pub(super) fn resolved(self) -> Self {
+        Self { valid_fraction: Some(self.valid_fraction.unwrap_or(VALID_FRACTION)), ..self }
+    }
 }
