@@ -9,10 +9,12 @@
 
 mod arithmetic;
 mod code;
+mod drill;
 mod grammar;
 mod logic;
 mod prose;
 
+pub use drill::{Problem, problems};
 use grammar::{Dice, Scene};
 
 /// Size of the default corpus.
@@ -30,18 +32,85 @@ pub fn documents(seed: u64, bytes: usize) -> Vec<String> {
     documents
 }
 
+/// What document `index` is: "English", "Chinese", "code", "arithmetic" or "puzzles".
+pub fn kind(seed: u64, index: u64) -> &'static str {
+    Part::draw(&mut Dice::new(seed, index)).kind()
+}
+
 /// Document number `index`, and what it was made with.
 fn document(seed: u64, index: u64) -> (String, Scene) {
     let mut scene = Scene::new(Dice::new(seed, index));
-    let text = match scene.dice.below(100) {
-        0..19 => prose::english(&mut scene),
-        19..32 => prose::chinese(&mut scene),
-        32..39 => code::module(&mut scene),
-        39..50 => code::trace(&mut scene),
-        50..82 => arithmetic::document(&mut scene),
-        _ => logic::document(&mut scene),
+    let text = match Part::draw(&mut scene.dice) {
+        Part::English => prose::english(&mut scene),
+        Part::Chinese => prose::chinese(&mut scene),
+        Part::Module => code::module(&mut scene),
+        Part::Trace => code::trace(&mut scene),
+        Part::Drill => drill::document(&mut scene),
+        Part::Arithmetic => arithmetic::document(&mut scene),
+        Part::Logic => logic::document(&mut scene),
     };
     (text, scene)
+}
+
+/// What writes a document.
+#[derive(Clone, Copy)]
+enum Part {
+    English,
+    Chinese,
+    Module,
+    Trace,
+    Drill,
+    Arithmetic,
+    Logic,
+}
+
+impl Part {
+    /// The first draw of a document.
+    fn draw(dice: &mut Dice) -> Self {
+        match dice.below(100) {
+            0..19 => Self::English,
+            19..32 => Self::Chinese,
+            32..39 => Self::Module,
+            39..48 => Self::Trace,
+            48..76 => Self::Drill,
+            76..84 => Self::Arithmetic,
+            _ => Self::Logic,
+        }
+    }
+
+    fn kind(self) -> &'static str {
+        match self {
+            Self::English => "English",
+            Self::Chinese => "Chinese",
+            Self::Module | Self::Trace => "code",
+            Self::Drill | Self::Arithmetic => "arithmetic",
+            Self::Logic => "puzzles",
+        }
+    }
+}
+
+/// Beginnings of documents that no corpus holds, to be continued by a model: what it is ("English", "Chinese", "code"),
+/// and the first lines or sentences. Two of each.
+pub fn openings(seed: u64) -> Vec<(&'static str, String)> {
+    let mut openings = Vec::new();
+    for (stream, name) in (0..).zip(["English", "English", "Chinese", "Chinese", "code", "code"]) {
+        // Apart from the numbers of documents and of problems.
+        let mut scene = Scene::new(Dice::new(seed, stream | 3 << 62));
+        let text = match name {
+            "English" => prose::english(&mut scene),
+            "Chinese" => prose::chinese(&mut scene),
+            _ => code::module(&mut scene),
+        };
+        openings.push((name, beginning(&text)));
+    }
+    openings
+}
+
+/// Two lines of code or about two sentences.
+fn beginning(text: &str) -> String {
+    let ends: Vec<usize> = text.match_indices(['.', '。', '\n']).map(|(at, mark)| at + mark.len()).collect();
+    let end = ends.into_iter().find(|&end| end >= 60).unwrap_or(text.len());
+    text[..end].to_owned()
 }
 
 /// The two languages of worked problems; section names begin with the prefix.
