@@ -21,7 +21,7 @@ use hadal_files::Disk;
 use memmap2::Mmap;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::{BLOCK, Identity, VERSION};
+use super::{BLOCK, Identity, ShardEntry, VERSION, hex};
 use crate::DataError;
 
 const MAGIC: [u8; 8] = *b"hadaltok";
@@ -33,7 +33,8 @@ pub(super) fn width(vocab_size: usize) -> usize {
     if vocab_size <= 1 << 16 { 2 } else { 4 }
 }
 
-/// Writes a new shard, whole or, if that fails, for its directory's writer to discard.
+/// Writes a new shard and gives the checksum in its header, which covers all of it. What a failure leaves is for the
+/// directory's writer to discard.
 pub(super) fn write(
     disk: &Disk,
     path: &Path,
@@ -41,7 +42,7 @@ pub(super) fn write(
     width: usize,
     text_bytes: u64,
     identity: Identity,
-) -> Result<(), DataError> {
+) -> Result<u64, DataError> {
     let data: Vec<u8> = match width {
         2 => tokens.iter().flat_map(|&t| (t as u16).to_le_bytes()).collect(),
         _ => tokens.iter().flat_map(|t| t.to_le_bytes()).collect(),
@@ -53,13 +54,14 @@ pub(super) fn write(
     for n in [tokens.len() as u64, text_bytes, identity.tokenizer, identity.source, BLOCK as u64] {
         header.extend(n.to_le_bytes());
     }
-    header.extend(head_hash(&header, &table).to_le_bytes());
+    let checksum = head_hash(&header, &table);
+    header.extend(checksum.to_le_bytes());
     disk.write_new(path, |out| {
         out.write_all(&header)?;
         out.write_all(&data)?;
         out.write_all(&table)
     })?;
-    Ok(())
+    Ok(checksum)
 }
 
 fn head_hash(header: &[u8], table: &[u8]) -> u64 {
@@ -82,7 +84,7 @@ pub(super) struct Shard {
 
 impl Shard {
     /// Maps the shard at `path` and checks everything but its tokens.
-    pub fn open(path: &Path, identity: Identity, tokens: u64, vocab_size: usize) -> Result<Self, DataError> {
+    pub fn open(path: &Path, entry: &ShardEntry, identity: Identity, vocab_size: usize) -> Result<Self, DataError> {
         let file = File::open(path).map_err(DataError::read(path))?;
         // SAFETY: a mapping must not change while it is borrowed as a slice. The file is one of ours: it was written
         // once, flushed and renamed into place, and nothing of ours opens it for writing again. Another process that
@@ -91,10 +93,14 @@ impl Shard {
         // bus error at the next touch, as it does for whoever maps files.
         let map = unsafe { Mmap::map(&file) }.map_err(DataError::read(path))?;
         let shard = Self::parse(path, map, identity, vocab_size)?;
-        if shard.tokens as u64 == tokens {
-            return Ok(shard);
+        let found = [(shard.tokens as u64).to_string(), hex(shard.number(HASHED, 8))];
+        let expected = [entry.tokens.to_string(), entry.checksum.clone()];
+        match ["tokens", "header checksum"].iter().zip(expected).zip(found).find(|((_, a), b)| a != b) {
+            Some(((what, expected), found)) => {
+                Err(shard.bad(format!("expected {what} {expected} as its manifest says, found {found}")))
+            }
+            None => Ok(shard),
         }
-        Err(shard.bad(format!("expected {tokens} tokens as its manifest says, found {}", shard.tokens)))
     }
 
     fn parse(path: &Path, map: Mmap, identity: Identity, vocab_size: usize) -> Result<Self, DataError> {

@@ -88,6 +88,8 @@ struct SideEntry {
 struct ShardEntry {
     file: String,
     tokens: u64,
+    /// Of its header and table of checksums, so of all of it, in hexadecimal.
+    checksum: String,
 }
 
 fn hex(fingerprint: u64) -> String {
@@ -109,8 +111,8 @@ pub(crate) mod testing {
             let file = format!("{name}-{i}");
             let path = dir.join(&file);
             let _ = std::fs::remove_file(&path); // Of an earlier call.
-            file::write(&disk, &path, part, 4, 0, identity).unwrap();
-            entry.shards.push(ShardEntry { file, tokens: part.len() as u64 });
+            let checksum = hex(file::write(&disk, &path, part, 4, 0, identity).unwrap());
+            entry.shards.push(ShardEntry { file, tokens: part.len() as u64, checksum });
         }
         Side::open(dir, &entry, identity, u32::MAX as usize).unwrap()
     }

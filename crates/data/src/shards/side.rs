@@ -22,7 +22,7 @@ impl Side {
     pub(super) fn open(dir: &Path, entry: &SideEntry, identity: Identity, vocab: usize) -> Result<Self, DataError> {
         let (mut shards, mut starts, mut tokens) = (Vec::new(), Vec::new(), 0);
         for shard in &entry.shards {
-            shards.push(Shard::open(&dir.join(&shard.file), identity, shard.tokens, vocab)?);
+            shards.push(Shard::open(&dir.join(&shard.file), shard, identity, vocab)?);
             starts.push(tokens);
             tokens += shard.tokens;
         }

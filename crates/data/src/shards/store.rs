@@ -161,8 +161,9 @@ impl SideWriter<'_> {
         let tokens = &self.waiting[..count];
         let bytes = tokens.iter().map(|&t| u64::from(self.lengths[t as usize])).sum();
         let width = file::width(self.lengths.len());
-        file::write(self.staged.disk(), &self.staged.path().join(&name), tokens, width, bytes, self.identity)?;
-        self.entry.shards.push(ShardEntry { file: name, tokens: count as u64 });
+        let path = self.staged.path().join(&name);
+        let checksum = file::write(self.staged.disk(), &path, tokens, width, bytes, self.identity)?;
+        self.entry.shards.push(ShardEntry { file: name, tokens: count as u64, checksum: hex(checksum) });
         self.waiting.drain(..count);
         Ok(())
     }
