@@ -2,6 +2,7 @@
 
 mod generate;
 mod inspect;
+mod interrupt;
 mod logits;
 mod memory;
 mod open;
@@ -9,6 +10,7 @@ mod output;
 mod pretrain;
 mod tokenizer;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use hadal_kernels::{Ctx, Device};
 use hadal_train::Build;
@@ -17,6 +19,9 @@ use std::process::ExitCode;
 
 /// The release and the commit it was built from; a run keeps them.
 const BUILD: Build = Build { version: env!("CARGO_PKG_VERSION"), commit: env!("HADAL_COMMIT") };
+
+/// Exit code for arguments that cannot be read, as clap and most programs have it.
+const WRONG_ARGUMENTS: u8 = 2;
 
 /// DeepSeek-V3 end to end: train, inspect and run models of this architecture.
 #[derive(Parser)]
@@ -57,45 +62,89 @@ enum Verb {
     Tokenizer(tokenizer::TokenizerVerb),
 }
 
+impl Verb {
+    /// Its name, and which of --threads and --seed it has a use for.
+    fn uses(&self) -> (&'static str, bool, bool) {
+        match self {
+            Self::Pretrain(_) => ("pretrain", true, true),
+            Self::Generate(_) => ("generate", true, true),
+            Self::Logits(_) => ("logits", true, false),
+            Self::Inspect(_) => ("inspect", false, false),
+            Self::Tokenizer(v) => v.uses(),
+        }
+    }
+}
+
 impl Global {
+    /// An option that the verb would ignore is an error.
+    fn has_effect(&self, verb: &Verb) -> anyhow::Result<()> {
+        let (name, threads, seed) = verb.uses();
+        for (option, idle) in
+            [("--threads", self.threads.is_some() && !threads), ("--seed", self.seed.is_some() && !seed)]
+        {
+            anyhow::ensure!(!idle, "{option} has no effect on hadal {name}");
+        }
+        Ok(())
+    }
+
     fn ctx(&self) -> anyhow::Result<Ctx> {
         Ok(Device::cpu(self.threads)?.ctx())
     }
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::try_parse().unwrap_or_else(|e| {
-        // A machine that reads stdout learns of wrong arguments too; help and version are no errors.
-        if e.use_stderr() && std::env::args_os().any(|a| a == "--json") {
-            let text = e.to_string();
-            let first = text.lines().next().unwrap_or_default();
-            Output::new(true, false).object(&serde_json::json!({ "error": first.trim_start_matches("error: ") }));
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) if e.use_stderr() && e.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // A machine that reads stdout learns of wrong arguments too.
+            let json = std::env::args_os().any(|a| a == "--json");
+            Output::new(json, false).error(&one_line(&e.render().to_string()));
+            return ExitCode::from(WRONG_ARGUMENTS);
         }
-        e.exit()
-    });
+        Err(help) => help.exit(),
+    };
     let out = Output::new(cli.global.json, matches!(cli.verb, Verb::Pretrain(_)));
     // A panic is a fault of ours, never a message for the user to decode.
     std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
-    let result = match &cli.verb {
+    let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
+    let result = cli.global.has_effect(&cli.verb).and_then(|()| match &cli.verb {
         Verb::Pretrain(v) => v.run(&cli.global, &out),
-        Verb::Generate(v) => v.run(&cli.global, &out),
-        Verb::Logits(v) => v.run(&cli.global, &out),
-        Verb::Inspect(v) => v.run(&cli.global, &out),
-        Verb::Tokenizer(v) => v.run(&cli.global, &out),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            out.error(&format!("{e:#}"));
-            ExitCode::FAILURE
-        }
-    }
+        Verb::Generate(v) => done(v.run(&cli.global, &out)),
+        Verb::Logits(v) => done(v.run(&cli.global, &out)),
+        Verb::Inspect(v) => done(v.run(&cli.global, &out)),
+        Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
+    });
+    result.unwrap_or_else(|e| {
+        out.error(&format!("{e:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// What the parser of arguments says, without the usage that it adds: `--help` has that.
+fn one_line(text: &str) -> String {
+    let ours = |line: &&str| !line.starts_with("Usage:") && !line.starts_with("For more information");
+    let words: Vec<&str> = text.lines().take_while(ours).flat_map(str::split_whitespace).collect();
+    words.join(" ").trim_start_matches("error: ").replace(" tip: ", "; ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn what_clap_says_is_one_line() {
+        for (args, expected) in [
+            (&["pretrain", "--ot", "x"][..], "unexpected argument '--ot' found; a similar argument exists: '--out'"),
+            (&["generate", "m"], "the following required arguments were not provided: <PROMPT>"),
+            (&["pretrain", "--out"], "a value is required for '--out <DIR>' but none was supplied"),
+            (&["inspect", "m", "--seq", "many"], "invalid value 'many' for '--seq <T>': invalid digit found in string"),
+            (&["insp"], "unrecognized subcommand 'insp'; a similar subcommand exists: 'inspect'"),
+        ] {
+            let Err(e) = Cli::try_parse_from([&["hadal"], args].concat()) else { panic!("{args:?}") };
+            assert_eq!(one_line(&e.render().to_string()), expected);
+        }
+    }
 
     #[test]
     fn arguments_are_consistent() {

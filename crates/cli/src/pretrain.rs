@@ -3,15 +3,16 @@
 use crate::generate::{Sampling, Writer};
 use crate::inspect::scaled;
 use crate::output::Output;
-use crate::{BUILD, Global, memory};
+use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use hadal_kernels::{Ctx, DType};
 use hadal_model::account::{self, TrainingMemory};
 use hadal_model::{Layout, Scope};
-use hadal_train::{Metrics, Observer, RUN_FILE, Run, RunFile, Start};
+use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use toml::Value;
 
 /// Options of `pretrain`.
@@ -89,13 +90,18 @@ pub struct Pretrain {
 
 impl Pretrain {
     /// Trains, then lets the model write.
-    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
+    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<ExitCode> {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
         fits(&run)?;
         let mut progress = Progress { out: *out, bar: None };
+        let signals = interrupt::watch().context("signals cannot be watched")?;
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
+        drop(signals);
         progress.finish();
+        if !outcome.finished {
+            return Ok(self.stopped(&outcome, out));
+        }
         let samples = samples(&ctx, &run, &outcome, out)?;
         out.object(&serde_json::json!({
             "checkpoint": outcome.checkpoint,
@@ -107,7 +113,18 @@ impl Pretrain {
         out.text(&format!(
             "\nCheckpoint: {dir}\nTry: hadal generate {model} 'Once upon a time'\n     hadal inspect {model}\n"
         ));
-        Ok(())
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The end of a run that was told to stop.
+    fn stopped(&self, outcome: &Outcome, out: &Output) -> ExitCode {
+        let resume = format!("hadal pretrain --resume --out {}", quoted(&self.out));
+        out.object(&serde_json::json!({
+            "stopped": { "step": outcome.step, "checkpoint": outcome.checkpoint, "resume": resume },
+        }));
+        let dir = outcome.checkpoint.display();
+        out.text(&format!("\nStopped after step {}. Checkpoint: {dir}\nTo go on: {resume}\n", outcome.step));
+        ExitCode::from(interrupt::STOPPED)
     }
 
     fn resolve(&self, global: &Global) -> anyhow::Result<Run> {
@@ -171,6 +188,13 @@ impl Pretrain {
         .flatten()
         .collect()
     }
+}
+
+/// A path as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
+    if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 /// TOML's integers end at 2^63 - 1.
@@ -300,6 +324,10 @@ impl Observer for Progress {
             let left = (bar.length().unwrap_or(0) - m.step) as f64 * m.seconds;
             self.line(format!("step {}: {message}, about {left:.0} s left", m.step));
         }
+    }
+
+    fn stop(&self) -> bool {
+        interrupt::stop()
     }
 
     fn checkpoint(&mut self, path: &Path) {

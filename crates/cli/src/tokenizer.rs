@@ -104,6 +104,16 @@ const INSPECTED_TEXT: u64 = 16 << 20;
 const LONGEST: usize = 10;
 
 impl TokenizerVerb {
+    /// Its name, and which of --threads and --seed it has a use for.
+    pub fn uses(&self) -> (&'static str, bool, bool) {
+        match &self.verb {
+            Verb::Train(v) => ("tokenizer train --data", true, v.text.data.is_none()),
+            Verb::Encode(_) => ("tokenizer encode", false, false),
+            Verb::Decode(_) => ("tokenizer decode", false, false),
+            Verb::Inspect(v) => ("tokenizer inspect", v.text.data.is_some(), v.text.data.is_none()),
+        }
+    }
+
     /// Does it.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         match &self.verb {

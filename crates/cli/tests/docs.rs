@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 /// Ends of names that can only be files of the repository; `config.json` and the like belong to checkpoints.
 const ENDS: [&str; 5] = [".rs", ".md", ".py", ".toml", ".sh"];
+/// The file of that kind that belongs to runs.
+const OF_RUNS: &str = "run.toml";
 /// Folders of the repository: what begins with one is a path in it, whatever its end.
 const FOLDERS: [&str; 6] = ["crates/", "goldens/", "docs/", "dev/", "runs/", ".ci/"];
 
@@ -64,7 +66,8 @@ fn path_of(quotation: &str) -> Option<&str> {
     let whole = path.len() == quotation.len();
     let path = if whole { path } else { &path[..=path.rfind('/')?] };
     let named = path.chars().all(|c| c.is_ascii_alphanumeric() || "._-/".contains(c));
-    let ours = FOLDERS.iter().any(|f| path.starts_with(f)) || (whole && ENDS.iter().any(|e| path.ends_with(e)));
+    let ours = FOLDERS.iter().any(|f| path.starts_with(f))
+        || (whole && !path.ends_with(OF_RUNS) && ENDS.iter().any(|e| path.ends_with(e)));
     // `.rs` alone is an end, not a file.
     (named && ours && path.len() > 4).then_some(path)
 }
@@ -115,6 +118,7 @@ fn paths_are_told_from_other_quotations() {
         ("step-NNNNNN/config.json", None),
         ("<case>/golden.safetensors", None),
         (".rs", None),
+        ("DIR/run.toml", None),
     ] {
         assert_eq!(path_of(quotation), path, "{quotation}");
     }

@@ -29,7 +29,12 @@ pub struct Output {
     file: File,
     hash: Xxh3,
     bytes: u64,
+    /// Written, not yet handed to the system: small pieces go in one call.
+    pending: Vec<u8>,
 }
+
+/// Bytes that wait for a call.
+const PENDING: usize = 1 << 20;
 
 impl Disk {
     /// The real file system.
@@ -67,8 +72,9 @@ impl Disk {
     ) -> Result<Written, FileError> {
         let write = || {
             let file = self.op(Takes::Room, || (), || File::create_new(path))?;
-            let mut out = Output { disk: self.clone(), file, hash: Xxh3::new(), bytes: 0 };
+            let mut out = Output { disk: self.clone(), file, hash: Xxh3::new(), bytes: 0, pending: Vec::new() };
             f(&mut out)?;
+            out.flush()?;
             self.op(Takes::Room, || (), || out.file.sync_all())?;
             Ok(Written { bytes: out.bytes, xxh3: out.hash.digest() })
         };
@@ -173,21 +179,37 @@ fn symlink(_: &str, _: &Path) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let file = &self.file;
+impl Output {
+    /// Hands bytes to the system.
+    fn put(&self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut file = &self.file;
         let half = || {
-            let mut file = file;
+            let mut file = &self.file;
             let _ = file.write_all(&bytes[..bytes.len() / 2]); // A planned death.
         };
-        let mut to = file;
-        let n = self.disk.op(Takes::Room, half, || to.write(bytes))?;
-        self.hash.update(&bytes[..n]);
-        self.bytes += n as u64;
-        Ok(n)
+        self.disk.op(Takes::Room, half, || file.write_all(bytes))
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.pending.len() + bytes.len() > PENDING {
+            self.flush()?;
+        }
+        match bytes.len() < PENDING {
+            true => self.pending.extend_from_slice(bytes),
+            false => self.put(bytes)?,
+        }
+        self.hash.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
+        if !self.pending.is_empty() {
+            self.put(&self.pending)?;
+            self.pending.clear();
+        }
         Ok(())
     }
 }

@@ -8,7 +8,10 @@ mod optimizer;
 mod prepare;
 mod pretrain;
 mod record;
+mod run_loop;
+mod saver;
 mod schedule;
+mod state;
 mod step;
 
 pub use config::saved::{Build, RUN_FILE};
@@ -16,7 +19,7 @@ pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, p
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};
-pub use pretrain::{Observer, Outcome, Run, Start, pretrain};
+pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};
 pub use schedule::Schedule;
 pub use step::{Objective, StepReport, Trainer};
 

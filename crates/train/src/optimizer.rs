@@ -37,6 +37,26 @@ impl Optimizer {
         Self { constants, segments: layout.segments(), m, v, t: 0 }
     }
 
+    /// Both moments, as arenas of the layout.
+    pub(crate) fn moments(&self) -> (&[f32], &[f32]) {
+        (self.m.view().f32(), self.v.view().f32())
+    }
+
+    /// As [`Optimizer::moments`], to be read into.
+    pub(crate) fn moments_mut(&mut self) -> (&mut Buf, &mut Buf) {
+        (&mut self.m, &mut self.v)
+    }
+
+    /// Updates made.
+    pub(crate) fn updates(&self) -> u64 {
+        self.t
+    }
+
+    /// Goes on after so many updates.
+    pub(crate) fn set_updates(&mut self, updates: u64) {
+        self.t = updates;
+    }
+
     /// One update from the gradients (shared tables already folded); returns the norm before clipping.
     pub fn update(&mut self, ctx: &Ctx, params: &mut Params, grads: &Grads, lr: f64) -> f32 {
         let mut norm = ctx.zeros(DType::F32, 1);

@@ -49,13 +49,20 @@ struct Made {
     identity: Identity,
 }
 
-/// Opens what an earlier start of the same run has prepared, or reads, splits and tokenises the text.
-pub(crate) fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Prepared, TrainError> {
+/// Opens what an earlier start of the same run has prepared, or reads, splits and tokenises the text. `given` is the
+/// tokenizer of a run that goes on, in the place of that in the settings.
+pub(crate) fn prepare(
+    disk: &Disk,
+    ctx: &Ctx,
+    run: &Run,
+    given: Option<&Path>,
+    observer: &mut dyn Observer,
+) -> Result<Prepared, TrainError> {
     let home = run.out.join(HOME);
     if let Some(kept) = kept::read(&home, run)? {
         observer.phase("opening the tokens of this run");
         let shares = kept.shares()?;
-        let (tokenizer, made) = kept.open(&home)?;
+        let (tokenizer, made) = kept.open(&home, given)?;
         return open(ctx, run, tokenizer, made, shares);
     }
     let sources = run.data.sources(run.config.seed)?;
@@ -63,17 +70,11 @@ pub(crate) fn prepare(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Resu
     let shares = Shares::new(&weights)?;
     let weights: Vec<Option<f64>> = sources.iter().map(|s| s.weight).collect();
     let ready = survey(ctx, run.config.seed, sources, observer)?;
-    let tokenizer = tokenizer(ctx, run, &ready, observer)?;
-    let (disk, new) = (Disk::new(), !home.exists());
-    let made = tokenise(ctx, &disk, run, &ready, &tokenizer, observer)?;
+    let tokenizer = tokenizer(ctx, run, given.or(run.data.tokenizer.as_deref()), &ready, observer)?;
+    let made = tokenise(ctx, disk, run, &ready, &tokenizer, observer)?;
     let kept = kept::Kept::new(&home, run, &tokenizer, &made, &weights);
-    let prepared = open(ctx, run, tokenizer, made, shares).map_err(|e| lacking(&ready, e)).inspect_err(|_| {
-        if new {
-            // Too little text: what was made of it is of no use.
-            let _ = std::fs::remove_dir_all(&home);
-        }
-    })?;
-    kept.write(&disk, &home, &prepared.tokenizer)?;
+    let prepared = open(ctx, run, tokenizer, made, shares).map_err(|e| lacking(&ready, e))?;
+    kept.write(disk, &home, &prepared.tokenizer)?;
     Ok(prepared)
 }
 
@@ -113,8 +114,14 @@ fn survey(
 }
 
 /// Loads the tokenizer, or trains one on the training side.
-fn tokenizer(ctx: &Ctx, run: &Run, ready: &[Ready], observer: &mut dyn Observer) -> Result<Tokenizer, TrainError> {
-    if let Some(path) = &run.data.tokenizer {
+fn tokenizer(
+    ctx: &Ctx,
+    run: &Run,
+    given: Option<&Path>,
+    ready: &[Ready],
+    observer: &mut dyn Observer,
+) -> Result<Tokenizer, TrainError> {
+    if let Some(path) = given {
         let tokenizer = Tokenizer::load(path)?;
         check_tokenizer(path, &tokenizer, &run.model)?;
         return Ok(tokenizer);

@@ -1,18 +1,21 @@
-//! From text to a checkpoint: the walk is tokenizer, split, windows, steps, validation, files.
+//! A run from text to checkpoints: who may write where, what there is already, and the walk from text to the loop.
 
 use crate::TrainError;
-use crate::config::saved::Build;
+use crate::config::saved::{self, Build, RUN_FILE};
 use crate::config::{DataSettings, TrainConfig};
-use crate::evaluate::{Evaluation, Held, evaluate, sequence};
 use crate::metrics::{Metrics, MetricsFile};
+use crate::optimizer::Optimizer;
 use crate::prepare::{Prepared, prepare, with_special_tokens};
-use crate::record::{self, Recorder};
-use crate::step::{StepReport, Trainer};
-use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
-use hadal_model::io::{SaveOptions, save_checkpoint};
-use hadal_model::{Model, ModelConfig, Params, Sequence};
+use crate::record;
+use crate::run_loop::Loop;
+use crate::saver::{Keep, Saver, newest};
+use crate::state::{Progress, State, Writer};
+use crate::step::Trainer;
+use hadal_files::{Disk, Lock};
+use hadal_kernels::Ctx;
+use hadal_model::io::SaveOptions;
+use hadal_model::{Model, ModelConfig, Params};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 /// Everything a run is made of.
 #[derive(Clone, Debug)]
@@ -23,13 +26,13 @@ pub struct Run {
     pub config: TrainConfig,
     /// The text.
     pub data: DataSettings,
-    /// Where everything goes; must not exist or be empty.
+    /// Where everything goes; must not exist or be empty, unless the run is resumed.
     pub out: PathBuf,
     /// Go on with the run in `out`, if there is one.
     pub resume: bool,
-    /// Go on though settings differ, as far as they may.
+    /// Resume although settings that may change within a run differ from the saved ones.
     pub override_saved: bool,
-    /// What runs it.
+    /// Who runs it.
     pub build: Build,
 }
 
@@ -53,12 +56,12 @@ pub struct Start {
 pub struct Outcome {
     /// The last checkpoint's directory.
     pub checkpoint: PathBuf,
-    /// Steps made; fewer than asked for if the run was told to stop.
-    pub step: u64,
-    /// All steps are made.
-    pub finished: bool,
     /// The last step.
     pub last: Metrics,
+    /// Steps done.
+    pub step: u64,
+    /// False if the observer stopped it before its last step.
+    pub finished: bool,
     /// Beginnings of a few held-out documents.
     pub prompts: Vec<String>,
 }
@@ -75,198 +78,180 @@ pub trait Observer {
     fn step(&mut self, metrics: &Metrics);
     /// A checkpoint is on disk.
     fn checkpoint(&mut self, path: &Path);
-    /// True once the run is to save and leave; asked after every step.
+    /// A run goes on from a checkpoint after so many steps, with these remarks (settings that changed).
+    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]);
+    /// True if the run is to save and end after the step under way.
     fn stop(&self) -> bool {
         false
     }
 }
 
-/// Trains to the end.
+/// Trains to the end, or until the observer stops it.
 pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
-    let new = claim(&run.out)?;
-    let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
-    let data = ready.and_then(|()| prepare(ctx, run, observer)).inspect_err(|_| {
-        if new {
-            // Nothing is in it yet; should something be, it is not ours to remove.
-            let _ = std::fs::remove_dir(&run.out);
-        }
-    })?;
-    let config = with_special_tokens(run.model.clone(), &data.tokenizer);
-    let model = Model::whole(ctx, config.clone());
-    let params = Params::init(ctx, &config, model.layout.clone(), run.config.precision, run.config.seed);
-    observer.start(&Start {
-        parameters: model.layout.parameters(),
-        tokens: data.tokens,
-        bytes_per_token: data.bytes_per_token,
-        steps: run.config.schedule.steps,
-        tokens_per_step: run.config.batch * run.config.seq,
-    });
-    let trainer = Trainer::new(ctx, model, params, run.config.adamw, run.config.objective);
-    let metrics = MetricsFile::create(&run.out.join("metrics.jsonl"))?;
-    Loop { run, data, config, trainer, metrics, observer }.go(ctx)
+    pretrain_on(&Disk::new(), ctx, run, observer)
 }
 
-/// Makes the output directory (true), or takes an empty one (false).
-fn claim(out: &Path) -> Result<bool, TrainError> {
-    let bad = |what: String| Err(TrainError::Io { path: out.display().to_string(), what });
-    let expected = "expected a new or empty directory for the run";
-    match std::fs::read_dir(out) {
-        Ok(mut entries) => match entries.next() {
-            Some(_) => bad(format!("{expected}, found files in it")),
-            None => Ok(false),
-        },
-        Err(_) if out.is_file() => bad(format!("{expected}, found a file")),
-        Err(_) => match std::fs::create_dir_all(out) {
-            Ok(()) => Ok(true),
-            Err(e) => bad(format!("{expected}, which cannot be made: {e}")),
-        },
+/// As [`pretrain`], with its files going through `disk`.
+pub fn pretrain_on(disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
+    let claim = Claim::take(&run.out, run.resume)?;
+    let done = (|| {
+        let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
+        ready.and_then(|()| Begun::new(disk, ctx, run, observer))
+    })();
+    let begun = done.inspect_err(|_| claim.give_up())?;
+    let outcome = begun.train(disk, ctx, run, observer);
+    drop(claim);
+    outcome
+}
+
+/// The output directory, locked against other runs.
+struct Claim {
+    out: PathBuf,
+    new: bool,
+    lock: Lock,
+}
+
+impl Claim {
+    /// Makes the directory, or takes an empty one, or, to resume, that of a run.
+    fn take(out: &Path, resume: bool) -> Result<Self, TrainError> {
+        let bad = |what: String| TrainError::Io { path: out.display().to_string(), what };
+        let expected =
+            if resume { "expected the directory of a run" } else { "expected a new or empty directory for the run" };
+        if out.is_file() {
+            return Err(bad(format!("{expected}, found a file")));
+        }
+        let new = !out.exists();
+        std::fs::create_dir_all(out).map_err(|e| bad(format!("{expected}, which cannot be made: {e}")))?;
+        let found = visible(out)?;
+        let run = found.iter().any(|name| name == RUN_FILE);
+        // A run that was killed before its first step may have left tokenised text.
+        let barren = found.iter().all(|name| name == DATA);
+        match (found.is_empty(), resume) {
+            (false, false) if run => {
+                return Err(bad(format!("{expected}, found a run in it (--resume goes on with it)")));
+            }
+            (false, false) => return Err(bad(format!("{expected}, found files in it"))),
+            (false, true) if !run && !barren => return Err(bad(format!("{expected} ({RUN_FILE}), found other files"))),
+            _ => {}
+        }
+        let lock = Lock::take(out)?.map_err(|holder| {
+            let who = holder.map_or("another process".into(), |id| format!("process {id}"));
+            bad(format!("expected a directory that no other run writes to, found {who} writing to it"))
+        })?;
+        Ok(Self { out: out.to_path_buf(), new, lock })
+    }
+
+    /// Leaves nothing of a run that never began.
+    fn give_up(&self) {
+        // Ours alone where it was made here; the error that led here is the one to report.
+        if self.new && visible(&self.out).is_ok_and(|found| found.iter().all(|name| name == DATA)) {
+            let _ = std::fs::remove_file(self.lock.path());
+            let _ = std::fs::remove_dir_all(self.out.join(DATA));
+            let _ = std::fs::remove_dir(&self.out);
+        }
     }
 }
 
-/// Weights that gave something else are no checkpoint.
-fn finite(step: u64, what: &'static str, found: f64) -> Result<(), TrainError> {
-    if found.is_finite() { Ok(()) } else { Err(TrainError::Diverged { step, what, found }) }
+/// Tokenised text, within a run's directory.
+const DATA: &str = "data";
+
+/// Names in a directory but those that begin with a dot.
+fn visible(dir: &Path) -> Result<Vec<String>, TrainError> {
+    let entries = std::fs::read_dir(dir).map_err(|e| TrainError::read(dir, &e))?;
+    let names = entries.map(|e| e.map(|e| e.file_name().to_string_lossy().into_owned()));
+    let names: Vec<String> = names.collect::<Result<_, _>>().map_err(|e| TrainError::read(dir, &e))?;
+    Ok(names.into_iter().filter(|name| !name.starts_with('.')).collect())
 }
 
-/// Weights one task checks.
-const CHECKED: usize = 1 << 16;
-
-/// The first weight that is no finite number once rounded to `dtype`.
-fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
-    let stored = |x: f32| if dtype == DType::Bf16 { bf16::round(x).f32() } else { x };
-    let mut found = vec![None; weights.len().div_ceil(CHECKED)];
-    let Device::Cpu(cpu) = &ctx.device;
-    cpu.chunks_mut(&mut found, 1, |i, found| {
-        let piece = &weights[i * CHECKED..weights.len().min((i + 1) * CHECKED)];
-        found[0] = piece.iter().map(|&x| stored(x)).find(|x| !x.is_finite());
-    });
-    found.into_iter().flatten().next()
-}
-
-struct Loop<'a> {
-    run: &'a Run,
+/// A run with its text, and where it stands.
+struct Begun {
     data: Prepared,
-    config: ModelConfig,
-    trainer: Trainer,
-    metrics: MetricsFile,
-    observer: &'a mut dyn Observer,
+    state: Option<State>,
+    remarks: Vec<String>,
 }
 
-impl Loop<'_> {
-    fn go(mut self, ctx: &Ctx) -> Result<Outcome, TrainError> {
-        let c = &self.run.config;
-        let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
-        if c.save_initial {
-            self.save(ctx, 0)?;
+impl Begun {
+    /// Finds the checkpoint to go on from and prepares the text; a new run then has its settings in its directory.
+    fn new(disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Self, TrainError> {
+        disk.sweep(&run.out)?;
+        let file = run.out.join(RUN_FILE);
+        let goes_on = file.exists();
+        let remarks = if goes_on { saved::check(&file, run)? } else { Vec::new() };
+        let state = newest(&run.out)?.map(|dir| State::open(&dir)).transpose()?;
+        if let Some(state) = &state {
+            fits_schedule(run, state.progress())?;
         }
-        let mut outcome = None;
-        for step in 0..c.schedule.steps {
-            let ctx = Ctx { step, ..ctx.clone() };
-            let begin = Instant::now();
-            let windows = self.windows(step)?;
-            if let Some(r) = &mut recorder {
-                r.add(&windows);
+        // A run's tokenizer is the one in its checkpoints, whatever made it.
+        let tokenizer = state.as_ref().map(|s| s.dir().to_path_buf());
+        let data = prepare(disk, ctx, run, tokenizer.as_deref(), observer)?;
+        disk.replace(&file, saved::write(run).as_bytes())?;
+        Ok(Self { data, state, remarks })
+    }
+
+    fn train(self, disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
+        let Self { data, state, remarks } = self;
+        let config = with_special_tokens(run.model.clone(), &data.tokenizer);
+        let c = &run.config;
+        let model = Model::whole(ctx, config.clone());
+        let layout = model.layout.clone();
+        observer.start(&Start {
+            parameters: layout.parameters(),
+            tokens: data.tokens,
+            bytes_per_token: data.bytes_per_token,
+            steps: c.schedule.steps,
+            tokens_per_step: c.batch * c.seq,
+        });
+        let begin = Progress { step: 0, next_sample: 0, tokens: 0, valid_bits_per_byte: None };
+        let progress = state.as_ref().map_or(begin, |s| s.progress().clone());
+        let (metrics, last) = MetricsFile::open(disk, &run.out.join("metrics.jsonl"), progress.step)?;
+        let trainer = match &state {
+            None => {
+                let params = Params::init(ctx, &config, layout.clone(), c.precision, c.seed);
+                let mut trainer = Trainer::new(ctx, model, params, c.adamw, c.objective);
+                if c.ema_decay > 0.0 {
+                    trainer.keep_average(c.ema_decay, None);
+                }
+                trainer
             }
-            let sequences: Vec<Sequence> = windows.iter().map(|w| sequence(w)).collect();
-            let micro: Vec<Vec<Sequence>> = sequences.chunks(c.micro_batch).map(<[Sequence]>::to_vec).collect();
-            let lr = c.schedule.rate(step);
-            let report = self.trainer.step(&ctx, &micro, lr);
-            let seconds = begin.elapsed().as_secs_f64();
-            let last = self.record(&ctx, step + 1, lr, &report, seconds)?;
-            if (step + 1).is_multiple_of(c.checkpoint_every) || step + 1 == c.schedule.steps {
-                let checkpoint = self.save(&ctx, step + 1)?;
-                let prompts = self.data.prompts.clone();
-                let (step, finished) = (step + 1, step + 1 == c.schedule.steps);
-                outcome = Some(Outcome { checkpoint, step, finished, last, prompts });
+            Some(state) => {
+                let mut optimizer = Optimizer::new(ctx, &layout, c.adamw);
+                let (params, average) = state.restore(ctx, &layout, c.precision, &mut optimizer)?;
+                let mut trainer = Trainer::new(ctx, model, params, c.adamw, c.objective);
+                trainer.set_optimizer(optimizer);
+                if let Some(average) = average {
+                    trainer.keep_average(c.ema_decay, Some(average));
+                }
+                observer.resumed(state.dir(), progress.step, &remarks);
+                trainer
             }
-        }
-        if let (Some(r), Some(path)) = (recorder, &c.record_batches) {
-            r.write(path)?;
-        }
-        outcome.ok_or_else(|| TrainError::Config { what: "train.steps = 0: expected at least 1".into() })
-    }
-
-    /// The tokens of a step: a function of (seed, step) alone.
-    fn windows(&self, step: u64) -> Result<Vec<Vec<u32>>, TrainError> {
-        let batch = self.run.config.batch as u64;
-        Ok((step * batch..(step + 1) * batch).map(|i| self.data.train.sample(i)).collect::<Result<_, _>>()?)
-    }
-
-    fn record(
-        &mut self,
-        ctx: &Ctx,
-        step: u64,
-        lr: f64,
-        report: &StepReport,
-        seconds: f64,
-    ) -> Result<Metrics, TrainError> {
-        let c = &self.run.config;
-        let loss = report.losses.total();
-        finite(step, "loss", loss)?;
-        finite(step, "gradient norm", report.grad_norm.into())?;
-        let tokens = (c.batch * c.seq) as u64;
-        let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
-        let valid = due.then(|| self.evaluate(ctx));
-        finite(step, "validation loss", valid.map_or(0.0, |v| v.loss))?;
-        let m = Metrics {
-            step,
-            loss,
-            loss_main: report.losses.main,
-            loss_mtp: report.losses.mtp,
-            loss_balance: report.losses.balance,
-            lr,
-            grad_norm: report.grad_norm,
-            max_violation: report.load.max_violation(),
-            tokens: step * tokens,
-            seconds,
-            tokens_per_s: tokens as f64 / seconds,
-            valid_bits_per_byte: valid.map(|v| v.bits_per_byte),
-            valid_loss: valid.map(|v| v.loss),
         };
-        self.metrics.append(&m)?;
-        self.observer.step(&m);
-        Ok(m)
-    }
-
-    fn evaluate(&self, ctx: &Ctx) -> Evaluation {
-        let c = &self.run.config;
-        let held = Held {
-            stream: &self.data.held,
-            byte_lengths: &self.data.byte_lengths,
-            seq: c.seq,
-            batch: c.micro_batch,
-            max_tokens: c.eval_tokens,
+        let writer = Writer {
+            disk: disk.clone(),
+            out: run.out.clone(),
+            config,
+            layout,
+            precision: c.precision,
+            seed: c.seed,
+            build: run.build,
+            extra: data.tokenizer.files().into_iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())).collect(),
+            shard_bytes: SaveOptions::new(c.precision.act()).shard_bytes,
         };
-        evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
-    }
-
-    /// Writes step-NNNNNN and points `latest` at it; weights that a checkpoint cannot hold as finite numbers are
-    /// refused.
-    fn save(&mut self, ctx: &Ctx, step: u64) -> Result<PathBuf, TrainError> {
-        let dtype = self.run.config.precision.act();
-        if let Some(x) = not_finite(ctx, self.trainer.params.master.view().f32(), dtype) {
-            return Err(TrainError::Diverged { step, what: "weight", found: x.into() });
-        }
-        let name = format!("step-{step:06}");
-        let dir = self.run.out.join(&name);
-        let files = self.data.tokenizer.files();
-        let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
-        let options = SaveOptions::new(dtype);
-        save_checkpoint(&dir, &self.config, &self.trainer.params, options, &extra)?;
-        point_latest(&self.run.out, &name)?;
-        self.observer.checkpoint(&dir);
-        Ok(dir)
+        let saver = Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best }, c.save_beside)?;
+        Loop { run, data, trainer, metrics, saver, observer, progress, last }.go(ctx)
     }
 }
 
-/// Replaces `out/latest`, a link to the newest checkpoint, in one rename.
-fn point_latest(out: &Path, name: &str) -> Result<(), TrainError> {
-    let (latest, tmp) = (out.join("latest"), out.join(".latest.tmp"));
-    let _ = std::fs::remove_file(&tmp); // Left by a killed run, or not there.
-    #[cfg(unix)]
-    std::os::unix::fs::symlink(name, &tmp).map_err(|e| TrainError::write(&tmp, &e))?;
-    // Where links need privileges, a file that holds the name.
-    #[cfg(not(unix))]
-    std::fs::write(&tmp, name).map_err(|e| TrainError::write(&tmp, &e))?;
-    std::fs::rename(&tmp, &latest).map_err(|e| TrainError::write(&latest, &e))
+/// A run of fewer steps than it has done, or with a record of batches that would be of a part, is not resumed.
+fn fits_schedule(run: &Run, done: &Progress) -> Result<(), TrainError> {
+    let refuse = |what: String| Err(TrainError::Config { what });
+    if run.config.record_batches.is_some() {
+        return refuse(
+            "train.record_batches: expected a run recorded from its first step, found one that resumes".into(),
+        );
+    }
+    if run.config.schedule.steps < done.step {
+        let (steps, done) = (run.config.schedule.steps, done.step);
+        return refuse(format!("train.steps = {steps}: expected at least the {done} steps that the run has done"));
+    }
+    Ok(())
 }

@@ -2,7 +2,8 @@
 
 use crate::optimizer::{AdamW, Load, Optimizer};
 use hadal_comm::ExpertRange;
-use hadal_kernels::Ctx;
+use hadal_kernels::ops::add;
+use hadal_kernels::{Buf, Ctx};
 use hadal_model::pass::{self, LossWeights, Losses};
 use hadal_model::{Batch, Grads, Model, Params, Sequence, WeightGrads};
 
@@ -29,6 +30,13 @@ pub struct Trainer {
     grads: Grads,
     optimizer: Optimizer,
     objective: Objective,
+    average: Option<Average>,
+}
+
+/// A running average of the masters.
+struct Average {
+    decay: f32,
+    weights: Buf,
 }
 
 /// What a step measured.
@@ -50,7 +58,30 @@ impl Trainer {
         assert_eq!(held, all, "a Trainer is one rank with all experts: it reduces nothing over ranks");
         let grads = Grads::zeros(ctx, model.layout.clone());
         let optimizer = Optimizer::new(ctx, &model.layout, adamw);
-        Self { model, params, defer: false, grads, optimizer, objective }
+        Self { model, params, defer: false, grads, optimizer, objective, average: None }
+    }
+
+    /// Keeps an exponential moving average of the weights from here on (V3 report 3.2.3): after every step
+    /// average = decay * average + (1 - decay) * weights. It begins at `weights`, or at the present ones.
+    pub fn keep_average(&mut self, decay: f32, weights: Option<Buf>) {
+        let weights = weights.unwrap_or_else(|| self.params.master.clone());
+        assert_eq!(weights.len(), self.params.master.len(), "an average of another layout");
+        self.average = Some(Average { decay, weights });
+    }
+
+    /// The average of the weights, if one is kept: an f32 arena of the layout.
+    pub fn average(&self) -> Option<&[f32]> {
+        self.average.as_ref().map(|a| a.weights.view().f32())
+    }
+
+    /// The state of AdamW.
+    pub(crate) fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// Takes up the state of AdamW after some updates.
+    pub(crate) fn set_optimizer(&mut self, optimizer: Optimizer) {
+        self.optimizer = optimizer;
     }
 
     /// The gradients of the last step, before clipping.
@@ -109,6 +140,9 @@ impl Trainer {
         let grad_norm = self.optimizer.update(ctx, &mut self.params, &self.grads, lr);
         if self.objective.bias_gamma > 0.0 {
             load.update_biases(&mut self.params, self.objective.bias_gamma);
+        }
+        if let Some(a) = &mut self.average {
+            add::blend(ctx, 1.0 - a.decay, self.params.master.view(), a.weights.view_mut());
         }
         StepReport { losses, grad_norm, load }
     }

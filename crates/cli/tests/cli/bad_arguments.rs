@@ -118,9 +118,10 @@ fn training_settings_that_cannot_be_are_refused() {
         (["--dtype", "fp8"], &["dtype \"fp8\"", "expected bf16 or fp32"][..]),
         (["--threads", "0"], &["--threads 0", "at least 1"]),
         (["--steps", "0"], &["train.steps = 0", "at least 1"]),
-        (["--steps", "18446744073709551615"], &["train.steps = 18446744073709551615", "at most"]),
+        (["--steps", "18446744073709551615"], &["--steps: 18446744073709551615", "at most 9223372036854775807"]),
+        (["--steps", "9223372036854775807"], &["train.steps = 9223372036854775807", "at most 4294967296"]),
         (["--batch", "0"], &["train.batch = 0"]),
-        (["--batch", "18446744073709551615"], &["train.batch = 18446744073709551615", "at most 2147483647"]),
+        (["--batch", "9223372036854775807"], &["train.batch = 9223372036854775807", "at most 2147483647"]),
         (["--micro-batch", "3"], &["train.micro_batch = 3", "divisor of batch = 4"]),
         (["--seq", "65"], &["train.seq = 65", "max_position_embeddings = 64"]),
         (["--seq", "1"], &["train.seq = 1", "more than the MTP depth 1"]),
@@ -187,8 +188,6 @@ fn wrong_arguments_are_json_too() {
     let error = ran.objects()[0]["error"].as_str().unwrap().to_string();
     assert!(error.contains("'many'") && ran.stderr.starts_with(&format!("error: {error}")), "{ran:?}");
     assert!(hadal(&["pretrain", "--steps", "many"]).stdout.is_empty());
-    let neither = hadal(&["pretrain", "--out", "x"]).stderr;
-    assert!(neither.contains("--preset <P>") && neither.contains("--config <F>"), "{neither}");
     let both = hadal(&["pretrain", "--out", "x", "--preset", "nano", "--config", "x.toml"]);
     assert!(both.code == Some(2) && both.stderr.contains("cannot be used with"), "{both:?}");
 }

@@ -6,4 +6,5 @@ mod bad_models;
 mod determinism;
 mod inference;
 mod pretrain;
+mod settings;
 mod support;

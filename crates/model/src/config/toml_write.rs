@@ -131,8 +131,8 @@ mod tests {
         let cases = [
             ModelConfig { q_lora_rank: None, mtp_hidden: MtpHidden::PreNorm, ..nano.clone() },
             ModelConfig { bos_token_id: None, eos_token_ids: vec![5, 7], ..nano.clone() },
-            ModelConfig { scoring: Scoring::Softmax, correction_bias: false, norm_topk_prob: false, ..nano.clone() },
-            ModelConfig { group_limited: false, n_group: 1, topk_group: 1, ..nano.clone() },
+            ModelConfig { norm_topk_prob: false, routed_scaling_factor: 1.5, ..nano.clone() },
+            ModelConfig { group_limited: true, n_group: 4, topk_group: 2, ..ModelConfig::preset("v2-lite").unwrap() },
             ModelConfig { rms_norm_eps: 0.1 + 0.2, initializer_range: 1e-300, ..nano.clone() },
             ModelConfig { rope: rope(Some(y)), ..nano.clone() },
             ModelConfig { rope: rope(Some(Yarn { attention_factor: None, mscale: Some(0.3), ..y })), ..nano.clone() },
@@ -149,7 +149,7 @@ mod tests {
         let nano = ModelConfig::preset("nano").unwrap();
         let dense = ModelConfig { first_k_dense_replace: 6, num_nextn_predict_layers: 0, ..nano.clone() };
         let no_dense = ModelConfig { first_k_dense_replace: 0, ..nano.clone() };
-        let greedy = ModelConfig { group_limited: false, ..nano.clone() };
+        let greedy = ModelConfig::preset("v2-lite").unwrap();
         for (c, key) in [(dense, "n_routed_experts"), (no_dense, "intermediate_size"), (greedy, "n_group")] {
             let table = c.to_toml_table();
             assert!(!table.contains_key(key), "{key}");

@@ -214,15 +214,3 @@ fn unique(mut sources: Vec<NamedSource>) -> Result<Vec<NamedSource>, TrainError>
     }
     Ok(sources)
 }
-
-impl DataSettings {
-    /// Every path, for whoever knows what it is relative to.
-    pub(super) fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
-        self.paths.iter_mut().flatten().chain(&mut self.tokenizer)
-    }
-
-    /// With the defaults in the place of what is absent.
-    pub(super) fn resolved(self) -> Self {
-        Self { valid_fraction: Some(self.valid_fraction.unwrap_or(VALID_FRACTION)), ..self }
-    }
-}

@@ -44,7 +44,8 @@ impl RunFile {
         let mut file: Self = toml::from_str(&text).map_err(|e| {
             // What the parser objects to begins after so many line ends.
             let line = 1 + e.span().map_or(0, |s| text.bytes().take(s.start).filter(|&b| b == b'\n').count());
-            config(format!("{}:{line}: {}", path.display(), e.message().replace('\n', " ")))
+            let by = writer(&text).map_or(String::new(), |by| format!(" (the file was written by hadal {by})"));
+            config(format!("{}:{line}: {}{by}", path.display(), e.message().replace('\n', " ")))
         })?;
         file.name = path.display().to_string();
         let name = file.name.clone();
@@ -58,8 +59,7 @@ impl RunFile {
         if parts.len() < 2 || parts.iter().any(|part| part.is_empty()) {
             return Err(config(format!("{asker}: expected a key of a run file, as train.steps, found \"{key}\"")));
         }
-        let within = |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        if let Some((other, first)) = self.set.iter().find(|(k, _)| within(k, key) || within(key, k)) {
+        if let Some((other, first)) = self.set.iter().find(|(k, _)| overlap(k, key)) {
             let of = if other == key { key.to_string() } else { format!("{other} and {key}") };
             return Err(config(format!("{asker} and {first}: expected {of} to be set once")));
         }
@@ -143,10 +143,17 @@ impl RunFile {
 
     /// The error, with whoever set the key, or the file.
     fn blame(&self, table: &str, key: Option<&str>, what: String) -> TrainError {
-        let asker = key.and_then(|key| self.set.iter().find(|(set, _)| set.strip_prefix(table) == Some(key)));
+        let key = key.map(|key| format!("{table}{key}"));
+        let asker = key.and_then(|key| self.set.iter().find(|(set, _)| overlap(set, &key)));
         let asker = asker.map_or(&self.name, |(_, asker)| asker);
         config(if asker.is_empty() { what } else { format!("{asker}: {what}") })
     }
+}
+
+/// The release that wrote a file, as far as the file is TOML.
+fn writer(text: &str) -> Option<String> {
+    let table: Table = text.parse().ok()?;
+    Some(table.get("hadal")?.get("version")?.as_str()?.to_string())
 }
 
 /// The key that an error of a model's configuration is about.
@@ -158,6 +165,12 @@ fn key_of(e: &ConfigError) -> Option<&str> {
         | ConfigError::Ineffective { key, .. } => Some(key),
         ConfigError::Read { .. } | ConfigError::Json { .. } => None,
     }
+}
+
+/// True if the keys are the same, or one is a table with the other in it.
+fn overlap(a: &str, b: &str) -> bool {
+    let within = |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    within(a, b) || within(b, a)
 }
 
 /// Writes a value into nested tables.

@@ -48,6 +48,8 @@ pub struct TrainConfig {
     pub keep_last: u64,
     /// Keep the checkpoint that validated best too.
     pub keep_best: bool,
+    /// Write checkpoints beside training, from a copy of weights and moments; otherwise training waits for them.
+    pub save_beside: bool,
     /// Decay of the averaged weights, in [0, 1); 0 for none.
     pub ema_decay: f32,
     /// Write the initial weights.
@@ -118,9 +120,10 @@ impl TrainConfig {
             },
             eval_every: s.eval_every.unwrap_or((steps / 4).max(1)),
             eval_tokens: s.eval_tokens.unwrap_or(16 * 1024),
-            checkpoint_every: s.checkpoint_every.unwrap_or(steps),
+            checkpoint_every: s.checkpoint_every.unwrap_or((steps / 4).max(1)),
             keep_last: s.keep_last.unwrap_or(3),
             keep_best: s.keep_best.unwrap_or(true),
+            save_beside: s.save_beside.unwrap_or(true),
             ema_decay: s.ema_decay.unwrap_or(0.0),
             save_initial: s.save_initial.unwrap_or(false),
             record_batches: s.record_batches,

@@ -38,7 +38,7 @@ impl From<Build> for SavedBuild {
 /// Keys of `[train]` that a run may change on its way. What is left out would make another run of it: weights and data
 /// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; record_batches and
 /// save_initial want steps that are gone.
-const MAY_CHANGE: [&str; 19] = [
+pub(super) const MAY_CHANGE: [&str; 20] = [
     "steps",
     "batch",
     "micro_batch",
@@ -58,6 +58,7 @@ const MAY_CHANGE: [&str; 19] = [
     "checkpoint_every",
     "keep_last",
     "keep_best",
+    "save_beside",
 ];
 
 /// The `[model]` table of a run: what the tokenizer decides is not in it.
@@ -99,6 +100,7 @@ impl TrainConfig {
             checkpoint_every: Some(self.checkpoint_every),
             keep_last: Some(self.keep_last),
             keep_best: Some(self.keep_best),
+            save_beside: Some(self.save_beside),
             save_initial: Some(self.save_initial),
             record_batches: self.record_batches.clone(),
         }
@@ -148,7 +150,7 @@ pub fn check(path: &Path, run: &Run) -> Result<Vec<String>, TrainError> {
         let settings = if n == 1 { "setting" } else { "settings" };
         let hint = match (may.is_empty(), never.is_empty()) {
             (false, true) => "--override allows it".to_string(),
-            (true, _) => "a run cannot change this; take another --out".to_string(),
+            (true, _) => "a run cannot change it; take another --out".to_string(),
             (false, false) => {
                 let keys: Vec<&str> = never.iter().map(|d| d.key.as_str()).collect();
                 format!("--override allows all but {}", keys.join(", "))

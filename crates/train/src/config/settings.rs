@@ -64,6 +64,8 @@ pub struct Settings {
     pub keep_last: Option<u64>,
     /// Keep the checkpoint that validated best too.
     pub keep_best: Option<bool>,
+    /// Write checkpoints beside training, from a copy of weights and moments; otherwise training waits for them.
+    pub save_beside: Option<bool>,
     /// Write the initial weights as step-000000.
     pub save_initial: Option<bool>,
     /// Record the tokens of every step in this safetensors file.

@@ -105,12 +105,14 @@ impl Kept {
     }
 
     /// The tokenizer, which must be the one the tokens were made with, and where the tokens are.
-    pub fn open(self, home: &Path) -> Result<(Tokenizer, Vec<Made>), TrainError> {
-        let tokenizer = Tokenizer::load(home)?;
+    pub fn open(self, home: &Path, given: Option<&Path>) -> Result<(Tokenizer, Vec<Made>), TrainError> {
+        let from = given.unwrap_or(home);
+        let tokenizer = Tokenizer::load(from)?;
         let (expected, found) = (&self.tokenizer, format!("{:016x}", tokenizer.fingerprint()));
         if *expected != found {
-            let path = home.join("tokenizer.json");
-            return Err(bad(&path, format!("expected tokenizer {expected} as the run began with, found {found}")));
+            let what =
+                format!("expected tokenizer {expected}, which the tokens of this run were made with, found {found}");
+            return Err(bad(&from.join("tokenizer.json"), what));
         }
         let made = self.sources.into_iter().map(|s| {
             let source = u64::from_str_radix(&s.fingerprint, 16);

@@ -31,3 +31,12 @@ pub fn convert<A: Elem, T: Elem>(cpu: &Cpu, a: View<'_>, out: ViewMut<'_>) {
         }
     });
 }
+
+pub fn blend<A: Elem, T: Elem>(cpu: &Cpu, weight: f32, a: View<'_>, out: ViewMut<'_>) {
+    let a = A::of(a);
+    cpu.chunks_mut(T::of_mut(out), PIECE, |i, out| {
+        for (o, a) in out.iter_mut().zip(&a[i * PIECE..]) {
+            *o = T::round(o.f32() + weight * (a.f32() - o.f32()));
+        }
+    });
+}

@@ -1,4 +1,4 @@
-//! Elementwise sums and conversion, in f32, rounded once.
+//! Elementwise sums, blends and conversion, in f32, rounded once.
 
 mod cpu;
 #[cfg(test)]
@@ -35,6 +35,17 @@ pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::convert::<A, T>(cpu, a, out)
+        })),
+    }
+}
+
+/// out += weight * (a - out): the running average of what `a` holds from call to call (V3 report 3.2.3 keeps one of the
+/// weights).
+pub fn blend(ctx: &Ctx, weight: f32, a: View<'_>, out: ViewMut<'_>) {
+    assert_eq!(a.len(), out.len(), "blending {} elements into {}", a.len(), out.len());
+    match &ctx.device {
+        Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
+            cpu::blend::<A, T>(cpu, weight, a, out)
         })),
     }
 }

@@ -78,3 +78,21 @@ fn unequal_lengths_are_refused() {
     let (a, b, mut out) = (ctx.zeros(F32, 3), ctx.zeros(F32, 4), ctx.zeros(F32, 4));
     add(&ctx, a.view(), b.view(), out.view_mut());
 }
+
+#[test]
+fn blend_matches_reference_on_any_threads() {
+    for n in LENGTHS {
+        for (da, d) in [(F32, F32), (Bf16, F32), (F32, Bf16)] {
+            let (a, before) = (buf(da, &normals(4, n, 1.0)), buf(d, &normals(5, n, 1.0)));
+            let expected = reference::blend(f64::from(0.3f32), &wide(&a), &wide(&before));
+            let mut results = Vec::new();
+            for ctx in contexts().into_iter().chain(levels()) {
+                let mut out = before.clone();
+                blend(&ctx, 0.3, a.view(), out.view_mut());
+                assert_close("blend", &out, &expected, op_tolerance(d));
+                results.push(out);
+            }
+            results[1..3].iter().for_each(|r| assert_same_bits("blend", r, &results[0]));
+        }
+    }
+}

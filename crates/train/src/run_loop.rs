@@ -1,0 +1,170 @@
+//! The loop over steps: tokens in, metrics and checkpoints out.
+
+use crate::TrainError;
+use crate::evaluate::{Evaluation, Held, evaluate, sequence};
+use crate::metrics::{Metrics, MetricsFile};
+use crate::prepare::Prepared;
+use crate::pretrain::{Observer, Outcome, Run};
+use crate::record::Recorder;
+use crate::saver::Saver;
+use crate::state::{Arenas, Progress, name};
+use crate::step::{StepReport, Trainer};
+use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
+use hadal_model::Sequence;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Weights that gave something else are no checkpoint.
+fn finite(step: u64, what: &'static str, found: f64) -> Result<(), TrainError> {
+    if found.is_finite() { Ok(()) } else { Err(TrainError::Diverged { step, what, found }) }
+}
+
+/// Weights one task checks.
+const CHECKED: usize = 1 << 16;
+
+/// The first weight that is no finite number once rounded to `dtype`.
+fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
+    let stored = |x: f32| if dtype == DType::Bf16 { bf16::round(x).f32() } else { x };
+    let mut found = vec![None; weights.len().div_ceil(CHECKED)];
+    let Device::Cpu(cpu) = &ctx.device;
+    cpu.chunks_mut(&mut found, 1, |i, found| {
+        let piece = &weights[i * CHECKED..weights.len().min((i + 1) * CHECKED)];
+        found[0] = piece.iter().map(|&x| stored(x)).find(|x| !x.is_finite());
+    });
+    found.into_iter().flatten().next()
+}
+
+/// A run under way.
+pub(crate) struct Loop<'a> {
+    pub run: &'a Run,
+    pub data: Prepared,
+    pub trainer: Trainer,
+    pub metrics: MetricsFile,
+    pub saver: Saver,
+    pub observer: &'a mut dyn Observer,
+    pub progress: Progress,
+    pub last: Option<Metrics>,
+}
+
+impl Loop<'_> {
+    /// Runs the steps that are left.
+    pub fn go(mut self, ctx: &Ctx) -> Result<Outcome, TrainError> {
+        let c = &self.run.config;
+        let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
+        if c.save_initial && self.progress.step == 0 {
+            self.save(ctx)?;
+        }
+        let mut finished = true;
+        while self.progress.step < c.schedule.steps {
+            self.step(ctx, recorder.as_mut())?;
+            finished = self.progress.step == c.schedule.steps;
+            let stop = !finished && self.observer.stop();
+            if stop || finished || self.progress.step.is_multiple_of(c.checkpoint_every) {
+                self.save(ctx)?;
+            }
+            if stop {
+                break;
+            }
+            let done = self.saver.poll()?;
+            self.tell(&done);
+        }
+        let done = self.saver.wait()?;
+        self.tell(&done);
+        if let (Some(r), Some(path), true) = (recorder, &c.record_batches, finished) {
+            r.write(path)?;
+        }
+        let none = || TrainError::Config { what: "train.steps = 0: expected at least 1".into() };
+        let step = self.progress.step;
+        let checkpoint = self.run.out.join(name(step));
+        Ok(Outcome { checkpoint, last: self.last.ok_or_else(none)?, step, finished, prompts: self.data.prompts })
+    }
+
+    fn step(&mut self, ctx: &Ctx, recorder: Option<&mut Recorder>) -> Result<(), TrainError> {
+        let c = &self.run.config;
+        let step = self.progress.step;
+        let ctx = Ctx { step, ..ctx.clone() };
+        let begin = Instant::now();
+        let windows = self.windows()?;
+        if let Some(r) = recorder {
+            r.add(&windows);
+        }
+        let sequences: Vec<Sequence> = windows.iter().map(|w| sequence(w)).collect();
+        let micro: Vec<Vec<Sequence>> = sequences.chunks(c.micro_batch).map(<[Sequence]>::to_vec).collect();
+        let lr = c.schedule.rate(step);
+        let report = self.trainer.step(&ctx, &micro, lr);
+        self.progress.step += 1;
+        self.progress.next_sample += c.batch as u64;
+        self.progress.tokens += (c.batch * c.seq) as u64;
+        self.record(&ctx, lr, &report, begin.elapsed().as_secs_f64())
+    }
+
+    /// The tokens of the next step: a function of the seed and the number of the first sample.
+    fn windows(&self) -> Result<Vec<Vec<u32>>, TrainError> {
+        let first = self.progress.next_sample;
+        let samples = (first..first + self.run.config.batch as u64).map(|i| self.data.train.sample(i));
+        Ok(samples.collect::<Result<_, _>>()?)
+    }
+
+    fn record(&mut self, ctx: &Ctx, lr: f64, report: &StepReport, seconds: f64) -> Result<(), TrainError> {
+        let c = &self.run.config;
+        let step = self.progress.step;
+        let loss = report.losses.total();
+        finite(step, "loss", loss)?;
+        finite(step, "gradient norm", report.grad_norm.into())?;
+        let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
+        let valid = due.then(|| self.evaluate(ctx));
+        finite(step, "validation loss", valid.map_or(0.0, |v| v.loss))?;
+        self.progress.valid_bits_per_byte = valid.map(|v| v.bits_per_byte);
+        let m = Metrics {
+            step,
+            loss,
+            loss_main: report.losses.main,
+            loss_mtp: report.losses.mtp,
+            loss_balance: report.losses.balance,
+            lr,
+            grad_norm: report.grad_norm,
+            max_violation: report.load.max_violation(),
+            tokens: self.progress.tokens,
+            seconds,
+            tokens_per_s: (c.batch * c.seq) as f64 / seconds,
+            valid_bits_per_byte: valid.map(|v| v.bits_per_byte),
+            valid_loss: valid.map(|v| v.loss),
+        };
+        self.metrics.append(&m)?;
+        self.observer.step(&m);
+        self.last = Some(m);
+        Ok(())
+    }
+
+    fn evaluate(&self, ctx: &Ctx) -> Evaluation {
+        let c = &self.run.config;
+        let held = Held {
+            stream: &self.data.held,
+            byte_lengths: &self.data.byte_lengths,
+            seq: c.seq,
+            batch: c.micro_batch,
+            max_tokens: c.eval_tokens,
+        };
+        evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
+    }
+
+    /// Hands the state after this step to the saver; weights that a checkpoint cannot hold as finite numbers are refused.
+    fn save(&mut self, ctx: &Ctx) -> Result<(), TrainError> {
+        let dtype = self.run.config.precision.act();
+        let master = self.trainer.params.master.view().f32();
+        if let Some(x) = not_finite(ctx, master, dtype) {
+            return Err(TrainError::Diverged { step: self.progress.step, what: "weight", found: x.into() });
+        }
+        self.metrics.sync()?;
+        let (m, v) = self.trainer.optimizer().moments();
+        let arenas = Arenas { master, m, v, ema: self.trainer.average() };
+        let updates = self.trainer.optimizer().updates();
+        let done = self.saver.save(&arenas, self.progress.clone(), updates)?;
+        self.tell(&done);
+        Ok(())
+    }
+
+    fn tell(&mut self, done: &[PathBuf]) {
+        done.iter().for_each(|path| self.observer.checkpoint(path));
+    }
+}

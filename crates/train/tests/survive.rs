@@ -1,0 +1,269 @@
+//! A run that is interrupted anywhere and resumed equals one that was not, to the bit: every number of its record, every
+//! byte of its checkpoints. Faults are planned at every file operation in turn.
+
+use hadal_files::{Disk, Fault, Faults};
+use hadal_kernels::{Ctx, Device};
+use hadal_model::{Checkpoint, ModelConfig, Precision};
+use hadal_train::{
+    Build, DataSettings, Metrics, Observer, Outcome, Run, Settings, Start, TrainConfig, TrainError, pretrain_on,
+};
+use std::collections::BTreeMap;
+use std::io::ErrorKind::StorageFull;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const MODEL: &str = "
+    preset = \"nano\"
+    vocab_size = 280
+    hidden_size = 16
+    intermediate_size = 24
+    moe_intermediate_size = 8
+    num_hidden_layers = 2
+    first_k_dense_replace = 1
+    num_attention_heads = 2
+    q_lora_rank = 8
+    kv_lora_rank = 8
+    qk_nope_head_dim = 8
+    qk_rope_head_dim = 4
+    v_head_dim = 8
+    n_routed_experts = 4
+    num_experts_per_tok = 2
+    n_group = 2
+    topk_group = 1
+    max_position_embeddings = 32
+";
+
+/// Stops a run after a step, or never.
+#[derive(Default)]
+struct Watch {
+    stop_after: Option<u64>,
+    step: u64,
+    resumed: Option<(u64, Vec<String>)>,
+    saved: Vec<PathBuf>,
+}
+
+impl Observer for Watch {
+    fn phase(&mut self, _: &str) {}
+    fn start(&mut self, _: &Start) {}
+    fn step(&mut self, m: &Metrics) {
+        self.step = m.step;
+    }
+    fn checkpoint(&mut self, path: &Path) {
+        self.saved.push(path.to_path_buf());
+    }
+    fn resumed(&mut self, _: &Path, step: u64, remarks: &[String]) {
+        self.resumed = Some((step, remarks.to_vec()));
+    }
+    fn stop(&self) -> bool {
+        self.stop_after.is_some_and(|n| self.step >= n)
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        steps: Some(6),
+        batch: Some(2),
+        seq: Some(16),
+        warmup: Some(1),
+        eval_every: Some(2),
+        eval_tokens: Some(64),
+        checkpoint_every: Some(2),
+        keep_last: Some(2),
+        ema_decay: Some(0.75),
+        ..Settings::default()
+    }
+}
+
+/// A text, and runs on it in directories beside it.
+struct Place {
+    root: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        // In memory where the system offers it: thousands of flushes, and none is what the test is about.
+        let memory = Path::new("/dev/shm");
+        let root = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+        let line = |i: usize| format!("{} and {} make {}.\n{}", i, i * 7 % 10, i + i * 7 % 10, ["", "\n"][i % 2]);
+        std::fs::write(root.path().join("text"), (0..900).map(line).collect::<String>()).unwrap();
+        Self { root }
+    }
+
+    /// Leaves a tokenizer for the runs to come, which saves most of their time.
+    fn train_tokenizer(&self, settings: &Settings) {
+        let run = self.run("first", Settings { steps: Some(1), warmup: Some(0), ..settings.clone() }, false);
+        let done = go(&run, &Disk::new(), &mut Watch::default()).unwrap();
+        std::fs::rename(done.checkpoint, self.root.path().join("tokenizer")).unwrap();
+    }
+
+    fn run(&self, name: &str, settings: Settings, resume: bool) -> Run {
+        let model = ModelConfig::from_toml_table(&MODEL.parse().unwrap()).unwrap();
+        let config = TrainConfig::resolve(settings, &model).unwrap();
+        let paths = Some(vec![self.root.path().join("text")]);
+        let tokenizer = Some(self.root.path().join("tokenizer")).filter(|t| t.exists());
+        let data = DataSettings { paths, tokenizer, valid_fraction: Some(0.05) };
+        let build = Build { version: "0", commit: "test" };
+        Run { model, config, data, out: self.root.path().join(name), resume, override_saved: false, build }
+    }
+}
+
+fn ctx() -> Ctx {
+    Device::cpu(Some(2)).unwrap().ctx()
+}
+
+fn go(run: &Run, disk: &Disk, watch: &mut Watch) -> Result<Outcome, TrainError> {
+    pretrain_on(disk, &ctx(), run, watch)
+}
+
+/// The record without wall times, numbers as they are written.
+fn curve(out: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let cut = |line: &str| {
+        let mut m: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+        m.remove("seconds");
+        m.remove("tokens_per_s");
+        serde_json::to_string(&m).unwrap()
+    };
+    text.lines().map(cut).collect()
+}
+
+/// Every file below `dir` with its bytes.
+fn bytes(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut todo = vec![dir.to_path_buf()];
+    while let Some(next) = todo.pop() {
+        for entry in std::fs::read_dir(&next).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => todo.push(path),
+                false => {
+                    let name = path.strip_prefix(dir).unwrap().display().to_string();
+                    found.insert(name, std::fs::read(&path).unwrap());
+                }
+            }
+        }
+    }
+    found
+}
+
+fn steps(out: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut steps: Vec<String> = names.filter(|n| n.starts_with("step-")).collect();
+    steps.sort_unstable();
+    steps
+}
+
+#[track_caller]
+fn assert_same_run(a: &Path, b: &Path) {
+    assert_eq!(curve(a), curve(b));
+    assert_eq!(steps(a), steps(b));
+    for step in steps(a) {
+        let (x, y) = (bytes(&a.join(&step)), bytes(&b.join(&step)));
+        assert_eq!(x.keys().collect::<Vec<_>>(), y.keys().collect::<Vec<_>>());
+        x.iter().for_each(|(name, bytes)| assert!(y[name] == *bytes, "{step}/{name} differs"));
+    }
+    for link in ["latest", "best"] {
+        assert_eq!(
+            std::fs::canonicalize(a.join(link)).unwrap().file_name(),
+            std::fs::canonicalize(b.join(link)).unwrap().file_name()
+        );
+    }
+}
+
+/// Whatever has a checkpoint's name opens, with every tensor; the rest is files of a run or hidden.
+#[track_caller]
+fn assert_whole_or_hidden(run: &Run) {
+    for entry in std::fs::read_dir(&run.out).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if name.starts_with("step-") {
+            let layout = Arc::new(hadal_model::Layout::new(&run.model, hadal_model::Scope::whole(&run.model)));
+            for dir in [entry.path(), entry.path().join("ema")] {
+                Checkpoint::open(&dir).unwrap().load(&ctx(), &run.model, layout.clone(), Precision::Bf16).unwrap();
+            }
+            assert!(entry.path().join("state/state.json").is_file());
+        } else {
+            let known = ["run.toml", "metrics.jsonl", "data", "latest", "best"];
+            assert!(name.starts_with('.') || known.contains(&name.as_str()), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_bits() {
+    let place = Place::new();
+    for (i, (dtype, beside)) in [("fp32", true), ("bf16", true), ("bf16", false)].into_iter().enumerate() {
+        let s = || Settings { dtype: Some(dtype.into()), save_beside: Some(beside), ..settings() };
+        let alone = place.run(&format!("alone{i}"), s(), false);
+        let done = go(&alone, &Disk::new(), &mut Watch::default()).unwrap();
+        assert!(done.finished && done.step == 6 && done.last.step == 6);
+        let run = place.run(&format!("stopped{i}"), s(), true);
+        for stop_after in [1, 3, 4] {
+            let mut watch = Watch { stop_after: Some(stop_after), ..Watch::default() };
+            let done = go(&run, &Disk::new(), &mut watch).unwrap();
+            assert!(!done.finished && done.step == stop_after && done.checkpoint.is_dir());
+        }
+        let mut watch = Watch::default();
+        assert!(go(&run, &Disk::new(), &mut watch).unwrap().finished);
+        assert_eq!(watch.resumed, Some((4, vec![])));
+        assert_eq!(curve(&alone.out), curve(&run.out));
+        assert_eq!(bytes(&alone.out.join("step-000006")), bytes(&run.out.join("step-000006")));
+        // A finished run has nothing left to do, and says how it ended.
+        let again = go(&run, &Disk::new(), &mut Watch::default()).unwrap();
+        assert_eq!((again.last.loss, again.step, again.finished), (done.last.loss, 6, true));
+    }
+}
+
+/// `fault` at every file operation of a run of its own in turn, after which the run is resumed.
+fn faults_everywhere(fault: Fault) {
+    let place = Place::new();
+    // Saving in the foreground keeps the operations' numbers the same from run to run.
+    // Two saves, the second of which removes the first: every operation that a save ever does.
+    let s = || Settings {
+        save_beside: Some(false),
+        steps: Some(2),
+        eval_every: Some(1),
+        checkpoint_every: Some(1),
+        keep_last: Some(1),
+        ..settings()
+    };
+    place.train_tokenizer(&s());
+    let alone = place.run("alone", s(), false);
+    let count = Arc::new(Faults::none());
+    go(&alone, &Disk::with(count.clone()), &mut Watch::default()).unwrap();
+    let mut failed = 0;
+    for at in 0..count.count() {
+        let run = place.run("run", s(), true);
+        let faults = Arc::new(Faults::at(at, fault));
+        match go(&run, &Disk::with(faults), &mut Watch::default()) {
+            Ok(done) => assert!(done.finished),
+            Err(e) => {
+                failed += 1;
+                assert!(!e.to_string().contains('\n'), "{e}");
+            }
+        }
+        if run.out.exists() {
+            assert_whole_or_hidden(&run);
+        }
+        assert!(go(&run, &Disk::new(), &mut Watch::default()).unwrap().finished);
+        assert_same_run(&alone.out, &run.out);
+        std::fs::remove_dir_all(&run.out).unwrap();
+    }
+    eprintln!("survive: {fault:?} at each of {} file operations, {failed} runs failed and were resumed", count.count());
+    assert!(count.count() > 60 && failed > 50, "{failed} of {}", count.count());
+}
+
+#[test]
+fn death_at_every_file_operation() {
+    faults_everywhere(Fault::Death);
+}
+
+#[test]
+fn full_disk_from_every_file_operation_on() {
+    faults_everywhere(Fault::Full);
+}
+
+#[test]
+fn an_error_at_every_file_operation() {
+    faults_everywhere(Fault::Once(StorageFull));
+}
