@@ -267,3 +267,116 @@ fn full_disk_from_every_file_operation_on() {
 fn an_error_at_every_file_operation() {
     faults_everywhere(Fault::Once(StorageFull));
 }
+
+/// A run stopped after step 2, and what resuming it says once `spoil` has been at its directory.
+fn spoiled(spoil: impl FnOnce(&Path)) -> String {
+    let place = Place::new();
+    let run = place.run("run", settings(), true);
+    go(&run, &Disk::new(), &mut Watch { stop_after: Some(2), ..Watch::default() }).unwrap();
+    spoil(&run.out);
+    let error = go(&run, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(!error.contains('\n'), "{error}");
+    assert_eq!(steps(&run.out), ["step-000002"], "nothing is lost");
+    error
+}
+
+#[test]
+fn what_cannot_be_resumed_is_named() {
+    let state = "step-000002/state/state.json";
+    let edit = |out: &Path, from: &str, to: &str| {
+        let text = std::fs::read_to_string(out.join(state)).unwrap();
+        assert!(text.contains(from));
+        std::fs::write(out.join(state), text.replace(from, to)).unwrap();
+    };
+    let newer = spoiled(|out| edit(out, "\"format\": 1", "\"format\": 2"));
+    assert!(newer.contains(state) && newer.contains("expected a checkpoint of format 1, found 2"), "{newer}");
+    let odd = spoiled(|out| edit(out, "\"updates\"", "\"dates\""));
+    assert!(odd.contains("state.json: expected a run's state, found missing field `updates`"), "{odd}");
+    let flipped = spoiled(|out| {
+        let path = out.join("step-000002/state/m.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    });
+    assert!(flipped.contains("state/m.safetensors: expected") && flipped.contains("checksum"), "{flipped}");
+    let missing = spoiled(|out| std::fs::remove_file(out.join("step-000002/state/v.safetensors")).unwrap());
+    assert!(missing.contains("state/v.safetensors"), "{missing}");
+    let holes = spoiled(|out| std::fs::write(out.join("metrics.jsonl"), "").unwrap());
+    assert!(holes.contains("metrics.jsonl: line 1: expected the metrics of step 1, found the end"), "{holes}");
+}
+
+/// Damage to the newest checkpoint costs the steps since the one before, once its directory is out of the way.
+#[test]
+fn the_checkpoint_before_serves_when_the_newest_is_gone() {
+    let place = Place::new();
+    let (alone, run) = (place.run("alone", settings(), false), place.run("run", settings(), true));
+    go(&alone, &Disk::new(), &mut Watch::default()).unwrap();
+    go(&run, &Disk::new(), &mut Watch { stop_after: Some(4), ..Watch::default() }).unwrap();
+    std::fs::remove_dir_all(run.out.join("step-000004")).unwrap();
+    let mut watch = Watch::default();
+    go(&run, &Disk::new(), &mut watch).unwrap();
+    assert_eq!(watch.resumed, Some((2, vec![])));
+    assert_same_run(&alone.out, &run.out);
+}
+
+#[test]
+fn one_run_a_directory() {
+    let place = Place::new();
+    let run = place.run("run", settings(), true);
+    go(&run, &Disk::new(), &mut Watch { stop_after: Some(1), ..Watch::default() }).unwrap();
+    let held = hadal_files::Lock::take(&run.out).unwrap().unwrap();
+    let error = go(&run, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    let expected = format!("found process {} writing to it", std::process::id());
+    assert!(error.contains("expected a directory that no other run writes to") && error.contains(&expected), "{error}");
+    drop(held);
+    let fresh = Run { resume: false, ..run.clone() };
+    let error = go(&fresh, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.ends_with("found a run in it (--resume goes on with it)"), "{error}");
+    std::fs::write(place.root.path().join("other"), "x").unwrap();
+    let elsewhere = Run { out: place.root.path().to_path_buf(), ..run.clone() };
+    let error = go(&elsewhere, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.contains("expected the directory of a run (run.toml), found other files"), "{error}");
+    assert!(go(&run, &Disk::new(), &mut Watch::default()).unwrap().finished);
+}
+
+/// More steps than were asked for at first: allowed when it is said, and refused when it is not.
+#[test]
+fn a_finished_run_can_be_given_more_steps() {
+    let place = Place::new();
+    go(&place.run("run", settings(), false), &Disk::new(), &mut Watch::default()).unwrap();
+    let more = place.run("run", Settings { steps: Some(8), constant: Some(3), ..settings() }, true);
+    let error = go(&more, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.contains("train.steps: saved 6, asked 8"), "{error}");
+    let mut watch = Watch::default();
+    let done = go(&Run { override_saved: true, ..more.clone() }, &Disk::new(), &mut watch).unwrap();
+    assert_eq!((done.step, curve(&more.out).len()), (8, 8));
+    assert_eq!(watch.resumed, Some((6, vec!["train.steps: 6 -> 8".to_string()])));
+    // From then on these are the run's settings.
+    assert!(go(&more, &Disk::new(), &mut Watch::default()).unwrap().finished);
+    let fewer = Run {
+        override_saved: true,
+        ..place.run("run", Settings { steps: Some(7), constant: Some(3), ..settings() }, true)
+    };
+    let error = go(&fewer, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.contains("train.steps = 7: expected at least the 8 steps that the run has done"), "{error}");
+}
+
+/// The average of the weights is a model of its own beside the weights: between the first and the last.
+#[test]
+fn the_average_follows_the_weights() {
+    let place = Place::new();
+    let run = place.run("run", Settings { save_initial: Some(true), keep_last: Some(9), ..settings() }, false);
+    go(&run, &Disk::new(), &mut Watch::default()).unwrap();
+    let layout = Arc::new(hadal_model::Layout::new(&run.model, hadal_model::Scope::whole(&run.model)));
+    let read = |dir: &str| {
+        let open = Checkpoint::open(&run.out.join(dir)).unwrap();
+        open.load(&ctx(), &run.model, layout.clone(), Precision::Fp32).unwrap().0.master.view().to_f32()
+    };
+    assert_eq!(bytes(&run.out.join("step-000000/ema")).len(), 4);
+    let (first, last, average) = (read("step-000000"), read("step-000006"), read("step-000006/ema"));
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+    assert!(distance(&average, &last) > 0.0);
+    assert!(
+        distance(&average, &last) < distance(&first, &last) && distance(&average, &first) < distance(&first, &last)
+    );
+}
