@@ -8,6 +8,7 @@ mod memory;
 mod open;
 mod output;
 mod pretrain;
+mod progress;
 mod tokenizer;
 
 use clap::error::ErrorKind;

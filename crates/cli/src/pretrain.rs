@@ -3,6 +3,7 @@
 use crate::generate::{Sampling, Writer};
 use crate::inspect::scaled;
 use crate::output::Output;
+use crate::progress::Bytes;
 use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
@@ -94,7 +95,7 @@ impl Pretrain {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
         fits(&run)?;
-        let mut progress = Progress { out: *out, bar: None };
+        let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default() };
         let signals = interrupt::watch().context("signals cannot be watched")?;
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
         drop(signals);
@@ -267,6 +268,7 @@ fn samples(
 struct Progress {
     out: Output,
     bar: Option<ProgressBar>,
+    bytes: Bytes,
 }
 
 impl Progress {
@@ -288,6 +290,16 @@ impl Observer for Progress {
     fn phase(&mut self, what: &str) {
         self.out.object(&serde_json::json!({ "phase": what }));
         self.line(format!("{what} ..."));
+    }
+
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        self.bytes.show(what, done, total, &self.out);
+    }
+
+    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]) {
+        self.out.object(&serde_json::json!({ "resumed": from, "step": step, "remarks": remarks }));
+        self.line(format!("going on from {}", from.display()));
+        remarks.iter().for_each(|remark| self.line(remark.clone()));
     }
 
     fn start(&mut self, s: &Start) {
