@@ -7,9 +7,10 @@ use clap::Args;
 use hadal_data::Tokenizer;
 use hadal_engine::{CacheOptions, Engine, Finish, Request};
 use hadal_kernels::Ctx;
-use hadal_model::{ModelConfig, Precision, account};
+use hadal_model::{Model, ModelConfig, Params, Precision, account};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Options of `generate`.
@@ -86,7 +87,7 @@ impl Sampling {
 /// A model that continues texts.
 pub struct Writer {
     engine: Engine,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     precision: Precision,
 }
 
@@ -97,13 +98,13 @@ impl Writer {
         let opened = open::model(ctx, path, precision, |c| open::cache_bytes(c, precision, room(c)), out)?;
         let tokenizer = open::tokenizer(path, &opened.model.config)?;
         let room = room(&opened.model.config);
-        let engine = Engine::new(ctx, opened.model, opened.params, CacheOptions::max_tokens(room));
-        Ok(Self { engine, tokenizer, precision })
+        Ok(Self::new(ctx, opened.model.into(), opened.params.into(), tokenizer.into(), room))
     }
 
-    /// Tokens of a text.
-    pub fn encode(&self, text: &str) -> Vec<u32> {
-        self.tokenizer.encode(text)
+    /// Writes with a model that is open already, sequences of at most `room` tokens.
+    pub fn new(ctx: &Ctx, model: Arc<Model>, params: Arc<Params>, tokenizer: Arc<Tokenizer>, room: usize) -> Self {
+        let precision = params.precision;
+        Self { engine: Engine::new(ctx, model, params, CacheOptions::max_tokens(room)), tokenizer, precision }
     }
 
     /// Continues `prompt`; `each` sees text as it comes, the prompt first, once nothing can be wrong any more.

@@ -1,5 +1,6 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
+mod demo;
 mod generate;
 mod inspect;
 mod interrupt;

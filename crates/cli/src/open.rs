@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// A model ready for inference.
 pub struct Opened {
-    /// The model, without MTP layers.
+    /// The model.
     pub model: Model,
     /// Its weights.
     pub params: Params,
@@ -47,12 +47,34 @@ pub fn config(dir: &Path, out: &Output) -> anyhow::Result<ModelConfig> {
     Ok(config)
 }
 
-/// Opens the model in `path` for inference, if its weights and the `room` bytes that the work will take beside them fit
-/// this machine.
+/// Opens the model in `path` for inference, without MTP layers, if its weights and the `room` bytes that the work will
+/// take beside them fit this machine.
 pub fn model(
     ctx: &Ctx,
     path: &Path,
     precision: Precision,
+    room: impl FnOnce(&ModelConfig) -> usize,
+    out: &Output,
+) -> anyhow::Result<Opened> {
+    opened(ctx, path, precision, Model::without_mtp, room, out)
+}
+
+/// As [`model`], with the MTP layers that the files hold.
+pub fn with_mtp(
+    ctx: &Ctx,
+    path: &Path,
+    precision: Precision,
+    room: impl FnOnce(&ModelConfig) -> usize,
+    out: &Output,
+) -> anyhow::Result<Opened> {
+    opened(ctx, path, precision, Model::whole, room, out)
+}
+
+fn opened(
+    ctx: &Ctx,
+    path: &Path,
+    precision: Precision,
+    part: fn(&Ctx, ModelConfig) -> Model,
     room: impl FnOnce(&ModelConfig) -> usize,
     out: &Output,
 ) -> anyhow::Result<Opened> {
@@ -61,7 +83,7 @@ pub fn model(
     let checkpoint = Checkpoint::open(&dir)?;
     // Files hold MTP layers or not, whatever the field says.
     config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
-    let model = Model::without_mtp(ctx, config);
+    let model = part(ctx, config);
     let needed = Params::inference_bytes(&model.layout, precision).saturating_add(room(&model.config));
     memory::fits("the model with what it computes", needed).with_context(|| path.display().to_string())?;
     let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;

@@ -1,13 +1,13 @@
 //! `hadal pretrain`: from text to a checkpoint, with progress, ending in text that the model writes.
 
-use crate::generate::{Sampling, Writer};
+use crate::demo;
 use crate::inspect::scaled;
 use crate::output::Output;
 use crate::progress::Bytes;
 use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
-use hadal_kernels::{Ctx, DType};
+use hadal_kernels::DType;
 use hadal_model::account::{self, TrainingMemory};
 use hadal_model::{Layout, Scope};
 use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start};
@@ -75,7 +75,7 @@ pub struct Pretrain {
     /// Peak learning rate `[default: 0.002]`.
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
-    /// Steps between checkpoints `[default: only at the end]`.
+    /// Steps between checkpoints `[default: a quarter of the steps]`.
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
     /// Steps between validations `[default: a quarter of the steps]`.
@@ -87,6 +87,9 @@ pub struct Pretrain {
     /// Record the tokens of every step in this safetensors file, for comparison with other trainers.
     #[arg(long, value_name = "FILE")]
     record_batches: Option<PathBuf>,
+    /// End without the report: no samples, no measurements of the finished model.
+    #[arg(long)]
+    no_demo: bool,
 }
 
 impl Pretrain {
@@ -95,7 +98,8 @@ impl Pretrain {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
         fits(&run)?;
-        let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default() };
+        let seen = demo::progress::Progress::new(&run.config);
+        let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default(), seen };
         let signals = interrupt::watch().context("signals cannot be watched")?;
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
         drop(signals);
@@ -103,23 +107,13 @@ impl Pretrain {
         if !outcome.finished {
             return Ok(self.stopped(&outcome, out));
         }
-        let samples = samples(&ctx, &run, &outcome, out)?;
-        out.object(&serde_json::json!({
-            "checkpoint": outcome.checkpoint,
-            "loss": outcome.last.loss,
-            "valid_bits_per_byte": outcome.last.valid_bits_per_byte,
-            "samples": samples,
-        }));
-        let (model, dir) = (run.out.display(), outcome.checkpoint.display());
-        out.text(&format!(
-            "\nCheckpoint: {dir}\nTry: hadal generate {model} 'Once upon a time'\n     hadal inspect {model}\n"
-        ));
+        demo::end(&ctx, &run, &outcome, progress.seen.ended(), !self.no_demo, out)?;
         Ok(ExitCode::SUCCESS)
     }
 
     /// The end of a run that was told to stop.
     fn stopped(&self, outcome: &Outcome, out: &Output) -> ExitCode {
-        let resume = format!("hadal pretrain --resume --out {}", quoted(&self.out));
+        let resume = format!("hadal pretrain --resume --out {}", demo::quoted(&self.out));
         out.object(&serde_json::json!({
             "stopped": { "step": outcome.step, "checkpoint": outcome.checkpoint, "resume": resume },
         }));
@@ -191,13 +185,6 @@ impl Pretrain {
     }
 }
 
-/// A path as a shell takes it.
-fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
-    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
-    if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
-}
-
 /// TOML's integers end at 2^63 - 1.
 fn integer<N: TryInto<i64> + std::fmt::Display + Copy>(n: N) -> anyhow::Result<Value> {
     let fits = n.try_into().map_err(|_| anyhow::anyhow!("{n}: expected at most {}", i64::MAX))?;
@@ -233,35 +220,13 @@ fn fits(run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
     let saved = account::saved_activations(model, c.precision, c.micro_batch, c.seq);
-    let needed = TrainingMemory::of(&layout, c.precision, DType::F32, saved).total();
-    memory::fits("the run (hadal inspect says what it needs)", needed)
-}
-
-/// Continues the beginnings of a few held-out documents.
-fn samples(
-    ctx: &Ctx,
-    run: &Run,
-    outcome: &hadal_train::Outcome,
-    out: &Output,
-) -> anyhow::Result<Vec<serde_json::Value>> {
-    let room = run.config.seq.min(run.model.max_position_embeddings);
-    let mut writer = Writer::open(ctx, &outcome.checkpoint, run.config.precision, room, out)?;
-    let mut written = Vec::new();
-    out.text("\nWhat it writes after the beginnings of held-out documents (temperature 0.7):\n");
-    for prompt in &outcome.prompts {
-        let ids = writer.encode(prompt);
-        let free = room.saturating_sub(ids.len());
-        if ids.is_empty() || free == 0 {
-            continue;
-        }
-        let sampling =
-            Sampling { max_tokens: free.min(64), temperature: 0.7, top_p: 0.95, top_k: 0, seed: run.config.seed };
-        out.text("\n--- ");
-        let generated = writer.write(ctx, prompt, ids, sampling, |text| out.text(text))?;
-        out.text("\n");
-        written.push(serde_json::to_value(generated)?);
-    }
-    Ok(written)
+    let training = TrainingMemory::of(&layout, c.precision, DType::F32, saved);
+    let average = if c.ema_decay > 0.0 { training.masters } else { 0 };
+    // What a checkpoint is written from beside training.
+    let copy = if c.save_beside { training.masters + training.moments + average } else { 0 };
+    let needed = training.total().saturating_add(average).saturating_add(copy);
+    let hint = if c.save_beside { "; train.save_beside = false takes less" } else { "" };
+    memory::fits(&format!("the run (hadal inspect says what it needs{hint})"), needed)
 }
 
 /// A bar on a terminal, plain lines elsewhere, JSON lines for machines.
@@ -269,6 +234,7 @@ struct Progress {
     out: Output,
     bar: Option<ProgressBar>,
     bytes: Bytes,
+    seen: demo::progress::Progress,
 }
 
 impl Progress {
@@ -296,12 +262,6 @@ impl Observer for Progress {
         self.bytes.show(what, done, total, &self.out);
     }
 
-    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]) {
-        self.out.object(&serde_json::json!({ "resumed": from, "step": step, "remarks": remarks }));
-        self.line(format!("going on from {}", from.display()));
-        remarks.iter().for_each(|remark| self.line(remark.clone()));
-    }
-
     fn start(&mut self, s: &Start) {
         self.out.object(&serde_json::json!({
             "parameters": s.parameters, "train_tokens": s.tokens.0, "valid_tokens": s.tokens.1,
@@ -318,7 +278,7 @@ impl Observer for Progress {
         ));
         if !self.out.json() {
             let bar = ProgressBar::with_draw_target(Some(s.steps), ProgressDrawTarget::stderr());
-            let style = "{bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}";
+            let style = "{pos}/{len} {wide_msg}";
             bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
             self.bar = Some(bar);
         }
@@ -326,16 +286,21 @@ impl Observer for Progress {
 
     fn step(&mut self, m: &Metrics) {
         self.out.object(m);
+        let message = self.seen.step(m);
         let Some(bar) = &self.bar else { return };
         bar.set_position(m.step);
-        let message = format!("loss {:.3}, {:.0} tokens/s", m.loss_main, m.tokens_per_s);
         bar.set_message(message.clone());
-        if let Some(b) = m.valid_bits_per_byte {
-            self.line(format!("step {}: {message}, held out {b:.3} bits per byte", m.step));
-        } else if bar.is_hidden() && (m.step == 1 || m.step.is_multiple_of(20)) {
-            let left = (bar.length().unwrap_or(0) - m.step) as f64 * m.seconds;
-            self.line(format!("step {}: {message}, about {left:.0} s left", m.step));
+        let due = m.step == 1 || m.step.is_multiple_of(20);
+        if m.valid_bits_per_byte.is_some() || (bar.is_hidden() && due) {
+            let unit = if m.valid_bits_per_byte.is_some() { " bits per byte" } else { "" };
+            self.line(format!("step {}: {message}{unit}", m.step));
         }
+    }
+
+    fn resumed(&mut self, from: &Path, step: u64, remarks: &[String]) {
+        self.out.object(&serde_json::json!({ "resumed": { "checkpoint": from, "step": step, "remarks": remarks } }));
+        self.line(format!("going on after step {step} from {}", from.display()));
+        remarks.iter().for_each(|remark| self.line(format!("  {remark}")));
     }
 
     fn stop(&self) -> bool {

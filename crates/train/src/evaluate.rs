@@ -31,10 +31,16 @@ pub struct Held<'a> {
     pub max_tokens: usize,
 }
 
+impl<'a> Held<'a> {
+    /// The windows that are validated on.
+    pub fn windows(self) -> impl Iterator<Item = &'a [u32]> {
+        self.stream.validation_windows(self.seq).take(self.max_tokens.div_ceil(self.seq))
+    }
+}
+
 /// Cross-entropy of the held-out stream in windows of `seq`, each without the context before it.
 pub fn evaluate(ctx: &Ctx, model: &Model, params: &Params, held: Held<'_>) -> Evaluation {
-    let windows: Vec<&[u32]> =
-        held.stream.validation_windows(held.seq).take(held.max_tokens.div_ceil(held.seq)).collect();
+    let windows: Vec<&[u32]> = held.windows().collect();
     let (mut nats, mut tokens, mut bytes) = (0.0f64, 0usize, 0u64);
     for part in windows.chunks(held.batch) {
         let sequences: Vec<Sequence> = part.iter().map(|w| sequence(w)).collect();

@@ -3,6 +3,7 @@
 
 mod config;
 mod evaluate;
+mod examine;
 mod metrics;
 mod optimizer;
 mod prepare;
@@ -17,6 +18,7 @@ mod step;
 pub use config::saved::{Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
+pub use examine::{Drafts, Examination, examine};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};
 pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};

@@ -64,6 +64,8 @@ pub struct Outcome {
     pub finished: bool,
     /// Beginnings of a few held-out documents.
     pub prompts: Vec<String>,
+    /// The windows of held-out text that were validated on, each with its last target.
+    pub held: Vec<Vec<u32>>,
 }
 
 /// Watches a run.

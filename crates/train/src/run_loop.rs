@@ -76,7 +76,9 @@ impl Loop<'_> {
         let none = || TrainError::Config { what: "train.steps = 0: expected at least 1".into() };
         let step = self.progress.step;
         let checkpoint = self.run.out.join(name(step));
-        Ok(Outcome { checkpoint, last: self.last.ok_or_else(none)?, step, finished, prompts: self.data.prompts })
+        let held = self.held().windows().map(<[u32]>::to_vec).collect();
+        let (last, prompts) = (self.last.ok_or_else(none)?, self.data.prompts);
+        Ok(Outcome { checkpoint, last, step, finished, prompts, held })
     }
 
     fn step(&mut self, ctx: &Ctx, recorder: Option<&mut Recorder>) -> Result<(), TrainError> {
@@ -137,15 +139,18 @@ impl Loop<'_> {
     }
 
     fn evaluate(&self, ctx: &Ctx) -> Evaluation {
+        evaluate(ctx, &self.trainer.model, &self.trainer.params, self.held())
+    }
+
+    fn held(&self) -> Held<'_> {
         let c = &self.run.config;
-        let held = Held {
+        Held {
             stream: &self.data.held,
             byte_lengths: &self.data.byte_lengths,
             seq: c.seq,
             batch: c.micro_batch,
             max_tokens: c.eval_tokens,
-        };
-        evaluate(ctx, &self.trainer.model, &self.trainer.params, held)
+        }
     }
 
     /// Hands the state after this step to the saver; weights that a checkpoint cannot hold as finite numbers are refused.

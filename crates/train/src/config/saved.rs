@@ -36,8 +36,8 @@ impl From<Build> for SavedBuild {
 }
 
 /// Keys of `[train]` that a run may change on its way. What is left out would make another run of it: weights and data
-/// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; record_batches and
-/// save_initial want steps that are gone.
+/// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; save_initial wants a step
+/// that is gone.
 pub(super) const MAY_CHANGE: [&str; 20] = [
     "steps",
     "batch",
@@ -161,7 +161,7 @@ pub fn check(path: &Path, run: &Run) -> Result<Vec<String>, TrainError> {
     let now = SavedBuild::from(run.build);
     let built = (by != now).then(|| {
         let [then, now] = [by, now].map(|b| format!("{} ({})", b.version, b.commit));
-        format!("the run was begun by hadal {then}; this is {now}: its numbers may differ in their last bits")
+        format!("the run was made by hadal {then} so far; this is {now}: numbers may differ in their last bits")
     });
     Ok(built.into_iter().chain(may.iter().map(|d| d.change())).collect())
 }
@@ -191,8 +191,8 @@ impl Difference {
         match key {
             // The average of the steps that are gone was not kept.
             "ema_decay" => saved.config.ema_decay > 0.0 && asked.config.ema_decay > 0.0,
-            // A recording is one tensor [steps, batch, seq + 1].
-            "batch" => asked.config.record_batches.is_none(),
+            // A recording begins with the first step, and may be given up.
+            "record_batches" => asked.config.record_batches.is_none(),
             _ => MAY_CHANGE.contains(&key),
         }
     }
