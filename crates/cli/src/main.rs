@@ -10,6 +10,8 @@ mod memory;
 mod open;
 mod output;
 mod pretrain;
+mod progress;
+mod tokenizer;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -61,6 +63,8 @@ enum Verb {
     Inspect(inspect::Inspect),
     /// Store a checkpoint's weights in another dtype: BF16, FP32 or FP8.
     Convert(convert::Convert),
+    /// Train, use and inspect tokenizers.
+    Tokenizer(tokenizer::TokenizerVerb),
 }
 
 impl Verb {
@@ -72,6 +76,7 @@ impl Verb {
             Self::Logits(_) => ("logits", true, false),
             Self::Inspect(_) => ("inspect", false, false),
             Self::Convert(_) => ("convert", true, false),
+            Self::Tokenizer(v) => v.uses(),
         }
     }
 }
@@ -114,6 +119,7 @@ fn main() -> ExitCode {
         Verb::Logits(v) => done(v.run(&cli.global, &out)),
         Verb::Inspect(v) => done(v.run(&cli.global, &out)),
         Verb::Convert(v) => done(v.run(&cli.global, &out)),
+        Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
     });
     result.unwrap_or_else(|e| {
         out.error(&format!("{e:#}"));

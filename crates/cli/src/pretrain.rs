@@ -3,6 +3,7 @@
 use crate::demo;
 use crate::inspect::scaled;
 use crate::output::Output;
+use crate::progress::Bytes;
 use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
@@ -36,7 +37,7 @@ pub struct Pretrain {
     /// TOML file with `[model]`, `[data]` and `[train]`; options here win over it.
     #[arg(long, value_name = "F", group = "model")]
     config: Option<PathBuf>,
-    /// UTF-8 text files.
+    /// Text: files, folders, globs; .jsonl and .ndjson hold a JSON object a line.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     data: Option<Vec<PathBuf>>,
     /// A tokenizer.json, or a directory with one; by default a byte-level BPE is trained on the text.
@@ -97,7 +98,8 @@ impl Pretrain {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
         fits(&run)?;
-        let mut progress = Progress { out: *out, bar: None, seen: demo::progress::Progress::new(&run.config) };
+        let seen = demo::progress::Progress::new(&run.config);
+        let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default(), seen };
         let signals = interrupt::watch().context("signals cannot be watched")?;
         let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
         drop(signals);
@@ -127,6 +129,10 @@ impl Pretrain {
             None if self.resume && self.preset.is_none() && saved.exists() => RunFile::read(&saved)?,
             None => RunFile::default(),
         };
+        if self.data.is_some() {
+            // Options win over the file: these paths are all the text there is.
+            file.data.sources = None;
+        }
         for (flag, key, value) in self.flags(global) {
             file.set(key, value.with_context(|| flag)?, flag)?;
         }
@@ -227,6 +233,7 @@ fn fits(run: &Run) -> anyhow::Result<()> {
 struct Progress {
     out: Output,
     bar: Option<ProgressBar>,
+    bytes: Bytes,
     seen: demo::progress::Progress,
 }
 
@@ -249,6 +256,10 @@ impl Observer for Progress {
     fn phase(&mut self, what: &str) {
         self.out.object(&serde_json::json!({ "phase": what }));
         self.line(format!("{what} ..."));
+    }
+
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        self.bytes.show(what, done, total, &self.out);
     }
 
     fn start(&mut self, s: &Start) {

@@ -21,21 +21,109 @@ pub enum DataError {
         /// The system's reason.
         why: std::io::Error,
     },
-    /// The path is a directory or a device where a text file belongs.
-    #[error("{path}: expected a regular text file, found {found}; name the files themselves", path = path.display())]
+    /// The named path is a device or a pipe: text is read more than once.
+    #[error("{path}: expected a file, a folder or a glob, found something else", path = path.display())]
     NotAFile {
         /// The path.
         path: PathBuf,
-        /// What lies there.
-        found: &'static str,
     },
+    /// A glob without a file.
+    #[error("{pattern}: expected a glob that matches a file, found none", pattern = pattern.display())]
+    NoMatch {
+        /// The glob.
+        pattern: PathBuf,
+    },
+    /// A glob or an ignore rule that cannot be read.
+    #[error("pattern \"{pattern}\": expected a glob as in .gitignore: {why}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A folder that cannot be walked.
+    #[error("{path}: cannot be walked: {why}", path = path.display())]
+    Walk {
+        /// The folder.
+        path: PathBuf,
+        /// What happened, with the path where it happened.
+        why: String,
+    },
+    /// A setting that would change nothing.
+    #[error("{key} has no effect: {why}")]
+    NoEffect {
+        /// The setting.
+        key: &'static str,
+        /// Why.
+        why: &'static str,
+    },
+    /// A named file that is no text.
+    #[error("{path}: expected text, found a NUL byte at byte offset {offset}", path = path.display())]
+    Binary {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+    },
+    /// Files were looked at, and none has text.
+    #[error("{origin}: expected files with text, found {found}")]
+    NoText {
+        /// The source.
+        origin: String,
+        /// What is there instead.
+        found: String,
+    },
+    /// A JSON line without text.
+    #[error("{path}:{line}: {reason}", path = path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: u64,
+        /// Expected and found.
+        reason: String,
+    },
+    /// A file that somebody writes to.
+    #[error("{path}: changed while it was being read", path = path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A shard or a manifest that is not what was written.
+    #[error("{path}: not a usable token shard: {reason}", path = path.display())]
+    Shard {
+        /// The file.
+        path: PathBuf,
+        /// Expected and found.
+        reason: String,
+    },
+    /// Mixture weights that cannot be.
+    #[error("source {name}: {reason}")]
+    Mixture {
+        /// The source.
+        name: String,
+        /// Expected and found.
+        reason: String,
+    },
+    /// Somebody else writes there.
+    #[error("{path}: expected to be alone, found it locked by {}",
+        pid.map_or_else(|| "another process".into(), |n| format!("process {n}")), path = path.display())]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+        /// Its holder, where known.
+        pid: Option<u32>,
+    },
+    /// A file of ours cannot be written.
+    #[error(transparent)]
+    File(#[from] hadal_files::FileError),
     /// The file is not UTF-8.
     #[error("{path}: expected UTF-8 text, found an invalid byte 0x{byte:02x} at byte offset {offset}", path = path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
         /// Where the first invalid sequence starts.
-        offset: usize,
+        offset: u64,
         /// The byte there.
         byte: u8,
     },
@@ -45,7 +133,7 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// Its size.
-        bytes: usize,
+        bytes: u64,
     },
     /// No documents at all.
     #[error("the corpus is empty: expected at least one document, found none")]
@@ -63,9 +151,9 @@ pub enum DataError {
     #[error("the corpus is shorter than one sequence: expected at least {expected} tokens, found {found}")]
     TooShort {
         /// Sequence length plus the last target.
-        expected: usize,
+        expected: u64,
         /// Tokens there are.
-        found: usize,
+        found: u64,
     },
     /// A tokenizer file that is not one, or not one of our kind.
     #[error("{path}: not a usable tokenizer: {reason}", path = path.display())]

@@ -1,5 +1,5 @@
-//! Text in, token windows out: the tokenizer (loading, training), the corpus (text files or our generated one), and
-//! packing into the sequences a trainer asks for by number.
+//! Text in, token windows out: the tokenizer (loading, training), the corpus (files or our generated one), shards of
+//! tokens, and packing into the sequences a trainer asks for by number.
 //!
 //! This is the only crate that knows text. It knows nothing of models or devices: what leaves it are token ids and
 //! byte counts. Everything here is a function of its inputs and a seed, whatever the number of threads.
@@ -7,8 +7,9 @@
 pub mod corpus;
 mod error;
 pub mod pack;
+pub mod shards;
 pub mod tokenizer;
 
 pub use error::DataError;
-pub use pack::{Loader, Split, TokenStream, split};
+pub use pack::{Loader, TokenStream};
 pub use tokenizer::Tokenizer;

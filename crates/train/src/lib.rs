@@ -16,7 +16,7 @@ mod state;
 mod step;
 
 pub use config::saved::{Build, RUN_FILE};
-pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
+pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use examine::{Drafts, Examination, examine};
 pub use metrics::Metrics;

@@ -1,18 +1,26 @@
-//! From text to what a run reads: documents, their split, tokenizer, token streams.
+//! From text to what a run reads: the sources, their split, the tokenizer, and the tokens, which are made once and lie
+//! on disk. A run that goes on reads what was made for it, whatever has become of the text since.
+
+mod kept;
 
 use crate::TrainError;
+use crate::config::data::NamedSource;
 use crate::pretrain::{Observer, Run};
-use hadal_data::{DataError, Loader, TokenStream, Tokenizer, corpus};
+use hadal_data::corpus::{self, Skipped, Source, Survey};
+use hadal_data::pack::{Part, Shares, Sides};
+use hadal_data::shards::{self, Identity, Job, Stored};
+use hadal_data::{DataError, Loader, TokenStream, Tokenizer};
+use hadal_files::{Disk, Lock};
 use hadal_kernels::{Ctx, Device};
 use hadal_model::ModelConfig;
 use std::path::{Path, PathBuf};
 
-/// Held-out share of the documents unless said otherwise.
-pub(crate) const VALID_FRACTION: f64 = 0.05;
-
-/// Held-out documents whose beginnings a finished run continues, and how much of each it is given.
+/// Where the data of a run lies in its directory.
+const HOME: &str = "data";
+/// Held-out documents whose beginnings a finished run continues.
 const PROMPTS: usize = 5;
-const PROMPT_CHARS: usize = 24;
+/// Text that a tokenizer is trained on at most; of more, a sample is taken.
+const TOKENIZER_TEXT: u64 = 64 << 20;
 
 /// What was made of the text.
 pub(crate) struct Prepared {
@@ -21,80 +29,115 @@ pub(crate) struct Prepared {
     pub held: TokenStream,
     pub byte_lengths: Vec<u32>,
     pub prompts: Vec<String>,
+    /// Tokens to train on, and held out.
+    pub tokens: (u64, u64),
+    /// Bytes of text a token stands for, on the training side.
+    pub bytes_per_token: f64,
 }
 
-/// Reads, splits and tokenises the text; `tokenizer` replaces the one in the settings.
+/// A source that has been read.
+struct Ready {
+    named: NamedSource,
+    survey: Survey,
+    sides: Sides,
+}
+
+/// A source whose tokens lie in a directory.
+struct Made {
+    name: String,
+    directory: PathBuf,
+    identity: Identity,
+}
+
+/// Opens what an earlier start of the same run has prepared, or reads, splits and tokenises the text. `given` is the
+/// tokenizer of a run that goes on, in the place of that in the settings.
 pub(crate) fn prepare(
+    disk: &Disk,
     ctx: &Ctx,
     run: &Run,
-    tokenizer: Option<&Path>,
+    given: Option<&Path>,
     observer: &mut dyn Observer,
 ) -> Result<Prepared, TrainError> {
-    let seed = run.config.seed;
-    let documents = match run.data.paths.as_deref() {
-        Some([]) => {
-            return Err(TrainError::Config { what: "data.paths = []: expected at least one text file".into() });
+    let home = run.out.join(HOME);
+    if let Some(kept) = kept::read(&home, run)? {
+        observer.phase("opening the tokens of this run");
+        let shares = kept.shares()?;
+        let (tokenizer, made) = kept.open(&home, given)?;
+        return open(ctx, run, tokenizer, made, shares);
+    }
+    let sources = run.data.sources(run.config.seed)?;
+    let weights: Vec<(&str, Option<f64>)> = sources.iter().map(|s| (s.name.as_str(), s.weight)).collect();
+    let shares = Shares::new(&weights)?;
+    let weights: Vec<Option<f64>> = sources.iter().map(|s| s.weight).collect();
+    let ready = survey(ctx, run.config.seed, sources, observer)?;
+    let tokenizer = tokenizer(ctx, run, given.or(run.data.tokenizer.as_deref()), &ready, observer)?;
+    let made = tokenise(ctx, disk, run, &ready, &tokenizer, observer)?;
+    let kept = kept::Kept::new(&home, run, &tokenizer, &made, &weights);
+    let prepared = open(ctx, run, tokenizer, made, shares).map_err(|e| lacking(&ready, e))?;
+    kept.write(disk, &home, &prepared.tokenizer)?;
+    Ok(prepared)
+}
+
+/// Text that reads well and does not suffice, with the name of whose text it is.
+fn lacking(ready: &[Ready], e: TrainError) -> TrainError {
+    match (e, ready) {
+        (TrainError::Data(why @ DataError::TooShort { .. }), [one]) => {
+            TrainError::Corpus { corpus: one.named.source.describe(), why }
         }
-        Some(paths) => {
-            observer.phase("reading text");
-            corpus::read_text(paths)?
-        }
-        None => {
-            observer.phase("generating the built-in corpus");
-            corpus::builtin::documents(seed, corpus::builtin::DEFAULT_BYTES)
-        }
-    };
-    let lacking = |why| TrainError::Corpus { corpus: corpus_name(run.data.paths.as_deref()), why };
-    let fraction = run.data.valid_fraction.unwrap_or(VALID_FRACTION);
-    let split = hadal_data::split(documents.len(), fraction, seed).map_err(|e| match e {
-        DataError::Fraction(x) => {
-            TrainError::Config { what: format!("data.valid_fraction = {x}: expected a number above 0 and below 1") }
-        }
-        other => lacking(other),
-    })?;
-    let pick = |side: &[usize]| -> Vec<&str> { side.iter().map(|&i| documents[i].as_ref()).collect() };
-    let (train, held) = (pick(&split.train), pick(&split.validation));
+        (other, _) => other,
+    }
+}
+
+/// Reads every source once.
+fn survey(
+    ctx: &Ctx,
+    seed: u64,
+    sources: Vec<NamedSource>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Ready>, TrainError> {
     let Device::Cpu(cpu) = &ctx.device;
-    let prompts = beginnings(&held);
-    let given = tokenizer.or(run.data.tokenizer.as_deref());
-    let tokenizer = match given {
-        Some(path) => Tokenizer::load(path)?,
-        None => {
-            observer.phase("training a byte-level BPE tokenizer");
-            let trained = cpu.install(|| Tokenizer::train(&train, run.model.vocab_size)).map_err(lacking)?;
-            let (found, wanted) = (trained.vocab_size(), run.model.vocab_size);
-            if found < wanted {
-                observer.phase(&format!(
-                    "the text supports {found} of {wanted} token ids; the rest of the vocabulary stays unused"
-                ));
-            }
-            trained
+    let mut ready = Vec::new();
+    for (number, named) in sources.into_iter().enumerate() {
+        observer.phase(match named.source {
+            Source::Files(_) => "reading text",
+            Source::Builtin { .. } => "generating the built-in corpus",
+        });
+        let survey = cpu.install(|| Survey::new(&named.source))?;
+        if survey.skipped() != Skipped::default() {
+            observer.phase(&format!("{}: {}", named.source.describe(), survey.skipped()));
         }
-    };
+        let sides = Sides::new(survey.documents(), named.valid_fraction, seed, number as u64)
+            .map_err(|why| TrainError::Corpus { corpus: named.source.describe(), why })?;
+        ready.push(Ready { named, survey, sides });
+    }
+    Ok(ready)
+}
+
+/// Loads the tokenizer, or trains one on the training side.
+fn tokenizer(
+    ctx: &Ctx,
+    run: &Run,
+    given: Option<&Path>,
+    ready: &[Ready],
+    observer: &mut dyn Observer,
+) -> Result<Tokenizer, TrainError> {
     if let Some(path) = given {
+        let tokenizer = Tokenizer::load(path)?;
         check_tokenizer(path, &tokenizer, &run.model)?;
+        return Ok(tokenizer);
     }
-    observer.phase("tokenising");
-    let streams = cpu.install(|| Ok((TokenStream::new(&tokenizer, &train)?, TokenStream::new(&tokenizer, &held)?)));
-    let (train, held) = streams.map_err(lacking)?;
-    let train = Loader::new(train, run.config.seq, seed).map_err(lacking)?;
-    let byte_lengths = tokenizer.token_byte_lengths();
-    Ok(Prepared { tokenizer, train, held, byte_lengths, prompts })
-}
-
-/// The first words of documents spread over the held-out side.
-fn beginnings(held: &[&str]) -> Vec<String> {
-    let step = held.len().div_ceil(PROMPTS);
-    held.iter().step_by(step).map(|d| d.trim_start().chars().take(PROMPT_CHARS).collect()).collect()
-}
-
-/// The text as messages name it.
-fn corpus_name(paths: Option<&[PathBuf]>) -> String {
-    match paths {
-        None | Some([]) => "built-in corpus".into(),
-        Some([one]) => one.display().to_string(),
-        Some([first, rest @ ..]) => format!("{} and {} more", first.display(), rest.len()),
+    observer.phase("training a byte-level BPE tokenizer");
+    let Device::Cpu(cpu) = &ctx.device;
+    let surveys: Vec<(&Survey, Option<&Sides>)> = ready.iter().map(|r| (&r.survey, Some(&r.sides))).collect();
+    let text = corpus::sample(&surveys, TOKENIZER_TEXT)?;
+    let trained = cpu.install(|| Tokenizer::train(&text, run.model.vocab_size))?;
+    let (found, wanted) = (trained.vocab_size(), run.model.vocab_size);
+    if found < wanted {
+        observer.phase(&format!(
+            "the text supports {found} of {wanted} token ids; the rest of the vocabulary stays unused"
+        ));
     }
+    Ok(trained)
 }
 
 /// A tokenizer may have fewer ids than the model (published vocabularies are padded), never more; and documents must
@@ -111,6 +154,66 @@ fn check_tokenizer(path: &Path, tokenizer: &Tokenizer, model: &ModelConfig) -> R
         return bad(DataError::NoEos.to_string());
     }
     Ok(())
+}
+
+/// Makes the tokens of every source that has none yet.
+fn tokenise(
+    ctx: &Ctx,
+    disk: &Disk,
+    run: &Run,
+    ready: &[Ready],
+    tokenizer: &Tokenizer,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Made>, TrainError> {
+    let root = run.data.cache.clone().unwrap_or_else(|| run.out.join(HOME));
+    disk.create_dir(&root).map_err(DataError::from)?;
+    let lock = Lock::take(&root).map_err(DataError::from)?;
+    let _lock = lock.map_err(|pid| DataError::Locked { path: root.join(Lock::NAME), pid })?;
+    let Device::Cpu(cpu) = &ctx.device;
+    let pool = |f: &mut (dyn FnMut() + Send)| cpu.install(f);
+    let mut made = Vec::new();
+    for Ready { named, survey, sides } in ready {
+        let identity = Identity::new(survey, sides, tokenizer);
+        let directory = root.join(identity.directory(&named.name));
+        if Stored::is_whole(&directory) {
+            observer.phase(&format!("{} is tokenised already", named.name));
+        } else {
+            observer.phase(&format!("tokenising {}", named.name));
+            let (what, total) = (format!("tokenising {}", named.name), survey.text_bytes());
+            let job = Job { name: &named.name, survey, sides, tokenizer, identity };
+            shards::tokenise(disk, &root, &job, &pool, &mut |done| observer.progress(&what, done, total))?;
+        }
+        made.push(Made { name: named.name.clone(), directory, identity });
+    }
+    Ok(made)
+}
+
+/// Maps and checks the tokens.
+fn open(ctx: &Ctx, run: &Run, tokenizer: Tokenizer, made: Vec<Made>, shares: Shares) -> Result<Prepared, TrainError> {
+    let Device::Cpu(cpu) = &ctx.device;
+    let vocab_size = tokenizer.vocab_size();
+    let stored = cpu.install(|| {
+        made.iter().map(|m| Stored::open(&m.directory, m.identity, vocab_size)).collect::<Result<Vec<_>, _>>()
+    })?;
+    // A window has its inputs and one more token.
+    let windows = run.config.eval_tokens.div_ceil(run.config.seq) as u64;
+    let most = windows.saturating_mul(run.config.seq as u64).saturating_add(1);
+    let sides: Vec<_> = stored.iter().map(|s| &s.valid).collect();
+    let held = TokenStream::beginnings(&sides, most)?;
+    let sum = |f: fn(&Stored) -> u64| stored.iter().map(f).sum::<u64>();
+    let tokens = (sum(|s| s.train.tokens()), sum(|s| s.valid.tokens()));
+    let bytes_per_token = sum(|s| s.train.bytes()) as f64 / tokens.0 as f64;
+    let prompts = prompts(&stored);
+    let parts = made.into_iter().zip(stored).map(|(m, s)| Part { name: m.name, tokens: s.train }).collect();
+    let train = Loader::new(parts, shares, run.config.seq, run.config.seed)?;
+    let byte_lengths = tokenizer.token_byte_lengths();
+    Ok(Prepared { tokenizer, train, held, byte_lengths, prompts, tokens, bytes_per_token })
+}
+
+/// Beginnings of held-out documents, the sources in turn.
+fn prompts(stored: &[Stored]) -> Vec<String> {
+    let nth = |i: usize| stored.iter().filter_map(move |s| s.beginnings.get(i));
+    (0..PROMPTS).flat_map(nth).take(PROMPTS).cloned().collect()
 }
 
 /// The model of a run learns which tokens begin and end a text from its tokenizer.

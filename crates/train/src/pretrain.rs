@@ -42,7 +42,7 @@ pub struct Start {
     /// Trained parameters, MTP included.
     pub parameters: usize,
     /// Tokens to train on, and held out.
-    pub tokens: (usize, usize),
+    pub tokens: (u64, u64),
     /// Bytes of text a token stands for, on the training side.
     pub bytes_per_token: f64,
     /// Steps to come.
@@ -72,6 +72,8 @@ pub struct Outcome {
 pub trait Observer {
     /// A phase before training begins.
     fn phase(&mut self, what: &str);
+    /// So many bytes of `total` are done in a phase that takes long.
+    fn progress(&mut self, _what: &str, _done: u64, _total: u64) {}
     /// Training begins.
     fn start(&mut self, start: &Start);
     /// A step is done.
@@ -183,7 +185,7 @@ impl Begun {
         }
         // A run's tokenizer is the one in its checkpoints, whatever made it.
         let tokenizer = state.as_ref().map(|s| s.dir().to_path_buf());
-        let data = prepare(ctx, run, tokenizer.as_deref(), observer)?;
+        let data = prepare(disk, ctx, run, tokenizer.as_deref(), observer)?;
         disk.replace(&file, saved::write(run).as_bytes())?;
         Ok(Self { data, state, remarks })
     }
@@ -194,11 +196,10 @@ impl Begun {
         let c = &run.config;
         let model = Model::whole(ctx, config.clone());
         let layout = model.layout.clone();
-        let stream = data.train.stream();
         observer.start(&Start {
             parameters: layout.parameters(),
-            tokens: (stream.tokens.len(), data.held.tokens.len()),
-            bytes_per_token: stream.bytes as f64 / stream.tokens.len() as f64,
+            tokens: data.tokens,
+            bytes_per_token: data.bytes_per_token,
             steps: c.schedule.steps,
             tokens_per_step: c.batch * c.seq,
         });

@@ -86,7 +86,7 @@ impl Loop<'_> {
         let step = self.progress.step;
         let ctx = Ctx { step, ..ctx.clone() };
         let begin = Instant::now();
-        let windows = self.windows();
+        let windows = self.windows()?;
         if let Some(r) = recorder {
             r.add(&windows);
         }
@@ -101,9 +101,10 @@ impl Loop<'_> {
     }
 
     /// The tokens of the next step: a function of the seed and the number of the first sample.
-    fn windows(&self) -> Vec<Vec<u32>> {
+    fn windows(&self) -> Result<Vec<Vec<u32>>, TrainError> {
         let first = self.progress.next_sample;
-        (first..first + self.run.config.batch as u64).map(|i| self.data.train.sample(i)).collect()
+        let samples = (first..first + self.run.config.batch as u64).map(|i| self.data.train.sample(i));
+        Ok(samples.collect::<Result<_, _>>()?)
     }
 
     fn record(&mut self, ctx: &Ctx, lr: f64, report: &StepReport, seconds: f64) -> Result<(), TrainError> {

@@ -101,7 +101,7 @@ impl Place {
         let config = TrainConfig::resolve(settings, &model).unwrap();
         let paths = Some(vec![self.root.path().join("text")]);
         let tokenizer = Some(self.root.path().join("tokenizer")).filter(|t| t.exists());
-        let data = DataSettings { paths, tokenizer, valid_fraction: Some(0.05) };
+        let data = DataSettings { paths, tokenizer, valid_fraction: Some(0.05), ..DataSettings::default() };
         let build = Build { version: "0", commit: "test" };
         Run { model, config, data, out: self.root.path().join(name), resume, override_saved: false, build }
     }

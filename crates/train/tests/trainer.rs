@@ -179,7 +179,7 @@ fn validation_is_what_the_logits_say() {
     let (model, params) = model(&ctx, Precision::Fp32);
     let tokens: Vec<u32> = tokens(60, 5).iter().map(|&t| t as u32).collect();
     let byte_lengths: Vec<u32> = (0..VOCAB as u32).map(|t| if t < 2 { 0 } else { 1 + t % 5 }).collect();
-    let stream = TokenStream { tokens: tokens.clone(), bytes: 0 };
+    let stream = TokenStream { tokens: tokens.clone() };
     // 59 predicted tokens in windows of 7: the last has 3. 20 tokens are three windows.
     for (max_tokens, predicted) in [(1000, 59), (59, 59), (20, 21), (1, 7)] {
         let (mut nats, mut bytes) = (0.0, 0);

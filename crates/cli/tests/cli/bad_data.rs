@@ -23,7 +23,12 @@ fn files_that_are_no_text() {
     data_refused(&place, &["empty.txt"], &[], &["empty.txt", "expected text", "found 0 bytes"]);
     data_refused(&place, &["text.txt", "white.txt"], &[], &["white.txt", "expected text", "found 3 bytes"]);
     data_refused(&place, &["latin.txt"], &[], &["latin.txt", "expected UTF-8", &offset]);
-    data_refused(&place, &[""], &[], &["expected a regular text file, found a directory"]);
+    std::fs::create_dir(place.path("folder")).unwrap();
+    data_refused(&place, &["folder"], &[], &["folder", "expected files with text, found none"]);
+    place.write("folder/picture", b"\x89PNG\0");
+    data_refused(&place, &["folder"], &[], &["folder", "found none: 1 binary files left out"]);
+    data_refused(&place, &["folder/picture"], &[], &["folder/picture", "expected text, found a NUL byte"]);
+    data_refused(&place, &["text.txt", "*.rst"], &[], &["*.rst", "expected a glob that matches a file, found none"]);
     place.write("run.toml", format!("{}[data]\npaths = []\n", crate::support::MODEL));
     refused(
         &["pretrain", "--config", &place.arg("run.toml"), "--out", &place.arg("out")],

@@ -14,6 +14,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::ModelWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::DataError;
 
@@ -86,10 +87,41 @@ impl Tokenizer {
         self.inner.token_to_id(content)
     }
 
+    /// Ids and spellings of the tokens that are matched as a whole, by id.
+    pub fn special_tokens(&self) -> Vec<(u32, String)> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let mut all: Vec<(u32, String)> = added.iter().map(|(&id, token)| (id, token.content.clone())).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// Ids and texts of the `count` tokens that stand for the most bytes, special ones left out; of equals the lowest
+    /// ids.
+    pub fn longest_tokens(&self, count: usize) -> Vec<(u32, String)> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let mut ids: Vec<u32> = (0..self.vocab_size() as u32).filter(|id| !added.contains_key(id)).collect();
+        ids.sort_by_key(|&id| std::cmp::Reverse(self.byte_lengths[id as usize]));
+        ids.into_iter().take(count).map(|id| (id, self.decode(&[id], false))).collect()
+    }
+
+    /// Merges of the BPE.
+    pub fn merges(&self) -> usize {
+        let file: Value = serde_json::from_slice(&self.files()[0].1).unwrap_or_default();
+        file["model"]["merges"].as_array().map_or(0, Vec::len)
+    }
+
     /// How many bytes of text each id stands for, by id; 0 for special tokens. With it a loss per token becomes bits
     /// per byte, which vocabularies of any size share.
     pub fn token_byte_lengths(&self) -> Vec<u32> {
         self.byte_lengths.clone()
+    }
+
+    /// A hash of all that decides which tokens a document becomes.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        hash.update(&self.files()[0].1);
+        hash.update(&self.eos.map_or(u64::MAX, u64::from).to_le_bytes());
+        hash.digest()
     }
 
     /// `tokenizer.json` and `tokenizer_config.json` as transformers reads them: (name, contents), for whoever writes

@@ -1,14 +1,14 @@
 //! A run's settings. A TOML file and the command line fill the same table of optional keys ([`RunFile`]); resolving it
 //! gives every value, and refuses keys that would have no effect. The resolved run is saved with it ([`saved`]).
 
-mod data;
+pub(crate) mod data;
 mod file;
 pub mod saved;
 mod settings;
 #[cfg(test)]
 mod tests;
 
-pub use data::DataSettings;
+pub use data::{DataSettings, SourceSettings};
 pub use file::RunFile;
 pub use settings::Settings;
 

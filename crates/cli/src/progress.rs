@@ -1,0 +1,61 @@
+//! How far a phase over many bytes has come: a bar on a terminal, now and then a line elsewhere, JSON for machines.
+
+use crate::inspect::scaled;
+use crate::output::Output;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::{Duration, Instant};
+
+/// Between two lines where there is no terminal.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// One phase after another.
+#[derive(Default)]
+pub struct Bytes {
+    phase: Option<Phase>,
+}
+
+struct Phase {
+    what: String,
+    bar: ProgressBar,
+    began: Instant,
+    told: Instant,
+}
+
+impl Bytes {
+    /// `done` of `total` bytes of `what` are done.
+    pub fn show(&mut self, what: &str, done: u64, total: u64, out: &Output) {
+        let phase = match self.phase.take() {
+            Some(phase) if phase.what == what => phase,
+            _ => Phase::new(what, total, out),
+        };
+        let mut phase = phase;
+        let seconds = phase.began.elapsed().as_secs_f64().max(1e-9);
+        let rate = done as f64 / seconds;
+        let left = (total.saturating_sub(done)) as f64 / rate.max(1.0);
+        out.object(&serde_json::json!({
+            "progress": what, "done": done, "total": total, "bytes_per_s": rate, "seconds_left": left,
+        }));
+        phase.bar.set_position(done);
+        if phase.bar.is_hidden() && done < total && phase.told.elapsed() >= PATIENCE {
+            phase.told = Instant::now();
+            let (done, total) = (scaled(done as f64, "B"), scaled(total as f64, "B"));
+            out.text(&format!("{what}: {done} of {total}, {}, about {left:.0} s left\n", scaled(rate, "B/s")));
+        }
+        if done < total {
+            self.phase = Some(phase);
+        } else {
+            phase.bar.finish_and_clear();
+        }
+    }
+}
+
+impl Phase {
+    fn new(what: &str, total: u64, out: &Output) -> Self {
+        let target = if out.json() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(total), target);
+        let style = "{bar:30} {bytes}/{total_bytes}, {bytes_per_sec} [{elapsed} < {eta}]";
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
+        let now = Instant::now();
+        Self { what: what.to_string(), bar, began: now, told: now }
+    }
+}
