@@ -92,7 +92,7 @@ fn number(v: &Value, dice: &mut Dice) -> Value {
         3 => json!(n / 2),
         4 => json!(n.wrapping_mul(dice.below(1000) as u64)),
         5 => json!(n as f64),
-        6 => json!(-(n as i64)),
+        6 => json!((n as i64).wrapping_neg()),
         _ => json!(1u64 << dice.below(64)),
     }
 }
@@ -104,7 +104,7 @@ fn string(s: &mut String, dice: &mut Dice, words: &[String]) {
         1 => s.insert_str(cut, &word(dice, words)),
         2 => s.truncate(cut),
         3 => s.insert(cut, char::from_u32(dice.below(0x11_0000) as u32).unwrap_or('\n')),
-        4 => *s = s.repeat(1 + dice.below(8)),
+        4 if s.len() < 1000 => *s = s.repeat(1 + dice.below(8)),
         _ => {
             if cut < s.len() {
                 s.remove(cut);
@@ -119,7 +119,8 @@ fn array(a: &mut Vec<Value>, donor: Value, dice: &mut Dice) {
         0 => a.insert(i, donor),
         1 if !a.is_empty() => drop(a.remove(i)),
         2 if !a.is_empty() => a.swap(i, j),
-        3 if !a.is_empty() => a.extend(vec![a[i].clone(); dice.below(20)]),
+        // Not of large parts: a few such changes in a row would fill the memory.
+        3 if !a.is_empty() && children(&a[i]) < 4 => a.extend(vec![a[i].clone(); dice.below(20)]),
         _ => a.truncate(i),
     }
 }

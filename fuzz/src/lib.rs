@@ -56,7 +56,8 @@ pub fn one_line(message: &dyn Display) {
 
 /// The words of a libFuzzer dictionary: lines `"word"`, where `\"` and `\\` are escapes.
 pub fn words(dictionary: &str) -> Vec<String> {
-    let line = |l: &str| Some(l.trim().strip_prefix('"')?.strip_suffix('"')?.replace("\\\"", "\"").replace("\\\\", "\\"));
+    let line =
+        |l: &str| Some(l.trim().strip_prefix('"')?.strip_suffix('"')?.replace("\\\"", "\"").replace("\\\\", "\\"));
     dictionary.lines().filter_map(line).collect()
 }
 

@@ -83,7 +83,6 @@ impl Default for World {
     }
 }
 
-
 /// Weights that no two tensors share, all finite in every dtype.
 pub fn weights(config: &ModelConfig) -> Params {
     let ctx = Device::cpu(Some(1)).expect("one thread can be had").ctx();
