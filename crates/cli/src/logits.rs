@@ -64,7 +64,7 @@ impl Logits {
         let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, vec![self.tokens.len(), vocab], &bytes)?;
         let file = safetensors::serialize([("logits", view)], None)?;
-        hadal_model::io::write_whole(&self.out, &file)?;
+        hadal_files::Disk::new().replace(&self.out, &file)?;
         out.text(&format!("logits [{}, {vocab}] f32 in {}\n", self.tokens.len(), self.out.display()));
         out.object(&serde_json::json!({ "out": self.out, "shape": [self.tokens.len(), vocab], "dtype": "f32" }));
         Ok(())

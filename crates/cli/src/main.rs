@@ -10,12 +10,17 @@ mod pretrain;
 
 use clap::{Args, Parser, Subcommand};
 use hadal_kernels::{Ctx, Device};
+use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
 
+/// The release and the commit it was built from; a run keeps them.
+const BUILD: Build = Build { version: env!("CARGO_PKG_VERSION"), commit: env!("HADAL_COMMIT") };
+
 /// DeepSeek-V3 end to end: train, inspect and run models of this architecture.
 #[derive(Parser)]
-#[command(name = "hadal", version, arg_required_else_help = true, max_term_width = 110)]
+#[command(name = "hadal", version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("HADAL_COMMIT"), ")"))]
+#[command(arg_required_else_help = true, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,

@@ -3,26 +3,31 @@
 use crate::generate::{Sampling, Writer};
 use crate::inspect::scaled;
 use crate::output::Output;
-use crate::{Global, memory};
+use crate::{BUILD, Global, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use hadal_kernels::{Ctx, DType};
 use hadal_model::account::{self, TrainingMemory};
-use hadal_model::{Layout, ModelConfig, Scope, preset_sequence};
-use hadal_train::{DataSettings, Metrics, Observer, Run, RunFile, Settings, Start, TrainConfig};
+use hadal_model::{Layout, Scope};
+use hadal_train::{Metrics, Observer, RUN_FILE, Run, RunFile, Start};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
+use toml::Value;
 
 /// Options of `pretrain`.
 #[derive(Args)]
-#[command(group = ArgGroup::new("model").required(true))]
+#[command(group = ArgGroup::new("model"))]
 #[command(after_help = "Examples:
   hadal pretrain --preset nano --out first-run
   hadal pretrain --preset nano --data shakespeare.txt poems.txt --out run --steps 1000
-  hadal pretrain --config run.toml --out run --dtype fp32 --seed 3
+  hadal pretrain --config my.toml --out run --dtype fp32 --seed 3
+  hadal pretrain --preset nano --set model.num_hidden_layers=4 --set train.beta1=0.8 --out run
+  hadal pretrain --resume --out run
+  hadal pretrain --resume --override --steps 2000 --out run
 
 Without --data the text is a corpus that hadal generates itself: English, Chinese, code, arithmetic, puzzles.
-DIR gets metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that transformers loads), latest.")]
+DIR gets run.toml (all settings), metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that transformers
+loads), latest. Ctrl-C saves a checkpoint and leaves.")]
 pub struct Pretrain {
     /// Model by name: nano, mini, 1b, v2-lite, moonlight-16b, v3.
     #[arg(long, value_name = "P", group = "model")]
@@ -36,9 +41,20 @@ pub struct Pretrain {
     /// A tokenizer.json, or a directory with one; by default a byte-level BPE is trained on the text.
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// New or empty directory for the run.
+    /// Directory of the run; new or empty without --resume.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Go on with the run in DIR from its newest checkpoint; in an empty DIR, start one. Alone, takes all settings from
+    /// DIR/run.toml.
+    #[arg(long)]
+    resume: bool,
+    /// With --resume: take settings that differ from DIR/run.toml, where a run may change them.
+    #[arg(long = "override", requires = "resume")]
+    override_saved: bool,
+    /// Set any key of a run file, as train.beta1=0.8 or model.num_hidden_layers=4; the value is TOML, strings may be
+    /// bare. Repeatable.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Optimiser steps `[default: 400]`.
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
@@ -95,49 +111,91 @@ impl Pretrain {
     }
 
     fn resolve(&self, global: &Global) -> anyhow::Result<Run> {
-        let file = match &self.config {
+        let saved = self.out.join(RUN_FILE);
+        let mut file = match &self.config {
             Some(path) => RunFile::read(path)?,
+            None if self.resume && self.preset.is_none() && saved.exists() => RunFile::read(&saved)?,
             None => RunFile::default(),
         };
-        // What settings came from, as messages name it.
-        let from = self.config.as_deref().unwrap_or(Path::new("settings")).display().to_string();
-        let model = match (&self.preset, &file.model) {
-            (Some(name), _) => ModelConfig::preset(name)?,
-            (None, Some(table)) => {
-                let own = ["bos_token_id", "eos_token_ids"].into_iter().find(|key| table.contains_key(*key));
-                if let Some(key) = own {
-                    anyhow::bail!("{from}: [model]: {key} has no effect: the tokenizer says which tokens these are");
-                }
-                ModelConfig::from_toml_table(table).with_context(|| from.clone())?
-            }
-            (None, None) => anyhow::bail!("{from}: expected a [model] table, found none"),
-        };
-        let over = Settings {
-            steps: self.steps,
-            batch: self.batch,
-            micro_batch: self.micro_batch,
-            seq: self.seq,
-            dtype: self.dtype.clone(),
-            seed: global.seed,
-            lr: self.lr,
-            checkpoint_every: self.checkpoint_every,
-            eval_every: self.eval_every,
-            save_initial: self.save_initial.then_some(true),
-            record_batches: self.record_batches.clone(),
-            ..Settings::default()
-        };
-        let mut settings = file.train.overlay(over);
-        let table = file.model.as_ref().and_then(|table| table.get("preset")?.as_str());
-        // A preset is trained on sequences of its own length, or of all the positions that a table leaves it.
-        let seq = self.preset.as_deref().or(table).and_then(preset_sequence);
-        settings.seq = settings.seq.or(seq.map(|n| n.min(model.max_position_embeddings)));
-        let config = TrainConfig::resolve(settings, &model).context(from)?;
-        let data = DataSettings {
-            paths: self.data.clone().or(file.data.paths),
-            tokenizer: self.tokenizer.clone().or(file.data.tokenizer),
-            valid_fraction: file.data.valid_fraction,
-        };
-        Ok(Run { model, config, data, out: self.out.clone() })
+        for (flag, key, value) in self.flags(global) {
+            file.set(key, value.with_context(|| flag)?, flag)?;
+        }
+        for text in &self.set {
+            let (key, value) = assignment(text)?;
+            file.set(key, value, &format!("--set {text}"))?;
+        }
+        if file.model.is_none() && self.config.is_none() {
+            anyhow::bail!("{}", self.no_model());
+        }
+        let run = file.resolve(self.out.clone(), BUILD)?;
+        Ok(Run { resume: self.resume, override_saved: self.override_saved, ..run })
+    }
+
+    fn no_model(&self) -> String {
+        let options = "--preset <P> or --config <F>";
+        if !self.resume {
+            return format!("expected a model to train: {options}, or --resume with the --out of a run");
+        }
+        format!(
+            "{}: expected a run to go on with ({RUN_FILE}), found none; a new one needs {options}",
+            self.out.display()
+        )
+    }
+
+    /// The options that are short for keys, as (option, key, value).
+    fn flags(&self, global: &Global) -> Vec<(&'static str, &'static str, anyhow::Result<Value>)> {
+        let flag = |flag, key, value: Option<anyhow::Result<Value>>| Some((flag, key, value?));
+        let paths =
+            |paths: &Vec<PathBuf>| paths.iter().map(path_value).collect::<anyhow::Result<_>>().map(Value::Array);
+        [
+            flag("--preset", "model.preset", self.preset.clone().map(|name| Ok(name.into()))),
+            flag("--data", "data.paths", self.data.as_ref().map(paths)),
+            flag("--tokenizer", "data.tokenizer", self.tokenizer.as_ref().map(path_value)),
+            flag("--steps", "train.steps", self.steps.map(integer)),
+            flag("--batch", "train.batch", self.batch.map(integer)),
+            flag("--micro-batch", "train.micro_batch", self.micro_batch.map(integer)),
+            flag("--seq", "train.seq", self.seq.map(integer)),
+            flag("--dtype", "train.dtype", self.dtype.clone().map(|name| Ok(name.into()))),
+            flag("--seed", "train.seed", global.seed.map(integer)),
+            flag("--lr", "train.lr", self.lr.map(|x| Ok(x.into()))),
+            flag("--checkpoint-every", "train.checkpoint_every", self.checkpoint_every.map(integer)),
+            flag("--eval-every", "train.eval_every", self.eval_every.map(integer)),
+            flag("--save-initial", "train.save_initial", self.save_initial.then(|| Ok(true.into()))),
+            flag("--record-batches", "train.record_batches", self.record_batches.as_ref().map(path_value)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// TOML's integers end at 2^63 - 1.
+fn integer<N: TryInto<i64> + std::fmt::Display + Copy>(n: N) -> anyhow::Result<Value> {
+    let fits = n.try_into().map_err(|_| anyhow::anyhow!("{n}: expected at most {}", i64::MAX))?;
+    Ok(Value::Integer(fits))
+}
+
+fn path_value(path: impl AsRef<Path>) -> anyhow::Result<Value> {
+    let path = path.as_ref();
+    let text =
+        path.to_str().with_context(|| format!("path {}: expected UTF-8, which a run file can hold", path.display()))?;
+    Ok(Value::from(text))
+}
+
+/// `KEY=VALUE`, the value in TOML; what is no TOML and does not begin like a string, list or table is a bare string.
+fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
+    let expected = || format!("--set {text}: expected KEY=VALUE, as train.steps=100");
+    let (key, value) = text.split_once('=').with_context(expected)?;
+    let (key, value) = (key.trim(), value.trim());
+    if key.is_empty() || value.is_empty() {
+        anyhow::bail!(expected());
+    }
+    match value.parse::<Value>() {
+        Ok(value) => Ok((key, value)),
+        Err(e) if value.starts_with(['"', '\'', '[', '{']) => {
+            anyhow::bail!("--set {text}: expected a TOML value: {}", e.message().replace('\n', " "))
+        }
+        Err(_) => Ok((key, Value::from(value))),
     }
 }
 

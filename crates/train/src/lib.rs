@@ -5,11 +5,13 @@ mod config;
 mod evaluate;
 mod metrics;
 mod optimizer;
+mod prepare;
 mod pretrain;
 mod record;
 mod schedule;
 mod step;
 
+pub use config::saved::{Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use metrics::Metrics;
@@ -48,6 +50,9 @@ pub enum TrainError {
         /// What it lacks.
         why: hadal_data::DataError,
     },
+    /// A file that cannot be written.
+    #[error(transparent)]
+    File(#[from] hadal_files::FileError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] hadal_model::io::IoError),

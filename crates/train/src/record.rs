@@ -40,6 +40,6 @@ impl Recorder {
         };
         let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(io)?;
         let bytes = safetensors::serialize([("tokens", view)], None).map_err(io)?;
-        Ok(hadal_model::io::write_whole(path, &bytes)?)
+        Ok(hadal_files::Disk::new().replace(path, &bytes)?)
     }
 }

@@ -9,6 +9,7 @@ mod presets;
 #[cfg(test)]
 mod tests;
 mod toml;
+mod toml_write;
 mod validate;
 
 pub use error::ConfigError;

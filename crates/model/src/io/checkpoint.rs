@@ -41,7 +41,13 @@ impl Checkpoint {
     /// Opens `model.safetensors` in `dir`, or else the shards that `model.safetensors.index.json` names, and reads
     /// their headers. Data is only read by [`Checkpoint::load`].
     pub fn open(dir: &Path) -> Result<Self, IoError> {
-        let (single, index) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
+        Self::open_stem(dir, "model")
+    }
+
+    /// As [`Checkpoint::open`], of files that begin with `stem` instead of "model".
+    pub(super) fn open_stem(dir: &Path, stem: &str) -> Result<Self, IoError> {
+        let single = dir.join(format!("{stem}.safetensors"));
+        let index = dir.join(format!("{stem}.safetensors.index.json"));
         if single.exists() {
             let shard = Shard::open(single)?;
             let tensors = shard.names().into_iter().map(|name| (name, 0)).collect();
@@ -51,7 +57,8 @@ impl Checkpoint {
             return Self::open_index(dir, &index);
         }
         let found = if dir.is_dir() { "neither" } else { "no such directory" };
-        Err(IoError::format(dir, "model.safetensors or model.safetensors.index.json in it", found))
+        let expected = format!("{stem}.safetensors or {stem}.safetensors.index.json in it");
+        Err(IoError::format(dir, expected, found))
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Self, IoError> {

@@ -63,6 +63,12 @@ pub enum IoError {
     Config(#[from] ConfigError),
 }
 
+impl From<hadal_files::FileError> for IoError {
+    fn from(e: hadal_files::FileError) -> Self {
+        Self::System { path: e.path, doing: e.doing, why: e.why }
+    }
+}
+
 impl IoError {
     pub(super) fn system(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |why| Self::System { path: path.to_path_buf(), doing, why }

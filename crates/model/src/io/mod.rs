@@ -5,6 +5,7 @@
 //! Files are read by position in bounded pieces rather than mapped: a file that another process cuts short is then an
 //! error and not a signal, and no unsafe code is needed.
 
+mod arena;
 mod checkpoint;
 mod error;
 mod load;
@@ -13,6 +14,7 @@ mod shard;
 #[cfg(test)]
 mod tests;
 
+pub use arena::read_arena;
 pub use checkpoint::Checkpoint;
 pub use error::IoError;
-pub use save::{SaveOptions, save_checkpoint, write_whole};
+pub use save::{Manifest, SaveOptions, save_checkpoint, write_arena, write_extra, write_model};

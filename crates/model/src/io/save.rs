@@ -1,18 +1,17 @@
-//! From masters into files. A checkpoint appears whole or not at all: it is written into a sibling directory whose name
-//! begins with a dot, flushed to the disk, and renamed.
+//! From arenas into files, in directories that appear whole or not at all.
 
 use super::IoError;
 use super::checkpoint::mtp_copies;
 use super::shard::inside;
-use crate::{Kind, Layout, ModelConfig, Params, Scope};
+use crate::{Kind, Layout, ModelConfig, Params, Published, Scope};
+use hadal_files::{Disk, Output, Staged, Written};
 use hadal_kernels::{DType, Elem, bf16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
-use std::collections::HashMap;
-use std::fs::File;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// How to write.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +32,9 @@ impl SaveOptions {
 /// Elements converted at once: the buffer stays within a core's cache.
 const PIECE: usize = 1 << 16;
 
+/// Files of a checkpoint with what was written, by name within its directory.
+pub type Manifest = BTreeMap<String, Written>;
+
 /// Writes `config.json`, the weights under their published names (MTP's copies of embedding and head included) and
 /// the `extra` files (name, bytes) as the new directory `dir`, which must not exist or be empty. One writer at a time.
 /// Panics unless `params` holds the whole model (a contract breach).
@@ -43,42 +45,65 @@ pub fn save_checkpoint(
     options: SaveOptions,
     extra: &[(&str, &[u8])],
 ) -> Result<(), IoError> {
-    let layout = &params.layout;
-    assert_eq!(layout.scope, Scope::whole(config), "only a whole model makes a checkpoint");
     assert!(params.has_masters(), "weights for inference are no checkpoint");
     config.validate()?;
     vacant(dir)?;
-    let partial = Partial::create(dir)?;
+    let disk = Disk::new();
+    let staged = Staged::begin(&disk, dir)?;
+    write_model(&disk, staged.path(), config, &params.layout, params.master.view().f32(), options)?;
+    write_extra(&disk, staged.path(), extra)?;
+    Ok(staged.commit()?)
+}
+
+/// Writes `config.json` and the weights `master`, the f32 arena of `layout`, into a directory that is being made.
+/// Panics unless the layout is of the whole model (a contract breach).
+pub fn write_model(
+    disk: &Disk,
+    dir: &Path,
+    config: &ModelConfig,
+    layout: &Layout,
+    master: &[f32],
+    options: SaveOptions,
+) -> Result<Manifest, IoError> {
+    assert_eq!(layout.scope, Scope::whole(config), "only a whole model makes a checkpoint");
     let text = format!("{:#}\n", config.to_hf_json(options.dtype));
-    write_file(&partial.path.join("config.json"), |out| out.write_all(text.as_bytes()))?;
-    let shards = plan(config, layout, options);
-    write_shards(&partial.path, &shards, params)?;
+    let written = disk.write_new(&dir.join("config.json"), |out| out.write_all(text.as_bytes()))?;
+    let shards = plan(items(config, layout, options.dtype), options);
+    let mut manifest = write_shards(disk, dir, "model", &shards, master)?;
+    manifest.insert("config.json".into(), written);
+    Ok(manifest)
+}
+
+/// Writes any f32 arena of `layout` (masters, a moment, an average) as `<stem>.safetensors`, or shards with an index,
+/// under the published names and global shapes, all F32.
+pub fn write_arena(
+    disk: &Disk,
+    dir: &Path,
+    stem: &str,
+    layout: &Layout,
+    arena: &[f32],
+    shard_bytes: usize,
+) -> Result<Manifest, IoError> {
+    let item =
+        |p: &Published| Item { name: p.name.clone(), shape: p.shape.clone(), range: p.range(), dtype: DType::F32 };
+    let items = layout.published().map(|(_, p)| item(p)).collect();
+    let shards = plan(items, SaveOptions { dtype: DType::F32, shard_bytes });
+    write_shards(disk, dir, stem, &shards, arena)
+}
+
+/// Writes files with plain names of their own into a directory that is being made.
+pub fn write_extra(disk: &Disk, dir: &Path, extra: &[(&str, &[u8])]) -> Result<Manifest, IoError> {
+    let mut manifest = Manifest::new();
     for (name, bytes) in extra {
-        let path = inside(&partial.path, name).filter(|p| !p.exists()).ok_or_else(|| {
+        let path = inside(dir, name).filter(|p| !p.exists()).ok_or_else(|| {
             IoError::format(dir, "extra files with plain names of their own", super::error::printable(name))
         })?;
-        write_file(&path, |out| out.write_all(bytes))?;
+        manifest.insert((*name).into(), disk.write_new(&path, |out| out.write_all(bytes))?);
     }
-    partial.commit(dir)
+    Ok(manifest)
 }
 
-/// Writes one file beside its place, flushes it to the disk and renames it: it is whole or not there. An existing file
-/// is replaced.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
-    let Some(name) = path.file_name() else {
-        return Err(IoError::format(path, "the path of a file", "a path without a last name"));
-    };
-    let partial = path.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-    let _ = std::fs::remove_file(&partial); // Left by an interrupted writer, or not there.
-    let written = write_file(&partial, |out| out.write_all(bytes))
-        .and_then(|()| std::fs::rename(&partial, path).map_err(IoError::system(path, "renaming the finished file")));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&partial); // The first error is the one to report.
-    }
-    written?;
-    sync_dir(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
-}
-
+/// An error unless nothing, or an empty directory, lies at `dir`.
 fn vacant(dir: &Path) -> Result<(), IoError> {
     let exists = |found| Err(IoError::Exists { path: dir.to_path_buf(), found });
     match std::fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
@@ -88,63 +113,6 @@ fn vacant(dir: &Path) -> Result<(), IoError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotADirectory && dir.is_file() => exists("a file"),
         Err(e) => Err(IoError::system(dir, "looking whether it exists")(e)),
     }
-}
-
-/// The directory being written; removed unless committed.
-struct Partial {
-    path: PathBuf,
-    done: bool,
-}
-
-impl Partial {
-    fn create(dir: &Path) -> Result<Self, IoError> {
-        let Some(name) = dir.file_name() else {
-            return Err(IoError::format(dir, "the path of a new directory", "a path without a last name"));
-        };
-        let path = dir.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        // What an interrupted writer left behind.
-        match std::fs::remove_dir_all(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(IoError::system(&path, "removing what an interrupted run left")(e));
-            }
-            _ => {}
-        }
-        std::fs::create_dir_all(&path).map_err(IoError::system(&path, "creating"))?;
-        Ok(Self { path, done: false })
-    }
-
-    fn commit(mut self, dir: &Path) -> Result<(), IoError> {
-        sync_dir(&self.path)?;
-        std::fs::rename(&self.path, dir).map_err(IoError::system(dir, "renaming the finished directory"))?;
-        self.done = true;
-        sync_dir(dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.done {
-            // The error that led here is the one to report; the next writer removes what stays.
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
-/// Makes the names in a directory durable. Windows has no such call and needs none.
-fn sync_dir(dir: &Path) -> Result<(), IoError> {
-    if cfg!(unix) {
-        File::open(dir).and_then(|d| d.sync_all()).map_err(IoError::system(dir, "flushing"))?;
-    }
-    Ok(())
-}
-
-fn write_file(path: &Path, f: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<(), IoError> {
-    let write = || {
-        let mut file = File::create_new(path)?;
-        f(&mut file)?;
-        file.sync_all()
-    };
-    write().map_err(IoError::system(path, "writing"))
 }
 
 /// A tensor to write: a stretch of the arena under a name.
@@ -162,10 +130,10 @@ impl Item {
 }
 
 /// Which tensors go into which file: in arena order, a new file where the limit would be passed.
-fn plan(config: &ModelConfig, layout: &Layout, options: SaveOptions) -> Vec<Vec<Item>> {
+fn plan(items: Vec<Item>, options: SaveOptions) -> Vec<Vec<Item>> {
     let mut shards: Vec<Vec<Item>> = vec![Vec::new()];
     let mut held = 0;
-    for item in items(config, layout, options.dtype) {
+    for item in items {
         if held > 0 && held + item.bytes() > options.shard_bytes {
             shards.push(Vec::new());
             held = 0;
@@ -195,27 +163,34 @@ fn items(config: &ModelConfig, layout: &Layout, dtype: DType) -> Vec<Item> {
     out
 }
 
-fn write_shards(dir: &Path, shards: &[Vec<Item>], params: &Params) -> Result<(), IoError> {
-    let master = params.master.view().f32();
+/// Writes `<stem>.safetensors`, or `<stem>-i-of-n.safetensors` and their index.
+fn write_shards(disk: &Disk, dir: &Path, stem: &str, shards: &[Vec<Item>], arena: &[f32]) -> Result<Manifest, IoError> {
     let n = shards.len();
     let file = |i: usize| match n {
-        1 => "model.safetensors".to_string(),
-        _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+        1 => format!("{stem}.safetensors"),
+        _ => format!("{stem}-{:05}-of-{n:05}.safetensors", i + 1),
     };
+    let mut manifest = Manifest::new();
     for (i, items) in shards.iter().enumerate() {
-        write_file(&dir.join(file(i)), |out| write_shard(out, items, master))?;
+        let written = disk.write_new(&dir.join(file(i)), |out| write_shard(out, items, arena))?;
+        manifest.insert(file(i), written);
     }
     if n == 1 {
-        return Ok(());
+        return Ok(manifest);
     }
     let all = || shards.iter().enumerate().flat_map(|(i, items)| items.iter().map(move |item| (i, item)));
     let map: serde_json::Map<_, _> = all().map(|(i, item)| (item.name.clone(), json!(file(i)))).collect();
     let total: usize = all().map(|(_, item)| item.bytes()).sum();
-    let index = format!("{:#}\n", json!({ "metadata": { "total_size": total }, "weight_map": map }));
-    write_file(&dir.join("model.safetensors.index.json"), |out| out.write_all(index.as_bytes()))
+    let elements: usize = all().map(|(_, item)| item.range.len()).sum();
+    let metadata = json!({ "total_size": total, "total_parameters": elements });
+    let index = format!("{:#}\n", json!({ "metadata": metadata, "weight_map": map }));
+    let name = format!("{stem}.safetensors.index.json");
+    let written = disk.write_new(&dir.join(&name), |out| out.write_all(index.as_bytes()))?;
+    manifest.insert(name, written);
+    Ok(manifest)
 }
 
-fn write_shard(out: &mut File, items: &[Item], master: &[f32]) -> std::io::Result<()> {
+fn write_shard(out: &mut Output, items: &[Item], master: &[f32]) -> std::io::Result<()> {
     let mut at = 0;
     let entry = |item: &Item| {
         let begin = at;

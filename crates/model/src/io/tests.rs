@@ -155,23 +155,6 @@ fn inference_reads_the_same_weights_without_masters() {
     }
 }
 
-/// A file appears whole, replaces an older one, and leaves nothing beside it, also when it cannot be written.
-#[test]
-fn files_are_written_whole() {
-    let root = tempfile::tempdir().unwrap();
-    let path = root.path().join("out.bin");
-    std::fs::write(root.path().join(".out.bin.partial"), b"left by a killed writer").unwrap();
-    for bytes in [&b"first"[..], b"second"] {
-        write_whole(&path, bytes).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), bytes);
-    }
-    std::fs::create_dir_all(root.path().join("taken/full")).unwrap();
-    let error = write_whole(&root.path().join("taken"), b"x").unwrap_err().to_string();
-    assert!(error.contains("taken") && !error.contains('\n'), "{error}");
-    let names: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 2, "{names:?}");
-}
-
 /// What other readers rely on: metadata, alignment, dtypes, MTP's copies.
 #[test]
 fn the_file_is_as_others_expect() {

@@ -1,141 +1,23 @@
-//! A run's settings. A TOML file and the command line fill the same table of optional keys (`Settings`); resolving it
-//! gives every value, and refuses keys that would have no effect.
+//! A run's settings. A TOML file and the command line fill the same table of optional keys ([`RunFile`]); resolving it
+//! gives every value, and refuses keys that would have no effect. The resolved run is saved with it ([`saved`]).
+
+mod data;
+mod file;
+pub mod saved;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+pub use data::DataSettings;
+pub use file::RunFile;
+pub use settings::Settings;
 
 use crate::TrainError;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;
 use crate::step::Objective;
 use hadal_model::{ModelConfig, Precision};
-use serde::Deserialize;
-use std::path::{Path, PathBuf};
-
-/// A run file: `[model]`, `[data]`, `[train]`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RunFile {
-    /// Preset and overriding keys of the model.
-    pub model: Option<toml::Table>,
-    /// Where the text is.
-    #[serde(default)]
-    pub data: DataSettings,
-    /// How to train.
-    #[serde(default)]
-    pub train: Settings,
-}
-
-impl RunFile {
-    /// Reads a file.
-    pub fn read(path: &Path) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(|e| TrainError::read(path, &e))?;
-        toml::from_str(&text).map_err(|e| {
-            // What the parser objects to begins after so many line ends.
-            let line = 1 + e.span().map_or(0, |s| text.bytes().take(s.start).filter(|&b| b == b'\n').count());
-            TrainError::Config { what: format!("{}:{line}: {}", path.display(), e.message().replace('\n', " ")) }
-        })
-    }
-}
-
-/// `[data]`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields)]
-pub struct DataSettings {
-    /// Text files; none takes the built-in corpus.
-    pub paths: Option<Vec<PathBuf>>,
-    /// A tokenizer.json or a directory with one; none trains one on the text.
-    pub tokenizer: Option<PathBuf>,
-    /// Share of the documents held out for validation.
-    pub valid_fraction: Option<f64>,
-}
-
-/// `[train]`, every key optional.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Optimiser steps.
-    pub steps: Option<u64>,
-    /// Sequences a step.
-    pub batch: Option<usize>,
-    /// Sequences in flight at once; divides `batch`.
-    pub micro_batch: Option<usize>,
-    /// Tokens a sequence.
-    pub seq: Option<usize>,
-    /// "bf16" or "fp32".
-    pub dtype: Option<String>,
-    /// Seed of weights, order of data and split.
-    pub seed: Option<u64>,
-    /// Peak learning rate.
-    pub lr: Option<f64>,
-    /// Learning rate at the end.
-    pub min_lr: Option<f64>,
-    /// Steps of warm-up.
-    pub warmup: Option<u64>,
-    /// Steps at the peak.
-    pub constant: Option<u64>,
-    /// AdamW.
-    pub beta1: Option<f32>,
-    /// AdamW.
-    pub beta2: Option<f32>,
-    /// AdamW.
-    pub eps: Option<f32>,
-    /// AdamW.
-    pub weight_decay: Option<f32>,
-    /// Largest gradient norm.
-    pub clip: Option<f32>,
-    /// lambda of the MTP loss.
-    pub mtp_lambda: Option<f32>,
-    /// alpha of the sequence-wise balance loss.
-    pub balance_alpha: Option<f32>,
-    /// gamma of the bias update.
-    pub bias_gamma: Option<f32>,
-    /// Steps between validations.
-    pub eval_every: Option<u64>,
-    /// Validate on at most this many tokens.
-    pub eval_tokens: Option<usize>,
-    /// Steps between checkpoints; the last step always writes one.
-    pub checkpoint_every: Option<u64>,
-    /// Write the initial weights as step-000000.
-    pub save_initial: Option<bool>,
-    /// Record the tokens of every step in this safetensors file.
-    pub record_batches: Option<PathBuf>,
-}
-
-macro_rules! overlay {
-    ($a:expr, $b:expr, $($field:ident),+ $(,)?) => { $( if $b.$field.is_some() { $a.$field = $b.$field; } )+ };
-}
-
-impl Settings {
-    /// Keys set in `over` win.
-    pub fn overlay(mut self, over: Settings) -> Self {
-        overlay!(
-            self,
-            over,
-            steps,
-            batch,
-            micro_batch,
-            seq,
-            dtype,
-            seed,
-            lr,
-            min_lr,
-            warmup,
-            constant,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            clip,
-            mtp_lambda,
-            balance_alpha,
-            bias_gamma,
-            eval_every,
-            eval_tokens,
-            checkpoint_every,
-            save_initial,
-            record_batches
-        );
-        self
-    }
-}
+use std::path::PathBuf;
 
 /// Every value of a run.
 #[derive(Clone, Debug)]
@@ -162,6 +44,12 @@ pub struct TrainConfig {
     pub eval_tokens: usize,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept, at least 1.
+    pub keep_last: u64,
+    /// Keep the checkpoint that validated best too.
+    pub keep_best: bool,
+    /// Decay of the averaged weights, in [0, 1); 0 for none.
+    pub ema_decay: f32,
     /// Write the initial weights.
     pub save_initial: bool,
     /// Where to record tokens.
@@ -231,6 +119,9 @@ impl TrainConfig {
             eval_every: s.eval_every.unwrap_or((steps / 4).max(1)),
             eval_tokens: s.eval_tokens.unwrap_or(16 * 1024),
             checkpoint_every: s.checkpoint_every.unwrap_or(steps),
+            keep_last: s.keep_last.unwrap_or(3),
+            keep_best: s.keep_best.unwrap_or(true),
+            ema_decay: s.ema_decay.unwrap_or(0.0),
             save_initial: s.save_initial.unwrap_or(false),
             record_batches: s.record_batches,
         };
@@ -247,9 +138,21 @@ impl TrainConfig {
             ("eval_every", self.eval_every == 0),
             ("eval_tokens", self.eval_tokens == 0),
             ("checkpoint_every", self.checkpoint_every == 0),
+            ("keep_last", self.keep_last == 0),
         ];
         for (name, bad) in zero {
             refuse(bad, || format!("train.{name} = 0: expected at least 1"))?;
+        }
+        // Sizes that TOML's signed integers have no room for could not be saved with the run.
+        let large = [
+            ("seed", self.seed),
+            ("eval_every", self.eval_every),
+            ("eval_tokens", self.eval_tokens as u64),
+            ("checkpoint_every", self.checkpoint_every),
+            ("keep_last", self.keep_last),
+        ];
+        for (name, n) in large {
+            refuse(i64::try_from(n).is_err(), || format!("train.{name} = {n}: expected at most {}", i64::MAX))?;
         }
         refuse(!self.batch.is_multiple_of(self.micro_batch), || {
             format!("train.micro_batch = {}: expected a divisor of batch = {}", self.micro_batch, self.batch)
@@ -300,7 +203,7 @@ impl TrainConfig {
             refuse(!(x.is_finite() && x >= 0.0), || format!("train.{name} = {x}: expected a finite number >= 0"))?;
         }
         refuse(s.floor > s.peak, || format!("train.min_lr = {}: expected at most lr = {}", s.floor, s.peak))?;
-        for (name, x) in [("beta1", a.beta1), ("beta2", a.beta2)] {
+        for (name, x) in [("beta1", a.beta1), ("beta2", a.beta2), ("ema_decay", self.ema_decay)] {
             refuse(!(0.0..1.0).contains(&x), || format!("train.{name} = {x}: expected a number in [0, 1)"))?;
         }
         Ok(())
