@@ -1,5 +1,6 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
+mod convert;
 mod generate;
 mod inspect;
 mod logits;
@@ -52,6 +53,8 @@ enum Verb {
     Logits(logits::Logits),
     /// Count what a model costs: parameters, FLOPs, cache, training memory.
     Inspect(inspect::Inspect),
+    /// Store a checkpoint's weights in another dtype: BF16, FP32 or FP8.
+    Convert(convert::Convert),
 }
 
 impl Global {
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Verb::Generate(v) => v.run(&cli.global, &out),
         Verb::Logits(v) => v.run(&cli.global, &out),
         Verb::Inspect(v) => v.run(&cli.global, &out),
+        Verb::Convert(v) => v.run(&cli.global, &out),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
