@@ -46,14 +46,27 @@ fn safetensors(out: &Path, scratch: &Path) -> std::io::Result<()> {
             data.chunks_exact_mut(2).for_each(|x| x[1] &= 0xbf);
         }),
     )?;
-    fs::write(out.join("fused"), edited(&f32s, fuse))?;
+    let fused = edited(&f32s, fuse);
+    fs::write(out.join("fp8"), edited(&f32s, |header, data| quantise(header, data, "F32")))?;
+    fs::write(out.join("fp8-ue8m0"), edited(&bf16s, |header, data| quantise(header, data, "F8_E8M0")))?;
+    fs::write(out.join("fp8-fused"), edited(&fused, |header, data| quantise(header, data, "F32")))?;
+    fs::write(out.join("fused"), fused)?;
     fs::write(
         out.join("without-mtp"),
         edited(&bf16s, |header, _| {
             header.retain(|name, _| !name.starts_with("model.layers.2."));
         }),
     )?;
-    fs::write(out.join("bf16"), bf16s)
+    fs::write(out.join("bf16"), bf16s)?;
+    // A seed that is refused at the door leads nowhere.
+    let world = model::World::new();
+    world.write("config.json", &model::quantized());
+    for entry in fs::read_dir(out)? {
+        let path = entry?.path();
+        world.write("model.safetensors", &fs::read(&path)?);
+        world.try_load(&model::tiny()).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+    Ok(())
 }
 
 /// The file with a change to its header; offsets and data follow the tensors that are left, in their order.
@@ -91,6 +104,26 @@ fn fuse(header: &mut Map<String, Value>, data: &mut Vec<u8>) {
             let t = json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, data.len()]});
             header.insert(format!("{prefix}.{name}"), t);
         }
+    }
+}
+
+/// Projections as E4M3 codes with a grid of scales beside each.
+fn quantise(header: &mut Map<String, Value>, data: &mut Vec<u8>, scales: &str) {
+    let names: Vec<String> = header.keys().filter(|name| name.contains("_proj")).cloned().collect();
+    for name in names {
+        let shape: Vec<usize> = serde_json::from_value(header[&name]["shape"].clone()).expect("a shape");
+        let [stack @ .., rows, cols] = &shape[..] else { continue };
+        let grid = [stack, &[rows.div_ceil(model::BLOCK[0]), cols.div_ceil(model::BLOCK[1])]].concat();
+        // Codes of all sizes but the two that are no numbers; 2^-7 for a scale.
+        let begin = data.len();
+        data.extend((0..shape.iter().product()).map(|i: usize| (i * 37 % 127) as u8));
+        let middle = data.len();
+        for _ in 0..grid.iter().product() {
+            if scales == "F32" { data.extend(0.0078125f32.to_le_bytes()) } else { data.push(120) }
+        }
+        let tensor = |dtype: &str, shape: &[usize], range: [usize; 2]| json!({"dtype": dtype, "shape": shape, "data_offsets": range});
+        header.insert(name.clone(), tensor("F8_E4M3", &shape, [begin, middle]));
+        header.insert(format!("{name}_scale_inv"), tensor(scales, &grid, [middle, data.len()]));
     }
 }
 
@@ -148,8 +181,12 @@ fn tokenizer(out: &Path) -> std::io::Result<()> {
     let [file, config] = trained.files().map(|(_, bytes)| bytes);
     let ours: Value = serde_json::from_slice(&file)?;
     let config: Value = serde_json::from_slice(&config)?;
+    let scratch = tempfile::tempdir()?;
     let write = |name: &str, file: &Value, config: Option<&Value>| {
         let mut bytes = serde_json::to_vec(file)?;
+        // A seed that is refused at the door leads nowhere.
+        fs::write(scratch.path().join("tokenizer.json"), &bytes)?;
+        Tokenizer::load(scratch.path()).unwrap_or_else(|e| panic!("{name}: {e}"));
         if let Some(config) = config {
             bytes.push(0);
             bytes.extend(serde_json::to_vec(config)?);

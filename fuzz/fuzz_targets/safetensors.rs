@@ -1,12 +1,17 @@
 #![no_main]
-//! Any bytes as `model.safetensors` beside a fixed configuration: opened and loaded, for inference and for training.
+//! Any bytes as `model.safetensors` beside a fixed configuration, which allows FP8 weights with scales: opened and
+//! loaded, for inference and for training.
 
-use hadal_fuzz::model::{World, tiny};
+use hadal_fuzz::model::{World, quantized, tiny};
 use hadal_fuzz::{Dice, put, safetensors, words};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use std::sync::LazyLock;
 
-static WORLD: LazyLock<World> = LazyLock::new(World::new);
+static WORLD: LazyLock<World> = LazyLock::new(|| {
+    let world = World::new();
+    world.write("config.json", &quantized());
+    world
+});
 static WORDS: LazyLock<Vec<String>> = LazyLock::new(|| words(include_str!("../dict/safetensors.dict")));
 
 fuzz_target!(|data: &[u8]| {

@@ -2,7 +2,10 @@
 
 use crate::safetensors::{join, split};
 use hadal_kernels::{Ctx, DType, Device};
-use hadal_model::{Checkpoint, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, save_checkpoint};
+use hadal_model::{
+    Checkpoint, IoError, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, save_checkpoint,
+};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -34,6 +37,17 @@ pub fn tiny() -> ModelConfig {
     }
 }
 
+/// Rows and columns of a block of FP8 weights: the fixed model's matrices have several, and ragged edges.
+pub const BLOCK: [usize; 2] = [2, 1];
+
+/// The `config.json` of the fixed model with weights in FP8.
+pub fn quantized() -> Vec<u8> {
+    let mut file = tiny().to_hf_json(DType::Bf16);
+    file["quantization_config"] =
+        json!({"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": BLOCK});
+    serde_json::to_vec(&file).expect("a configuration has a JSON form")
+}
+
 /// What one process keeps from input to input.
 pub struct World {
     /// Files of the current input.
@@ -55,13 +69,14 @@ impl World {
 
     /// Opens and loads the directory as the command line does, for inference and for training.
     pub fn load(&self, config: &ModelConfig) {
-        if let Err(e) = self.try_load(self.dir.path(), config) {
+        if let Err(e) = self.try_load(config) {
             crate::one_line(&e);
         }
     }
 
-    fn try_load(&self, dir: &Path, config: &ModelConfig) -> Result<(), hadal_model::IoError> {
-        let checkpoint = Checkpoint::open(dir)?;
+    /// As `load`, with the error that stopped it.
+    pub fn try_load(&self, config: &ModelConfig) -> Result<(), IoError> {
+        let checkpoint = Checkpoint::open(self.dir.path())?;
         let mut config = config.clone();
         config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
         let model = Model::without_mtp(&self.ctx, config);
