@@ -210,7 +210,7 @@ fn tokenizer(out: &Path) -> std::io::Result<()> {
     llama["normalizer"] = json!({"type": "NFC"});
     llama["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-        {"type": "Split", "pattern": {"String": "--"}, "behavior": "Removed", "invert": true},
+        {"type": "Split", "pattern": {"String": "--"}, "behavior": "MergedWithNext", "invert": true},
         {"type": "Digits", "individual_digits": true},
         {"type": "Punctuation", "behavior": "Isolated"},
         {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
