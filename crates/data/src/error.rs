@@ -185,3 +185,8 @@ impl DataError {
         move |why| Self::Write { path: path.to_owned(), why }
     }
 }
+
+/// Text from a file as messages show it: one line, of bounded length.
+pub(crate) fn printable(text: &str) -> String {
+    text.escape_debug().take(160).collect()
+}

@@ -3,6 +3,7 @@
 //!
 //! Encoding, training and the file format are the `tokenizers` crate's.
 
+mod check;
 mod layout;
 mod load;
 #[cfg(test)]
@@ -171,20 +172,10 @@ fn byte_lengths(inner: &tokenizers::Tokenizer) -> Vec<u32> {
     lengths
 }
 
-/// Ids are below this, as in any model: tables by id are allocated for all of them.
-const MAX_IDS: u32 = 1 << 24;
-
-/// Says why `encode` could fail for some text, if it could, or why its ids are no model's.
+/// Says why `encode` could fail for some text, if it could.
 fn why_unusable(inner: &tokenizers::Tokenizer) -> Option<String> {
-    let ModelWrapper::BPE(bpe) = inner.get_model() else {
+    if !matches!(inner.get_model(), ModelWrapper::BPE(_)) {
         return Some("expected a BPE model, found another kind".into());
-    };
-    if bpe.dropout.is_some_and(|p| p > 0.0) {
-        return Some("expected no BPE dropout, found some".into());
-    }
-    let added = inner.get_added_vocabulary().get_added_tokens_decoder().keys().copied().max();
-    if let Some(id) = inner.get_vocab(true).into_values().chain(added).max().filter(|&id| id >= MAX_IDS) {
-        return Some(format!("expected ids below {MAX_IDS}, found {id}"));
     }
     let missing = ByteLevel::alphabet().into_iter().filter(|c| inner.token_to_id(&c.to_string()).is_none()).count();
     (missing > 0).then(|| format!("expected all 256 bytes in the vocabulary, found {}", 256 - missing))

@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use serde_json::json;
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 use super::*;
@@ -243,6 +244,110 @@ fn ids_that_no_model_has_are_refused() {
         file["model"]["vocab"]["zzzzzz"] = id.into();
         std::fs::write(&path, file.to_string()).unwrap();
         let error = load_error(&path);
-        assert!(error.ends_with(&format!("expected ids below 16777216, found {id}")), "{error}");
+        // Twice the 320 tokens and the new one, and 4096.
+        assert!(error.ends_with(&format!("model.vocab.\"zzzzzz\": expected ids below 4738, found {id}")), "{error}");
     }
+}
+
+/// A change to the trained file, and the end of the message it must give.
+#[test]
+fn files_that_the_tokenizers_crate_would_trust_are_refused() {
+    let file: Value = serde_json::from_slice(&trained().files()[0].1).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    let token = |key: &str, v: Value| {
+        let mut token = file["added_tokens"][3].clone();
+        token[key] = v;
+        json!([token])
+    };
+    let split = |v: Value| json!({"type": "Sequence", "pretokenizers": [v, {"type": "ByteLevel"}]});
+    let template =
+        |single: Value| json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}});
+    let a = json!({"Sequence": {"id": "A", "type_id": 0}});
+    for (place, value, end) in [
+        // Panicked: the buffer for a merged token was as long as the longest token there is.
+        ("/model/merges", json!([["a", "\u{120}zq"]]), "themselves and together, found \"\u{120}zq\""),
+        (
+            "/model/merges",
+            json!([["q", "q"]]),
+            "model.merges[0]: expected tokens that the vocabulary has, themselves and together, found \"qq\"",
+        ),
+        ("/model/merges", json!(["q  q"]), "model.merges[0]: expected two tokens, found \"q  q\""),
+        ("/model/merges", json!(7), "model.merges: expected a list, found 7"),
+        // Panicked, or cut a character in half.
+        ("/model/continuing_subword_prefix", json!("##"), "expected none in a byte-level model, found \"##\""),
+        ("/model/end_of_word_suffix", json!("</w>"), "expected none in a byte-level model, found \"</w>\""),
+        ("/model/dropout", json!(0.1), "model.dropout: expected null or 0, found 0.1"),
+        ("/model/type", json!("Unigram"), "model.type: expected \"BPE\", found \"Unigram\""),
+        ("/model/vocab/a", json!(3), "expected an id of its own, found 3, which another token has"),
+        ("/model/vocab/a", json!(-1), "model.vocab.\"a\": expected an id, found -1"),
+        ("/model/vocab", json!([]), "model.vocab: expected an object, found a list of 0"),
+        // Panicked on text where two such tokens meet.
+        (
+            "/added_tokens",
+            token("lstrip", json!(true)),
+            "lstrip: expected false (the space beside a token is text), found true",
+        ),
+        (
+            "/added_tokens",
+            token("rstrip", json!(true)),
+            "rstrip: expected false (the space beside a token is text), found true",
+        ),
+        ("/added_tokens", token("content", json!("")), "added_tokens[0].content: expected a token, found \"\""),
+        (
+            "/added_tokens",
+            token("id", json!(u32::MAX)),
+            "added_tokens[0].id: expected ids below 4738, found 4294967295",
+        ),
+        // Would have had another id than the file says.
+        ("/added_tokens", token("id", json!(700)), "and the vocabulary, 3, found 700"),
+        ("/added_tokens", token("content", json!("<new>")), "and the vocabulary, 320, found 3"),
+        (
+            "/normalizer",
+            json!({"type": "Replace"}),
+            "normalizer.type: expected one of NFC, NFD, NFKC, NFKD, Lowercase, found \"Replace\"",
+        ),
+        ("/pre_tokenizer", Value::Null, "pre_tokenizer: expected one \"ByteLevel\", in the last place, found null"),
+        ("/pre_tokenizer", split(json!({"type": "WhitespaceSplit"})), "found \"WhitespaceSplit\""),
+        (
+            "/pre_tokenizer",
+            split(json!({"type": "Digits", "behavior": "Removed"})),
+            "MergedWithNext, Contiguous, found \"Removed\"",
+        ),
+        (
+            "/pre_tokenizer",
+            split(json!({"type": "Split", "pattern": {"Regex": "a".repeat(5000)}})),
+            "expected at most 4096 bytes, found 5000",
+        ),
+        (
+            "/post_processor",
+            template(json!([a, a])),
+            "post_processor.single: expected pieces with the sequence \"A\" once, found a list of 2",
+        ),
+        ("/post_processor", template(json!("$B")), "the sequence \"A\" once, found \"$B\""),
+        ("/decoder", json!({"type": "Fuse"}), "decoder.type: expected \"ByteLevel\", found \"Fuse\""),
+    ] {
+        let mut broken = file.clone();
+        match broken.pointer_mut(place) {
+            Some(old) => *old = value,
+            None => panic!("no {place} in the file"),
+        }
+        std::fs::write(&path, broken.to_string()).unwrap();
+        let error = load_error(&path);
+        assert!(error.ends_with(end), "{place}: {error}");
+    }
+}
+
+/// What another program left set would cut every text to two tokens, or fill it up.
+#[test]
+fn truncation_and_padding_of_a_file_are_not_applied() {
+    let tokenizer = trained();
+    let mut file: Value = serde_json::from_slice(&tokenizer.files()[0].1).unwrap();
+    file["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    file["padding"] = json!({"strategy": {"Fixed": 1 << 30}, "direction": "Right", "pad_to_multiple_of": null,
+                             "pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>"});
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let text = PIECES[0].0;
+    assert_eq!(Tokenizer::load(dir.path()).unwrap().encode(text), tokenizer.encode(text));
 }

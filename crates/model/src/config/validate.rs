@@ -13,7 +13,7 @@ const MAX_LAYERS: usize = 1 << 12;
 /// Most elements of all weights together.
 const MAX_ELEMENTS: u128 = 1 << 46;
 /// Most tensors under published names (V3 has about 46 thousand).
-const MAX_TENSORS: usize = 1 << 20;
+const MAX_TENSORS: usize = 1 << 18;
 /// Most positions: rotary angles are f32, ids i32.
 const MAX_POSITIONS: usize = 1 << 30;
 

@@ -119,14 +119,20 @@ impl Checkpoint {
     }
 
     /// How many MTP layers the files hold, whatever `num_nextn_predict_layers` says: layers counted on from
-    /// `num_hidden_layers` that have a tensor which only MTP has. Set the depth to this before laying out.
+    /// `num_hidden_layers` that have a tensor which only MTP has, as far as a valid `config` can have them (V2 has
+    /// none). Set the depth to this before laying out.
     pub fn mtp_layers(&self, config: &ModelConfig) -> usize {
         let own = ["eh_proj", "enorm", "hnorm", "shared_head.norm"];
         let present = |k: &usize| {
             let layer = config.num_hidden_layers + k;
             own.iter().any(|part| self.contains(&format!("model.layers.{layer}.{part}.weight")))
         };
-        (0..).take_while(present).count()
+        // Names alone may claim any number of layers, and a layout takes memory for all of them.
+        let valid = |k: &usize| {
+            let depth = ModelConfig { num_nextn_predict_layers: k + 1, ..config.clone() };
+            depth.validate().is_ok()
+        };
+        (0..).take_while(|k| present(k) && valid(k)).count()
     }
 
     pub(super) fn stored(&self, name: &str) -> Option<(&Shard, &Stored)> {

@@ -279,6 +279,21 @@ fn mtp_depth_goes_by_the_tensors() {
     assert!(e.contains("tensors are missing, the first is model.layers.2.enorm.weight"), "{e}");
 }
 
+/// Names of a few bytes each may claim any number of layers; a layout of all of them would fill the memory.
+#[test]
+fn mtp_depth_stays_within_what_a_model_can_have() {
+    let (_root, dir, c, _) = saved(SaveOptions::new(DType::F32));
+    let names = (0..50_000).map(|k| (format!("model.layers.{}.enorm.weight", 2 + k), (Dtype::F32, vec![0], vec![])));
+    write(&dir.join("model.safetensors"), &names.collect());
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let depth = checkpoint.mtp_layers(&c);
+    assert_eq!(depth, 4096);
+    ModelConfig { num_nextn_predict_layers: depth, ..c }.validate().unwrap();
+    // V2 has none; the tensors are then ones too many.
+    let v2 = ModelConfig { num_hidden_layers: 2, ..ModelConfig::preset("v2-lite").unwrap() };
+    assert_eq!(checkpoint.mtp_layers(&v2), 0);
+}
+
 /// Each change of the tensors, and what the message must name.
 #[test]
 fn wrong_tensors_are_named() {
