@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 
-use hadal_data::{corpus::builtin, split};
+use hadal_data::{corpus::builtin, pack::Sides};
 
 /// What `hadal pretrain` holds out.
 const FRACTION: f64 = 0.05;
@@ -28,11 +28,12 @@ fn main() -> Result<(), hadal_data::DataError> {
         |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)?.parse::<usize>().ok());
     let seed = number("--seed").unwrap_or(0) as u64;
     let documents = builtin::documents(seed, builtin::DEFAULT_BYTES);
-    let split = split(documents.len(), FRACTION, seed)?;
-    let symbols = |side: &[usize]| -> Vec<u16> {
-        side.iter().flat_map(|&i| documents[i].bytes().map(u16::from).chain([MARK])).collect()
+    let sides = Sides::new(documents.len() as u64, FRACTION, seed, 0)?;
+    let symbols = |held: bool| -> Vec<u16> {
+        let side = documents.iter().zip(0..).filter(|(_, i)| sides.held(*i) == held);
+        side.flat_map(|(d, _)| d.bytes().map(u16::from).chain([MARK])).collect()
     };
-    let (train, held) = (symbols(&split.train), symbols(&split.validation));
+    let (train, held) = (symbols(false), symbols(true));
     let mut lengths = Vec::new();
     lengths.extend(number("--max-bytes"));
     lengths.push(usize::MAX);

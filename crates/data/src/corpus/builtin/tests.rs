@@ -7,7 +7,7 @@ use std::io::Write;
 use lzma_rust2::{XzOptions, XzWriter};
 
 use super::*;
-use crate::split;
+use crate::pack::Sides;
 
 const SAMPLE: u64 = 4000;
 
@@ -136,15 +136,16 @@ fn words_by_hand() {
 fn validation_is_not_in_training() {
     for seed in 0..3 {
         let documents = documents(seed, DEFAULT_BYTES);
-        let split = split(documents.len(), 0.05, seed).unwrap();
-        let held: Vec<HashSet<Vec<&str>>> = split.validation.iter().map(|&i| shingles(&documents[i])).collect();
+        let sides = Sides::new(documents.len() as u64, 0.05, seed, 0).unwrap();
+        let (validation, train): (Vec<usize>, Vec<usize>) = (0..documents.len()).partition(|&i| sides.held(i as u64));
+        let held: Vec<HashSet<Vec<&str>>> = validation.iter().map(|&i| shingles(&documents[i])).collect();
         let asked: HashSet<&Vec<&str>> = held.iter().flatten().collect();
         let mut seen: HashSet<Vec<&str>> = HashSet::new();
-        for &i in &split.train {
+        for i in train {
             seen.extend(shingles(&documents[i]).into_iter().filter(|s| asked.contains(s)));
         }
         let mut shares: BTreeMap<&str, Vec<(f64, usize)>> = BTreeMap::new();
-        for (shingles, &i) in held.iter().zip(&split.validation) {
+        for (shingles, i) in held.iter().zip(validation) {
             let shared = shingles.iter().filter(|s| seen.contains(*s)).count();
             let share = shared as f64 / shingles.len() as f64;
             shares.entry(kind(seed, i as u64)).or_default().push((share, i));
