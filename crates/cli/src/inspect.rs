@@ -5,7 +5,7 @@ use crate::{Global, open};
 use clap::Args;
 use hadal_kernels::DType;
 use hadal_model::account::{self, Flops, Parameters, TrainingMemory};
-use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Scope};
+use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Quantization, Scope};
 use serde::Serialize;
 use std::path::Path;
 
@@ -38,6 +38,8 @@ const MAX_TOKENS: usize = i32::MAX as usize;
 struct Report {
     model: String,
     family: String,
+    /// How weights are stored, where not as plain numbers.
+    storage: Option<String>,
     parameters: usize,
     parameters_active: usize,
     parameters_active_without_embedding: usize,
@@ -69,17 +71,17 @@ struct Memory {
 impl Inspect {
     /// Prints the report.
     pub fn run(&self, _: &Global, out: &Output) -> anyhow::Result<()> {
-        let config = self.config(out)?;
-        let report = self.report(&config)?;
+        let (config, quantization) = self.config(out)?;
+        let report = self.report(&config, quantization)?;
         out.object(&report);
         out.text(&report.text());
         Ok(())
     }
 
-    fn config(&self, out: &Output) -> anyhow::Result<ModelConfig> {
+    fn config(&self, out: &Output) -> anyhow::Result<(ModelConfig, Option<Quantization>)> {
         let path = Path::new(&self.model);
         if PRESETS.contains(&self.model.as_str()) {
-            return Ok(ModelConfig::preset(&self.model)?);
+            return Ok((ModelConfig::preset(&self.model)?, None));
         }
         if !path.exists() {
             anyhow::bail!("{}: expected a model directory or one of {}", self.model, PRESETS.join(", "));
@@ -91,10 +93,10 @@ impl Inspect {
         if weights.iter().any(|name| dir.join(name).exists()) {
             config.num_nextn_predict_layers = Checkpoint::open(&dir)?.mtp_layers(&config);
         }
-        Ok(config)
+        Ok((config, Quantization::from_hf(&dir.join("config.json"))?))
     }
 
-    fn report(&self, c: &ModelConfig) -> anyhow::Result<Report> {
+    fn report(&self, c: &ModelConfig, quantization: Option<Quantization>) -> anyhow::Result<Report> {
         let precision = hadal_train::precision(&self.dtype)?;
         let seq = self.seq.unwrap_or(c.max_position_embeddings.min(4096));
         let (batch, positions) = (self.batch, c.max_position_embeddings);
@@ -111,6 +113,7 @@ impl Inspect {
         Ok(Report {
             model: self.model.clone(),
             family: format!("{:?}", c.family),
+            storage: quantization.map(|q| q.to_string()),
             parameters: p.total,
             parameters_active: p.active,
             parameters_active_without_embedding: p.active_without_embedding,
@@ -156,6 +159,9 @@ impl Report {
         let bytes = |n: usize| scaled(n as f64, "B");
         let m = &self.training_memory;
         let mut s = line("model", format!("{} (family {})", self.model, self.family));
+        if let Some(storage) = &self.storage {
+            s += &line("weights are stored as", storage.clone());
+        }
         s += &line("parameters", format!("{} ({})", self.parameters, scaled(self.parameters as f64, "")));
         s += &line("  active for a token", self.parameters_active.to_string());
         s += &line("  active, embedding lookup left out", self.parameters_active_without_embedding.to_string());

@@ -1,5 +1,6 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
+mod convert;
 mod demo;
 mod generate;
 mod inspect;
@@ -60,6 +61,8 @@ enum Verb {
     Logits(logits::Logits),
     /// Count what a model costs: parameters, FLOPs, cache, training memory.
     Inspect(inspect::Inspect),
+    /// Store a checkpoint's weights in another dtype: BF16, FP32 or FP8.
+    Convert(convert::Convert),
     /// Train, use and inspect tokenizers.
     Tokenizer(tokenizer::TokenizerVerb),
 }
@@ -72,6 +75,7 @@ impl Verb {
             Self::Generate(_) => ("generate", true, true),
             Self::Logits(_) => ("logits", true, false),
             Self::Inspect(_) => ("inspect", false, false),
+            Self::Convert(_) => ("convert", true, false),
             Self::Tokenizer(v) => v.uses(),
         }
     }
@@ -114,6 +118,7 @@ fn main() -> ExitCode {
         Verb::Generate(v) => done(v.run(&cli.global, &out)),
         Verb::Logits(v) => done(v.run(&cli.global, &out)),
         Verb::Inspect(v) => done(v.run(&cli.global, &out)),
+        Verb::Convert(v) => done(v.run(&cli.global, &out)),
         Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
     });
     result.unwrap_or_else(|e| {
@@ -137,7 +142,10 @@ mod tests {
     #[test]
     fn what_clap_says_is_one_line() {
         for (args, expected) in [
-            (&["pretrain", "--ot", "x"][..], "unexpected argument '--ot' found; a similar argument exists: '--out'"),
+            (
+                &["pretrain", "--outt", "x"][..],
+                "unexpected argument '--outt' found; a similar argument exists: '--out'",
+            ),
             (&["generate", "m"], "the following required arguments were not provided: <PROMPT>"),
             (&["pretrain", "--out"], "a value is required for '--out <DIR>' but none was supplied"),
             (&["inspect", "m", "--seq", "many"], "invalid value 'many' for '--seq <T>': invalid digit found in string"),

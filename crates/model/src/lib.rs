@@ -21,9 +21,11 @@ pub mod trunk;
 mod weight_grad;
 
 pub use batch::{Batch, Depth, Sequence};
-pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Rope, Yarn, preset_sequence};
+pub use config::{ConfigError, Family, ModelConfig, MtpHidden, PRESETS, Quantization, Rope, Yarn, preset_sequence};
 pub use grads::Grads;
-pub use io::{Checkpoint, IoError, SaveOptions, save_checkpoint};
+pub use io::{
+    Checkpoint, ConvertObserver, ConvertOptions, Converted, IoError, SaveOptions, Target, convert, save_checkpoint,
+};
 pub use layout::{
     AttentionIds, BlockIds, FeedForwardIds, Kind, Layout, MlpIds, MoeIds, MtpIds, ParamId, Published, Scope, TensorInfo,
 };

@@ -1,7 +1,10 @@
 //! Number formats, counter-based randomness and what "close" means: everything that knows bit patterns.
 
+pub mod block;
 mod compare;
+pub mod e4m3;
 mod rng;
+pub mod ue8m0;
 
 pub use compare::{Closeness, Tolerance, close, cosine};
 pub use half::bf16;

@@ -47,7 +47,7 @@ fn damaged_weights() {
     let shape = |d: &Path| edit(d, norm, Some((Dtype::F32, vec![31], vec![0; 4 * 31])));
     damage("shape", &shape, &["model.safetensors", norm, "expected shape [32], found shape [31]"]);
     let dtype = |d: &Path| edit(d, norm, Some((Dtype::I64, vec![32], vec![0; 8 * 32])));
-    damage("dtype", &dtype, &["model.safetensors", norm, "expected BF16, F16 or F32, found I64"]);
+    damage("dtype", &dtype, &["model.safetensors", norm, "expected BF16, F16, F32 or F8_E4M3 with scales, found I64"]);
     let nan = [[0; 4 * 31].as_slice(), &f32::NAN.to_le_bytes()].concat();
     let nan = |d: &Path| edit(d, norm, Some((Dtype::F32, vec![32], nan.clone())));
     damage("nan", &nan, &["model.safetensors", norm, "expected finite numbers, found NaN"]);

@@ -32,11 +32,20 @@ fn published_names() -> BTreeSet<String> {
     names.into_iter().collect()
 }
 
-fn check_checkpoint(dir: &Path, dtype: Dtype) {
-    let mut files: Vec<String> =
+/// Names in a directory, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    files.sort();
-    assert_eq!(files, ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]);
+    names.sort_unstable();
+    names
+}
+
+fn check_checkpoint(dir: &Path, dtype: Dtype) {
+    assert_eq!(names(dir), ["config.json", "model.safetensors", "state", "tokenizer.json", "tokenizer_config.json"]);
+    let mut state = vec!["m.safetensors", "master.safetensors", "state.json", "v.safetensors"];
+    // In fp32 the model's file holds the masters.
+    state.retain(|name| dtype == Dtype::BF16 || *name != "master.safetensors");
+    assert_eq!(names(&dir.join("state")), state);
     let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let names: BTreeSet<String> = file.names().into_iter().map(String::from).collect();
@@ -68,7 +77,8 @@ fn a_run_leaves_metrics_and_whole_checkpoints() {
         check_checkpoint(&out.join(format!("step-{step:06}")), Dtype::BF16);
     }
     assert_eq!(out.join("latest").canonicalize().unwrap(), out.join("step-000004").canonicalize().unwrap());
-    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 5, "three checkpoints, latest and metrics.jsonl");
+    let steps = ["step-000000", "step-000002", "step-000004"];
+    assert_eq!(names(&out), [&[".lock", "best", "latest", "metrics.jsonl", "run.toml"][..], &steps].concat());
     check_metrics(&out);
     check_recorded(&place.path("batches.safetensors"));
 }
@@ -143,12 +153,11 @@ fn the_loss_falls_on_text_that_repeats() {
 #[test]
 fn a_run_that_diverges_stops_and_writes_no_such_weights() {
     let place = Place::new();
-    let ran = hadal(&place.pretrain("out", &["--steps", "6", "--lr", "1e30"]));
+    let ran = hadal(&place.pretrain("out", &["--steps", "6", "--lr", "1e30", "--checkpoint-every", "6"]));
     assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
     // Norms keep the loss of huge weights finite for a step; their gradients are not.
     assert!(ran.stderr.starts_with("error: step 2: expected a finite gradient norm, found NaN; "), "{ran:?}");
-    let left: Vec<_> = std::fs::read_dir(place.path("out")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left, ["metrics.jsonl"]);
+    assert_eq!(names(&place.path("out")), [".lock", "metrics.jsonl", "run.toml"]);
     assert_eq!(metrics(&place.path("out")).len(), 1, "lines are of finite numbers");
 }
 
@@ -195,8 +204,7 @@ fn weights_that_are_no_numbers_make_no_checkpoint() {
     let ran = hadal(&place.pretrain("out", &more));
     assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
     assert!(ran.stderr.starts_with("error: step 1: expected a finite weight, found "), "{ran:?}");
-    let left: Vec<_> = std::fs::read_dir(place.path("out")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left, ["metrics.jsonl"]);
+    assert_eq!(names(&place.path("out")), [".lock", "metrics.jsonl", "run.toml"]);
 }
 
 #[test]

@@ -161,7 +161,9 @@ impl Place {
         std::fs::create_dir(&to).unwrap();
         for entry in std::fs::read_dir(trained().join("step-000003")).unwrap() {
             let entry = entry.unwrap();
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            if entry.path().is_file() {
+                std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            }
         }
         to
     }

@@ -3,7 +3,7 @@
 //! known to change nothing ([`INERT`]), or unknown and named in a warning; a meaning that we do not have is an error.
 
 use super::keys::{Keys, as_usize, show};
-use super::{ConfigError, Family, ModelConfig, MtpHidden, Rope, Yarn};
+use super::{ConfigError, Family, ModelConfig, MtpHidden, Rope, Yarn, quantization};
 use hadal_kernels::ops::router::Scoring;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -58,7 +58,6 @@ const FIXED: &[(&str, &[&str], &str)] = &[
     ("moe_layer_freq", &["1", "1.0"], "1 (every layer after first_k_dense_replace has experts)"),
     ("partial_rotary_factor", &["1", "1.0"], "1 (all of qk_rope_head_dim is rotated)"),
     ("mtp_hidden_states_first", &["false"], "false (eh_proj reads the embedding first)"),
-    ("quantization_config", &[], "none: BF16, F16 or F32 weights (quantised weights are not read yet)"),
     ("index_topk", &[], "none (sparse attention is not supported)"),
     ("sliding_window", &[], "none (attention sees the whole context)"),
 ];
@@ -131,31 +130,23 @@ const V2: Defaults = Defaults {
 };
 
 /// Largest file that is read: far above any configuration.
-const MAX_BYTES: u64 = 16 << 20;
+pub(super) const MAX_BYTES: u64 = 16 << 20;
 
 impl ModelConfig {
     /// Reads a `config.json`. Beside the configuration: warnings, one line each, of keys that were not understood.
     /// `num_nextn_predict_layers` is what the file says, though a file may claim layers that its weights lack: see
     /// [`crate::Checkpoint::mtp_layers`].
     pub fn from_hf(path: &Path) -> Result<(Self, Vec<String>)> {
-        let place = path.display().to_string();
-        let read = |why| ConfigError::Read { path: place.clone(), why };
-        let size = std::fs::metadata(path).map_err(read)?.len();
-        if size > MAX_BYTES {
-            return Err(ConfigError::value("size", format!("at most {MAX_BYTES} bytes"), size).at(&place));
-        }
-        Self::from_hf_json(&std::fs::read(path).map_err(read)?, &place)
+        Self::from_map(&quantization::read_object(path)?, &path.display().to_string())
     }
 
     /// As [`ModelConfig::from_hf`], from the bytes of the file called `place` in messages.
     pub fn from_hf_json(bytes: &[u8], place: &str) -> Result<(Self, Vec<String>)> {
-        let map: Map<String, Value> = serde_json::from_slice(bytes).map_err(|e| ConfigError::Json {
-            path: place.to_string(),
-            line: e.line(),
-            column: e.column(),
-            why: super::error::without_position(&e),
-        })?;
-        let (config, warnings) = read(&map).map_err(|e| e.at(place))?;
+        Self::from_map(&quantization::parse_object(bytes, place)?, place)
+    }
+
+    fn from_map(map: &Map<String, Value>, place: &str) -> Result<(Self, Vec<String>)> {
+        let (config, warnings) = read(map).map_err(|e| e.at(place))?;
         Ok((config, warnings.into_iter().map(|w| format!("{place}: {w}")).collect()))
     }
 }
@@ -172,6 +163,8 @@ fn read(map: &Map<String, Value>) -> Result<(ModelConfig, Vec<String>)> {
         }
     }
     let family = family(&mut keys, &mut warnings)?;
+    // How the tensors are stored changes nothing of the model; what cannot be read is refused here already.
+    quantization::read(&mut keys, &mut warnings)?;
     let config = model(&mut keys, family, &mut warnings)?;
     config.validate()?;
     for key in INERT {

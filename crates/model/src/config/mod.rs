@@ -6,6 +6,7 @@ mod hf;
 mod hf_write;
 mod keys;
 mod presets;
+mod quantization;
 #[cfg(test)]
 mod tests;
 mod toml;
@@ -14,6 +15,8 @@ mod validate;
 
 pub use error::ConfigError;
 pub use presets::{PRESETS, preset_sequence};
+pub use quantization::Quantization;
+pub(crate) use quantization::read_object;
 
 use hadal_kernels::ops::router::{self, GroupScore, Scoring};
 

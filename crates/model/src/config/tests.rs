@@ -1,6 +1,7 @@
 use super::*;
 use crate::{Layout, Scope};
 use hadal_kernels::DType;
+use hadal_numerics::block::ScaleFormat;
 use hadal_numerics::{Purpose, Rng};
 use serde_json::{Value, json};
 
@@ -239,7 +240,16 @@ fn unsupported_meanings() {
         ("moe_layer_freq", json!(2)),
         ("scoring_func", json!("softmax")),
         ("topk_method", json!("greedy")),
-        ("quantization_config", json!({"quant_method": "fp8"})),
+        ("quantization_config", json!("fp8")),
+        ("quantization_config", json!({"quant_method": "awq"})),
+        ("quantization_config", json!({"quant_method": "fp8", "fmt": "e5m2"})),
+        ("quantization_config", json!({"quant_method": "fp8", "activation_scheme": "static"})),
+        ("quantization_config", json!({"quant_method": "fp8", "weight_block_size": null})),
+        ("quantization_config", json!({"quant_method": "fp8", "weight_block_size": [128]})),
+        ("quantization_config", json!({"quant_method": "fp8", "weight_block_size": [128, 0]})),
+        ("quantization_config", json!({"quant_method": "fp8", "scale_fmt": 2})),
+        ("quantization_config", json!({"quant_method": "fp8", "expert_dtype": "fp4"})),
+        ("quantization_config", json!({"quant_method": "fp8", "modules_to_not_convert": "lm_head"})),
         ("num_key_value_heads", json!(1)),
         ("partial_rotary_factor", json!(0.5)),
         ("model_type", json!("llama")),
@@ -277,6 +287,36 @@ fn unsupported_meanings() {
     // What null leaves unset is supported.
     let v = with(new_v3(), "quantization_config", json!(null));
     clean(&with(with(v, "index_topk", json!(null)), "partial_rotary_factor", json!(1.0)));
+}
+
+/// How weights are stored does not change the model that is read.
+#[test]
+fn quantisation_is_read_apart() {
+    let published = json!({
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    let stored = |q: &Value| {
+        assert_eq!(clean(&with(new_v3(), "quantization_config", q.clone())), clean(&new_v3()));
+        std::fs::write(&path, json!({ "quantization_config": q }).to_string()).unwrap();
+        Quantization::from_hf(&path).unwrap()
+    };
+    let expected = Quantization::published(ScaleFormat::F32);
+    assert_eq!(stored(&published), Some(expected));
+    assert_eq!(expected.to_hf_json(), published);
+    assert_eq!(stored(&json!({"quant_method": "fp8"})), Some(expected));
+    let more = with(with(published, "scale_fmt", json!("ue8m0")), "modules_to_not_convert", json!(["lm_head"]));
+    assert_eq!(stored(&more), Some(Quantization::published(ScaleFormat::Ue8m0)));
+    assert_eq!(stored(&json!({"quant_method": "fp8", "weight_block_size": [1, 32]})).unwrap().block, [1, 32]);
+    assert_eq!((stored(&json!(null)), stored(&json!({}))), (None, None));
+    assert_eq!(Quantization::from_hf(&dir.path().join("none.json")).unwrap(), None);
+    let (_, warnings) = read(&with(new_v3(), "quantization_config", json!({"quant_method": "fp8", "a": 1}))).unwrap();
+    assert_eq!(warnings, ["config.json: unknown key quantization_config.a: ignored"]);
+    for q in [json!({"fmt": "e4m3"}), json!({"quant_method": null})] {
+        let e = read(&with(new_v3(), "quantization_config", q)).unwrap_err().to_string();
+        assert_eq!(e, "config.json: quantization_config.quant_method is missing: expected \"fp8\"");
+    }
 }
 
 /// Sizes within bounds whose product is not.

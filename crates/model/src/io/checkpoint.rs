@@ -3,8 +3,10 @@
 use super::IoError;
 use super::error::printable;
 use super::shard::{Shard, inside};
-use crate::{Kind, Layout, ModelConfig, Published, TensorInfo};
+use super::source::{Source, scales_name};
+use crate::{Kind, Layout, ModelConfig, Published, Quantization, TensorInfo};
 use hadal_comm::GlobalExpert;
+use safetensors::Dtype;
 use safetensors::tensor::TensorInfo as Stored;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -26,32 +28,26 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Shard of each tensor.
     tensors: HashMap<String, usize>,
-}
-
-/// Part of a stored tensor that a published part is read from.
-pub(super) struct Source<'a> {
-    pub(super) shard: &'a Shard,
-    pub(super) name: String,
-    pub(super) stored: &'a Stored,
-    /// First element within the stored tensor.
-    pub(super) first: usize,
+    quantization: Option<Quantization>,
 }
 
 impl Checkpoint {
     /// Opens `model.safetensors` in `dir`, or else the shards that `model.safetensors.index.json` names, and reads
-    /// their headers. Data is only read by [`Checkpoint::load`].
+    /// their headers, and from `config.json`, if there is one, how weights are quantised. Data is only read by
+    /// [`Checkpoint::load`].
     pub fn open(dir: &Path) -> Result<Self, IoError> {
-        Self::open_stem(dir, "model")
+        let quantization = Quantization::from_hf(&dir.join("config.json"))?;
+        Ok(Self { quantization, ..Self::open_stem(dir, "model")? })
     }
 
-    /// As [`Checkpoint::open`], of files that begin with `stem` instead of "model".
+    /// As [`Checkpoint::open`], of files that begin with `stem` instead of "model", none of them quantised.
     pub(super) fn open_stem(dir: &Path, stem: &str) -> Result<Self, IoError> {
         let single = dir.join(format!("{stem}.safetensors"));
         let index = dir.join(format!("{stem}.safetensors.index.json"));
         if single.exists() {
             let shard = Shard::open(single)?;
             let tensors = shard.names().into_iter().map(|name| (name, 0)).collect();
-            return Ok(Self { dir: dir.to_path_buf(), shards: vec![shard], tensors });
+            return Ok(Self { dir: dir.to_path_buf(), shards: vec![shard], tensors, quantization: None });
         }
         if index.exists() {
             return Self::open_index(dir, &index);
@@ -94,12 +90,17 @@ impl Checkpoint {
             }
             tensors.insert(name.clone(), at);
         }
-        Ok(Self { dir: dir.to_path_buf(), shards, tensors })
+        Ok(Self { dir: dir.to_path_buf(), shards, tensors, quantization: None })
     }
 
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// How its weights are quantised, if any are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantization
     }
 
     /// Number of tensors in it.
@@ -147,18 +148,18 @@ impl Checkpoint {
     }
 
     /// Where a published part lies: under its own name, or as one expert's part of a fused tensor. None if nowhere.
-    /// The stored tensor's shape has been checked.
+    /// The stored tensor's shape and dtype have been checked, and those of its scales.
     pub(super) fn find(&self, c: &ModelConfig, t: &TensorInfo, p: &Published) -> Result<Option<Source<'_>>, IoError> {
         if let Some((shard, stored)) = self.stored(&p.name) {
             check_shape(shard, &p.name, &p.shape, stored)?;
-            return Ok(Some(Source { shard, name: p.name.clone(), stored, first: 0 }));
+            return Source::new(self, shard, &p.name, stored, 0).map(Some);
         }
         let Some(fused) = (t.kind == Kind::RoutedExpert).then(|| Fused::of(c, &p.name)).flatten() else {
             return Ok(None);
         };
         let Some((shard, stored)) = self.stored(&fused.name) else { return Ok(None) };
         check_shape(shard, &fused.name, &fused.shape, stored)?;
-        Ok(Some(Source { shard, stored, first: fused.first, name: fused.name }))
+        Source::new(self, shard, &fused.name, stored, fused.first).map(Some)
     }
 
     /// Names in the files that a layout of the whole model has no use for: neither its tensors nor their other forms.
@@ -172,10 +173,16 @@ impl Checkpoint {
         used.extend(fused.iter().map(|f| (f.name.as_str(), ())));
         let copies = mtp_copies(c, c.num_nextn_predict_layers);
         used.extend(copies.iter().map(|(name, _)| (name.as_str(), ())));
-        // Files of the first writers hold this buffer; it follows from the configuration.
-        let derived = |name: &str| name.ends_with(".rotary_emb.inv_freq");
-        self.names().into_iter().filter(|n| !used.contains_key(n) && !derived(n)).collect()
+        let quantised = |name: &&str| self.stored(name).is_some_and(|(_, stored)| stored.dtype == Dtype::F8_E4M3);
+        let scales: Vec<String> = used.keys().copied().filter(quantised).map(scales_name).collect();
+        used.extend(scales.iter().map(|name| (name.as_str(), ())));
+        self.names().into_iter().filter(|n| !used.contains_key(n)).collect()
     }
+}
+
+/// Files of the first writers hold this buffer; it follows from the configuration.
+pub(super) fn derived(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq")
 }
 
 /// MTP's copies of embedding and head for `depth` layers: name, and the main tensor copied.

@@ -1,9 +1,9 @@
 //! From files into arenas: every part is checked before the first byte is read, then read and widened on all cores.
 
 use super::IoError;
-use super::checkpoint::{Checkpoint, Source, check_shape, mtp_copies};
+use super::checkpoint::{Checkpoint, check_shape, derived, mtp_copies};
 use super::error::printable;
-use super::shard::is_float;
+use super::source::Source;
 use crate::{Layout, ModelConfig, Params, Precision, Scope};
 use hadal_kernels::{Ctx, Device, Elem, bf16};
 use std::ops::Range;
@@ -27,14 +27,13 @@ const PIECE: usize = 1 << 16;
 
 impl Job<'_> {
     fn run(&mut self) -> Result<(), IoError> {
-        let Source { shard, name, stored, first } = &self.source;
         match &mut self.out {
-            Out::F32(out) => shard.read(name, stored, *first, out),
+            Out::F32(out) => self.source.read(0, out),
             Out::Bf16(out) => {
                 let mut piece = vec![0.0; PIECE.min(out.len())];
                 for (i, out) in out.chunks_mut(PIECE).enumerate() {
                     let piece = &mut piece[..out.len()];
-                    shard.read(name, stored, first + i * PIECE, piece)?;
+                    self.source.read(i * PIECE, piece)?;
                     out.iter_mut().zip(piece).for_each(|(o, x)| *o = <bf16 as Elem>::round(*x));
                 }
                 Ok(())
@@ -52,8 +51,9 @@ fn take<'a, T>(rest: &mut &'a mut [T], at: &mut usize, range: Range<usize>) -> &
 }
 
 impl Checkpoint {
-    /// Reads the masters of `layout`, widened to f32, and rounds the compute copy. A tensor that is missing, or has
-    /// another shape, or is no float, is an error; tensors that the model has no use for are warnings, one line each.
+    /// Reads the masters of `layout`, widened or dequantised to f32, and rounds the compute copy. A tensor that is
+    /// missing, or has another shape, or is no float, or lacks its scales, is an error; tensors that the model has no
+    /// use for are warnings, one line each.
     pub fn load(
         &self,
         ctx: &Ctx,
@@ -111,15 +111,12 @@ impl Checkpoint {
         Ok((params, warnings))
     }
 
-    fn sources(&self, config: &ModelConfig, layout: &Layout) -> Result<Vec<Source<'_>>, IoError> {
+    /// Where each published part of `layout` lies, in its order.
+    pub(super) fn sources(&self, config: &ModelConfig, layout: &Layout) -> Result<Vec<Source<'_>>, IoError> {
         let (mut sources, mut missing) = (Vec::new(), Vec::new());
         for (t, p) in layout.published() {
             match self.find(config, t, p)? {
                 None => missing.push(&p.name),
-                Some(s) if !is_float(s.stored.dtype) => {
-                    let found = format!("{:?}", s.stored.dtype);
-                    return Err(IoError::tensor(&s.shard.path, &s.name, "BF16, F16 or F32", found));
-                }
                 Some(s) => sources.push(s),
             }
         }
@@ -145,6 +142,7 @@ impl Checkpoint {
         let mut out: Vec<String> = self
             .unused(config, &whole)
             .into_iter()
+            .filter(|name| !derived(name))
             .map(|name| format!("{dir}: {}: the configuration has no such tensor: ignored", printable(name)))
             .collect();
         out.extend(

@@ -7,14 +7,17 @@
 
 mod arena;
 mod checkpoint;
+mod convert;
 mod error;
 mod load;
 mod save;
 mod shard;
+mod source;
 #[cfg(test)]
 mod tests;
 
 pub use arena::read_arena;
 pub use checkpoint::Checkpoint;
+pub use convert::{ConvertObserver, ConvertOptions, Converted, Target, convert};
 pub use error::IoError;
 pub use save::{Manifest, SaveOptions, save_checkpoint, write_arena, write_extra, write_model};

@@ -104,7 +104,7 @@ pub fn write_extra(disk: &Disk, dir: &Path, extra: &[(&str, &[u8])]) -> Result<M
 }
 
 /// An error unless nothing, or an empty directory, lies at `dir`.
-fn vacant(dir: &Path) -> Result<(), IoError> {
+pub(super) fn vacant(dir: &Path) -> Result<(), IoError> {
     let exists = |found| Err(IoError::Exists { path: dir.to_path_buf(), found });
     match std::fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
         Ok(true) => Ok(()),
@@ -163,13 +163,18 @@ fn items(config: &ModelConfig, layout: &Layout, dtype: DType) -> Vec<Item> {
     out
 }
 
+/// Name of file `i` of `n`.
+pub(super) fn shard_name(stem: &str, i: usize, n: usize) -> String {
+    match n {
+        1 => format!("{stem}.safetensors"),
+        _ => format!("{stem}-{:05}-of-{n:05}.safetensors", i + 1),
+    }
+}
+
 /// Writes `<stem>.safetensors`, or `<stem>-i-of-n.safetensors` and their index.
 fn write_shards(disk: &Disk, dir: &Path, stem: &str, shards: &[Vec<Item>], arena: &[f32]) -> Result<Manifest, IoError> {
     let n = shards.len();
-    let file = |i: usize| match n {
-        1 => format!("{stem}.safetensors"),
-        _ => format!("{stem}-{:05}-of-{n:05}.safetensors", i + 1),
-    };
+    let file = |i: usize| shard_name(stem, i, n);
     let mut manifest = Manifest::new();
     for (i, items) in shards.iter().enumerate() {
         let written = disk.write_new(&dir.join(file(i)), |out| write_shard(out, items, arena))?;
@@ -190,6 +195,16 @@ fn write_shards(disk: &Disk, dir: &Path, stem: &str, shards: &[Vec<Item>], arena
     Ok(manifest)
 }
 
+/// What precedes the data of a file with these tensors, in the order of the data.
+pub(super) fn header(entries: Vec<(String, TensorInfo)>) -> std::io::Result<Vec<u8>> {
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let metadata = Metadata::new(Some(format), entries).map_err(std::io::Error::other)?;
+    let mut text = serde_json::to_vec(&metadata)?;
+    // The data begins at a multiple of 8 bytes, as readers that map the file want it.
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok([&(text.len() as u64).to_le_bytes()[..], &text].concat())
+}
+
 fn write_shard(out: &mut Output, items: &[Item], master: &[f32]) -> std::io::Result<()> {
     let mut at = 0;
     let entry = |item: &Item| {
@@ -198,14 +213,7 @@ fn write_shard(out: &mut Output, items: &[Item], master: &[f32]) -> std::io::Res
         let dtype = if item.dtype == DType::F32 { Dtype::F32 } else { Dtype::BF16 };
         (item.name.clone(), TensorInfo { dtype, shape: item.shape.clone(), data_offsets: (begin, at) })
     };
-    let entries = items.iter().map(entry).collect();
-    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let header = Metadata::new(Some(format), entries).map_err(std::io::Error::other)?;
-    let mut header = serde_json::to_vec(&header)?;
-    // The data begins at a multiple of 8 bytes, as readers that map the file want it.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
+    out.write_all(&header(items.iter().map(entry).collect())?)?;
     let mut bytes = Vec::new();
     for item in items {
         for piece in master[item.range.clone()].chunks(PIECE) {

@@ -4,6 +4,7 @@
 use super::IoError;
 use super::error::printable;
 use hadal_kernels::{Elem, bf16};
+use hadal_numerics::ue8m0;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::fs::File;
@@ -65,26 +66,64 @@ impl Shard {
         self.header.offset_keys()
     }
 
-    /// Reads elements `first .. first + out.len()` of a BF16, F16 or F32 tensor of this file, widened. One that is not
+    /// Reads elements `first .. first + out.len()` of a tensor of floats or scales of this file, widened. One that is not
     /// finite is an error: no model gives an answer with it.
     pub(super) fn read(&self, name: &str, tensor: &TensorInfo, first: usize, out: &mut [f32]) -> Result<(), IoError> {
         let width = tensor.dtype.bitsize() / 8;
-        let mut at = self.data + (tensor.data_offsets.0 + first * width) as u64;
+        let mut first = first;
         let mut bytes = vec![0u8; PIECE.min(out.len() * width)];
         for piece in out.chunks_mut(PIECE / width) {
             let bytes = &mut bytes[..piece.len() * width];
-            read_at(&self.file, bytes, at).map_err(IoError::system(&self.path, "reading a tensor"))?;
+            self.read_bytes(tensor, first, bytes)?;
             widen(tensor.dtype, bytes, piece);
-            // Without an early end, so that it vectorises.
-            if !piece.iter().fold(true, |fine, x| fine & x.is_finite())
-                && let Some(x) = piece.iter().find(|x| !x.is_finite())
-            {
-                return Err(IoError::tensor(&self.path, name, "finite numbers", format!("{x}")));
-            }
-            at += bytes.len() as u64;
+            self.finite(name, piece)?;
+            first += piece.len();
         }
         Ok(())
     }
+
+    /// Reads the bytes of elements from `first` on, as many as `out` takes.
+    pub(super) fn read_bytes(&self, tensor: &TensorInfo, first: usize, out: &mut [u8]) -> Result<(), IoError> {
+        read_at(&self.file, out, self.place(tensor, first)).map_err(IoError::system(&self.path, "reading a tensor"))
+    }
+
+    /// Refuses numbers that are not finite, in the tensor `name`.
+    pub(super) fn finite(&self, name: &str, numbers: &[f32]) -> Result<(), IoError> {
+        // Without an early end, so that it vectorises.
+        if !numbers.iter().fold(true, |fine, x| fine & x.is_finite())
+            && let Some(x) = numbers.iter().find(|x| !x.is_finite())
+        {
+            return Err(IoError::tensor(&self.path, name, "finite numbers", format!("{x}")));
+        }
+        Ok(())
+    }
+
+    /// True if the file system knows that the elements `first .. first + len` were never written, and so are zeros: they
+    /// need not be read. False where it does not say.
+    pub(super) fn is_hole(&self, tensor: &TensorInfo, first: usize, len: usize) -> bool {
+        next_data(&self.file, self.place(tensor, first)).is_some_and(|next| next >= self.place(tensor, first + len))
+    }
+
+    /// Where in the file an element lies.
+    fn place(&self, tensor: &TensorInfo, element: usize) -> u64 {
+        self.data + (tensor.data_offsets.0 + element * (tensor.dtype.bitsize() / 8)) as u64
+    }
+}
+
+/// The first byte at or after `at` that was written, or the end of numbers if there is none; None where the system does
+/// not tell. Files are read by position, so that moving the file's own one disturbs nobody.
+#[cfg(target_os = "linux")]
+fn next_data(file: &File, at: u64) -> Option<u64> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(next) => Some(next),
+        Err(rustix::io::Errno::NXIO) => Some(u64::MAX),
+        Err(_) => None,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn next_data(_: &File, _: u64) -> Option<u64> {
+    None
 }
 
 #[cfg(unix)]
@@ -103,12 +142,17 @@ fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()
     Ok(())
 }
 
-/// True for the dtypes that weights may have.
+/// True for the dtypes of weights that need no scales.
 pub(super) fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
 }
 
-/// Exact: every BF16 and F16 number is an f32.
+/// True for the dtypes that scales may have; a U8 means what an F8_E8M0 does.
+pub(super) fn is_scale(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F8_E8M0 | Dtype::U8)
+}
+
+/// Exact: every BF16 and F16 number is an f32, and so is every power of two that a byte of scales means.
 fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::F32 => {
@@ -123,6 +167,7 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
             let numbers = bytes.chunks_exact(2).map(|b| half_to_f32(u16::from_le_bytes([b[0], b[1]])));
             out.iter_mut().zip(numbers).for_each(|(o, x)| *o = x);
         }
+        Dtype::F8_E8M0 | Dtype::U8 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = ue8m0::decode(b)),
         other => panic!("expected a float tensor, found {other:?}"),
     }
 }

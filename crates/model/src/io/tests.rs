@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-fn ctx(threads: usize) -> Ctx {
+pub(super) fn ctx(threads: usize) -> Ctx {
     Device::cpu(Some(threads)).unwrap().ctx()
 }
 
 /// All of V3 in 30 thousand parameters: a dense layer, a MoE layer, an MTP layer.
-fn tiny() -> ModelConfig {
+pub(super) fn tiny() -> ModelConfig {
     ModelConfig {
         vocab_size: 48,
         hidden_size: 16,
@@ -33,12 +33,12 @@ fn tiny() -> ModelConfig {
     }
 }
 
-fn layout(c: &ModelConfig) -> Arc<Layout> {
+pub(super) fn layout(c: &ModelConfig) -> Arc<Layout> {
     Arc::new(Layout::new(c, Scope::whole(c)))
 }
 
 /// Weights in which every element differs, norms and biases too.
-fn weights(c: &ModelConfig) -> Params {
+pub(super) fn weights(c: &ModelConfig) -> Params {
     let mut params = Params::zeros(&ctx(1), layout(c), Precision::Fp32);
     let rng = Rng::new(5, Purpose::Test, 0);
     let master = params.master.view_mut().f32();
@@ -58,7 +58,7 @@ fn load_params(
     Checkpoint::open(dir)?.load(ctx, c, layout, precision)
 }
 
-fn load(c: &ModelConfig, dir: &Path) -> Result<(Params, Vec<String>), IoError> {
+pub(super) fn load(c: &ModelConfig, dir: &Path) -> Result<(Params, Vec<String>), IoError> {
     load_params(&ctx(2), c, layout(c), Precision::Fp32, dir)
 }
 
@@ -79,16 +79,16 @@ fn saved(options: SaveOptions) -> (tempfile::TempDir, PathBuf, ModelConfig, Para
     (root, dir, c, params)
 }
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(super) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-fn tensors(file: &Path) -> Tensors {
+pub(super) fn tensors(file: &Path) -> Tensors {
     let bytes = std::fs::read(file).unwrap();
     let st = SafeTensors::deserialize(&bytes).unwrap();
     let own = |(n, v): (String, TensorView<'_>)| (n, (v.dtype(), v.shape().to_vec(), v.data().to_vec()));
     st.tensors().into_iter().map(own).collect()
 }
 
-fn write(file: &Path, tensors: &Tensors) {
+pub(super) fn write(file: &Path, tensors: &Tensors) {
     let views = tensors.iter().map(|(n, (d, s, b))| (n, TensorView::new(*d, s.clone(), b).unwrap()));
     serialize_to_file(views, None, file).unwrap();
 }
@@ -297,9 +297,12 @@ fn wrong_tensors_are_named() {
     check(&|t| drop(t.remove(gate)), &["1 of", "tensors are missing, the first is", gate]);
     let shape = |t: &mut Tensors, name: &str, s: &[usize]| t.get_mut(name).unwrap().1 = s.to_vec();
     check(&|t| shape(t, gate, &[16, 8]), &["model.safetensors: ", gate, "expected shape [8, 16], found shape [16, 8]"]);
-    check(&|t| t.get_mut(gate).unwrap().0 = Dtype::I32, &[gate, "expected BF16, F16 or F32, found I32"]);
+    check(
+        &|t| t.get_mut(gate).unwrap().0 = Dtype::I32,
+        &[gate, "expected BF16, F16, F32 or F8_E4M3 with scales, found I32"],
+    );
     let fp8 = (Dtype::F8_E4M3, vec![8, 16], vec![0; 128]);
-    check(&|t| drop(t.insert(gate.into(), fp8.clone())), &[gate, "found F8_E4M3"]);
+    check(&|t| drop(t.insert(gate.into(), fp8.clone())), &[gate, "expected quantization_config in config.json"]);
     let copy = "model.layers.2.embed_tokens.weight";
     check(&|t| shape(t, copy, &[16, 48]), &[copy, "expected shape [48, 16], found shape [16, 48]"]);
     let fused = |t: &mut Tensors| {

@@ -41,12 +41,15 @@ impl RunFile {
     /// Reads a file. Paths in it are relative to its directory.
     pub fn read(path: &Path) -> Result<Self, TrainError> {
         let text = std::fs::read_to_string(path).map_err(|e| TrainError::read(path, &e))?;
-        let mut file: Self = toml::from_str(&text).map_err(|e| {
+        let said = |e: toml::de::Error| {
             // What the parser objects to begins after so many line ends.
             let line = 1 + e.span().map_or(0, |s| text.bytes().take(s.start).filter(|&b| b == b'\n').count());
             let by = writer(&text).map_or(String::new(), |by| format!(" (the file was written by hadal {by})"));
             config(format!("{}:{line}: {}{by}", path.display(), e.message().replace('\n', " ")))
-        })?;
+        };
+        // A table first: it has TOML's range of numbers, which is all that a saved run can hold.
+        toml::from_str::<Table>(&text).map_err(said)?;
+        let mut file: Self = toml::from_str(&text).map_err(said)?;
         file.name = path.display().to_string();
         let name = file.name.clone();
         file.absolute(path.parent().unwrap_or(Path::new("")), &name)?;

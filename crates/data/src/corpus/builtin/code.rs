@@ -11,30 +11,36 @@ const NAMES: [&str; 20] = [
     "limit", "size", "sum", "rest", "speed",
 ];
 
-/// A header and one to three functions or types.
+/// A header, one or two functions or types, and a program as in [`trace`].
 pub(super) fn module(scene: &mut Scene) -> String {
-    let (head, blocks) = if scene.dice.chance(55) { ("py_head", "py") } else { ("rs_head", "rs") };
+    let rust = scene.dice.chance(45);
+    let (head, blocks) = if rust { ("rs_head", "rs") } else { ("py_head", "py") };
     let mut parts = Vec::new();
     if scene.dice.chance(70) {
         parts.push(CODE.say(head, scene).trim_end().to_owned());
     }
-    for _ in 0..=scene.dice.below(3) {
+    for _ in 0..=scene.dice.below(2) {
         // Names are bound for one function at a time.
         scene.forget();
         parts.push(CODE.say(blocks, scene));
     }
+    parts.push(program(&mut scene.dice, rust, 9));
     parts.join("\n\n")
 }
 
 /// A straight-line program; most lines say in a comment what they compute.
 pub(super) fn trace(scene: &mut Scene) -> String {
-    let dice = &mut scene.dice;
-    let rust = dice.chance(40);
+    let rust = scene.dice.chance(40);
+    program(&mut scene.dice, rust, 5)
+}
+
+/// As [`trace`], of at least `least` lines.
+fn program(dice: &mut Dice, rust: bool, least: i64) -> String {
     let mut names = NAMES;
     dice.shuffle(&mut names);
     let mut values: Vec<(&str, i64)> = Vec::new();
     let mut lines = Vec::new();
-    for _ in 0..dice.range(4, 12) {
+    for _ in 0..dice.range(least, 13) {
         let (code, value) = expression(dice, &values);
         let fresh = values.len() < 3 || dice.chance(40);
         let name = if fresh { names[values.len()] } else { dice.pick(&values).0 };

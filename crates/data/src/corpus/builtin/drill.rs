@@ -1,9 +1,19 @@
-//! The core of the arithmetic: one steady way to work each kind of problem, digit by digit, so that a small model can
+//! The core of the arithmetic: one steady way to work each kind of problem, in steps so small that a small model can
 //! learn to solve problems it has not seen.
 //!
-//! A problem is a question, the same with its digits kept apart (each then is a token of its own), one line of working
-//! for each column, ones first, with what was carried or borrowed always the third number, and the answer on a line that
-//! begins with `=`: what the last column gave, then the digits of the columns before it.
+//! A problem is a question on one line, a line for each step, and the answer on a line that begins with `=`. Running sums
+//! take the numbers one after the other, and so do word problems:
+//!
+//! ```text
+//! Mira has 4 pears; then finds 3, buys 5, sells 6. How many now?
+//! 4+3=7
+//! 7+5=12
+//! 12-6=6
+//! =6
+//! ```
+//!
+//! Sums by columns have their digits kept apart (each then is a token of its own), ones first, with what was carried or
+//! borrowed always the third number; the answer is what the last column gave, then the digits of those before it:
 //!
 //! ```text
 //! Add 47 and 85.
@@ -13,7 +23,7 @@
 //! =13 2
 //! ```
 //!
-//! So every digit is one of few looked up a fixed distance back, or a fact of a one-digit table.
+//! So every number is one of few looked up a little way back, or a fact of a small table.
 //!
 //! One problem in eight, chosen by its numbers alone, is kept out of every corpus: [`problems`] draws from those.
 
@@ -28,13 +38,13 @@ static DRILL: LazyLock<Grammar> = LazyLock::new(|| Grammar::parse(include_str!("
 /// A worked problem that is in no corpus, in the corpus's format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// "addition", "subtraction", "multiplication", "division", "equation" or "word problem".
+    /// "running sum", "product and sum", "addition", "subtraction", "equation" or "word problem".
     pub kind: &'static str,
     /// "en" or "zh".
     pub language: &'static str,
     /// Everything up to where the working begins; it ends with a line break.
     pub prompt: String,
-    /// The final answer as one would write it: `632`, `145 r 4`, `145 余 4`.
+    /// The final answer as one would write it: `132`.
     pub answer: String,
 }
 
@@ -82,7 +92,7 @@ pub fn problems(seed: u64, count: usize) -> Vec<Problem> {
 pub(super) fn document(scene: &mut Scene) -> String {
     let language = Language::draw(&mut scene.dice);
     let mut text = String::new();
-    for _ in 0..scene.dice.range(2, 4) {
+    for _ in 0..scene.dice.range(3, 6) {
         let share = scene.dice.below(100);
         let kind = Kind::ALL[SHARES.partition_point(|&up_to| up_to <= share)];
         let worked = draw(kind, language, false, scene);
@@ -93,30 +103,35 @@ pub(super) fn document(scene: &mut Scene) -> String {
     text
 }
 
-/// Hundredths of the problems of a corpus up to each kind. Most are additions and subtractions, so that a small model
-/// sees these often enough.
-const SHARES: [usize; 6] = [38, 66, 76, 83, 89, 100];
+/// Digits of the numbers worked by columns: always as many, so that what a step looks up is always as far back.
+const COLUMNS: u32 = 2;
+/// Numbers added to or taken from the first in a running sum.
+const TERMS: usize = 3;
+/// What a running sum stays within.
+const MOST: i64 = 18;
+
+/// Hundredths of the problems of a corpus up to each kind.
+const SHARES: [usize; 6] = [28, 42, 58, 70, 78, 100];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
+    Sum,
+    Product,
     Addition,
     Subtraction,
-    Multiplication,
-    Division,
     Equation,
     Word,
 }
 
 impl Kind {
-    const ALL: [Self; 6] =
-        [Self::Addition, Self::Subtraction, Self::Multiplication, Self::Division, Self::Equation, Self::Word];
+    const ALL: [Self; 6] = [Self::Sum, Self::Product, Self::Addition, Self::Subtraction, Self::Equation, Self::Word];
 
     fn name(self) -> &'static str {
         match self {
+            Self::Sum => "running sum",
+            Self::Product => "product and sum",
             Self::Addition => "addition",
             Self::Subtraction => "subtraction",
-            Self::Multiplication => "multiplication",
-            Self::Division => "division",
             Self::Equation => "equation",
             Self::Word => "word problem",
         }
@@ -130,74 +145,121 @@ struct Worked {
 }
 
 /// Whether the problem with these numbers is kept out of the corpus.
-fn reserved(a: i64, b: i64) -> bool {
-    let key = (a as u32).wrapping_mul(4099).wrapping_add(b as u32).wrapping_add(1);
-    key.wrapping_mul(0x9E37_79B9) >> 29 == 5
+fn reserved(numbers: &[i64]) -> bool {
+    let mix = |key: u32, n: &i64| (key ^ *n as u32).wrapping_mul(0x9E37_79B9).rotate_left(13);
+    numbers.iter().fold(1, mix).wrapping_mul(0x85EB_CA6B) >> 29 == 5
 }
 
 fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     match kind {
+        Kind::Sum => running_sum(language, wanted, scene),
+        Kind::Word => word_problem(language, wanted, scene),
+        Kind::Product => product(language, wanted, scene),
         Kind::Equation => equation(language, wanted, scene),
-        Kind::Word => {
-            let kind = Kind::ALL[[0, 0, 0, 0, 1, 1, 1, 1, 2, 3][scene.dice.below(10)]];
-            column(kind, true, language, wanted, scene)
-        }
-        _ => column(kind, false, language, wanted, scene),
+        Kind::Addition | Kind::Subtraction => column(kind, language, wanted, scene),
     }
 }
 
-/// Two numbers worked column by column. In a word problem setting up the columns is part of the working.
-fn column(kind: Kind, story: bool, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
-    let digits = if story || scene.dice.chance(85) { 2 } else { 3 };
-    let (low, high) = (10i64.pow(digits - 1), 10i64.pow(digits) - 1);
+/// A first number and signed ones after it, whose sums stay between 0 and [`MOST`].
+fn terms(wanted: bool, scene: &mut Scene) -> Vec<i64> {
+    loop {
+        let mut terms = vec![scene.dice.range(1, 9)];
+        let mut sum = terms[0];
+        while terms.len() <= TERMS {
+            let n = scene.dice.range(1, 9);
+            let less = scene.dice.chance(50);
+            let term = if less && sum >= n || sum + n > MOST { -n } else { n };
+            terms.push(term);
+            sum += term;
+        }
+        if reserved(&terms) == wanted {
+            return terms;
+        }
+    }
+}
+
+/// The steps of a running sum, and what it comes to.
+fn steps(terms: &[i64]) -> (String, i64) {
+    let (mut text, mut sum) = (String::new(), terms[0]);
+    for term in &terms[1..] {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{sum}{term:+}={}", sum + term);
+        sum += term;
+    }
+    (text, sum)
+}
+
+fn worked(question: &str, working: String, answer: i64) -> Worked {
+    Worked { prompt: format!("{question}\n"), working: format!("{working}={answer}\n"), answer: answer.to_string() }
+}
+
+fn running_sum(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
+    let terms = terms(wanted, scene);
+    let expression: String = terms[1..].iter().fold(terms[0].to_string(), |text, term| format!("{text}{term:+}"));
+    scene.bind("e", expression);
+    let question = DRILL.say(&language.section("sum"), scene);
+    scene.forget();
+    let (working, answer) = steps(&terms);
+    worked(&question, working, answer)
+}
+
+fn word_problem(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
+    let terms = terms(wanted, scene);
+    let mut events = Vec::new();
+    for (i, term) in terms[1..].iter().enumerate() {
+        scene.bind("n", term.abs());
+        let section = language.section(if *term > 0 { "more" } else { "less" });
+        events.push(DRILL.bind_fresh(&section, &format!("event{i}"), scene));
+    }
+    scene.bind("n", terms[0]);
+    scene.bind("steps", events.join(language.of(", ", "，")));
+    for name in ["who", "obj"] {
+        DRILL.bind_fresh(&language.section(name), name, scene);
+    }
+    let question = DRILL.say(&language.section("word"), scene);
+    scene.forget();
+    let (working, answer) = steps(&terms);
+    worked(&question, working, answer)
+}
+
+/// A product of two digits, and a digit more or less.
+fn product(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
+    let (a, b, c) = loop {
+        let (a, b, c) = (scene.dice.range(2, 9), scene.dice.range(2, 9), scene.dice.range(1, 9));
+        let c = if c <= a * b && scene.dice.chance(50) { -c } else { c };
+        if reserved(&[a, b, c]) == wanted {
+            break (a, b, c);
+        }
+    };
+    scene.bind("e", format!("{a}×{b}{c:+}"));
+    let question = DRILL.say(&language.section("sum"), scene);
+    scene.forget();
+    let working = format!("{a}×{b}={}\n{}{c:+}={}\n", a * b, a * b, a * b + c);
+    worked(&question, working, a * b + c)
+}
+
+/// Two numbers worked column by column.
+fn column(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
+    let (low, high) = (10i64.pow(COLUMNS - 1), 10i64.pow(COLUMNS) - 1);
     let (a, b) = loop {
-        let a = scene.dice.range(low, high);
-        let b = match kind {
-            Kind::Addition | Kind::Subtraction => scene.dice.range(low, high),
-            _ => scene.dice.range(2, 9),
-        };
-        let (most, least) = (a.max(b), a.min(b));
+        let (a, b) = (scene.dice.range(low, high), scene.dice.range(low, high));
         let fits = kind != Kind::Subtraction || a > b;
-        if fits && reserved(most, least) == wanted {
+        if fits && reserved(&[a.max(b), a.min(b)]) == wanted {
             break (a, b);
         }
     };
-    let (section, sign) = match kind {
-        Kind::Addition => ("add", '+'),
-        Kind::Subtraction => ("sub", '-'),
-        Kind::Multiplication => ("mul", '×'),
-        _ => ("div", '÷'),
-    };
-    let section = if story { format!("word_{section}") } else { section.to_owned() };
     scene.bind("a", a);
     scene.bind("b", b);
-    for name in ["who", "obj", "box"] {
-        DRILL.bind_fresh(&language.section(name), name, scene);
-    }
-    let question = DRILL.say(&language.section(&section), scene);
+    let (section, sign) = if kind == Kind::Addition { ("add", '+') } else { ("sub", '-') };
+    let question = DRILL.say(&language.section(section), scene);
     scene.forget();
-    let columns = format!("{}{sign}{}\n", apart(a), apart(b));
-    let steps = match kind {
-        Kind::Addition => addition(a, b),
-        Kind::Subtraction => subtraction(a, b),
-        Kind::Multiplication => multiplication(a, b),
-        _ => division(a, b),
-    };
-    let (answer, spaced) = match kind {
-        Kind::Division => {
-            let rest = format!(" {} {}", language.of("r", "余"), a % b);
-            (format!("{}{rest}", a / b), format!("{}{rest}", apart(a / b)))
-        }
-        Kind::Addition => (format!("{}", a + b), columns_of(a + b, digits)),
-        Kind::Subtraction => (format!("{}", a - b), columns_of(a - b, digits)),
-        _ => (format!("{}", a * b), columns_of(a * b, digits)),
-    };
-    let (prompt, head) =
-        if story { (format!("{question}\n"), columns) } else { (format!("{question}\n{columns}"), String::new()) };
-    Worked { prompt, working: format!("{head}{steps}={spaced}\n"), answer }
+    let (working, answer) = if kind == Kind::Addition { (addition(a, b), a + b) } else { (subtraction(a, b), a - b) };
+    let prompt = format!("{question}\n{}{sign}{}\n", apart(a), apart(b));
+    let working = format!("{working}={}\n", columns_of(answer, COLUMNS));
+    Worked { prompt, working, answer: answer.to_string() }
 }
 
-/// 347 is `3 4 7`.
+/// 47 is `4 7`.
 fn apart(n: i64) -> String {
     let digits: Vec<String> = n.to_string().chars().map(String::from).collect();
     digits.join(" ")
@@ -241,30 +303,10 @@ fn subtraction(a: i64, b: i64) -> String {
     text
 }
 
-fn multiplication(a: i64, b: i64) -> String {
-    let (mut text, mut carry) = (String::new(), 0);
-    for x in digits(a) {
-        let product = x * b + carry;
-        let _ = writeln!(text, "{x}×{b}+{carry}={product}");
-        carry = product / 10;
-    }
-    text
-}
-
-fn division(a: i64, b: i64) -> String {
-    let (mut text, mut rest) = (String::new(), 0);
-    for x in digits(a).into_iter().rev() {
-        let head = rest * 10 + x;
-        rest = head % b;
-        let _ = writeln!(text, "{head}={b}×{}+{rest}", head / b);
-    }
-    text
-}
-
 fn equation(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     let (k, y, c) = loop {
         let (k, y, c) = (scene.dice.range(2, 9), scene.dice.range(2, 9), scene.dice.range(1, 40));
-        if reserved(10 * k + y, c) == wanted {
+        if reserved(&[k, y, c]) == wanted {
             break (k, y, c);
         }
     };
@@ -286,8 +328,7 @@ mod tests {
         assert_eq!(addition(347, 285), "7+5+0=12\n4+8+1=13\n3+2+1=6\n");
         assert_eq!(subtraction(342, 185), "12-5-0=7\n14-8-1=5\n3-1-1=1\n");
         assert_eq!(subtraction(205, 106), "15-6-0=9\n10-0-1=9\n2-1-1=0\n");
-        assert_eq!(multiplication(347, 6), "7×6+0=42\n4×6+4=28\n3×6+2=20\n");
-        assert_eq!(division(874, 6), "8=6×1+2\n27=6×4+3\n34=6×5+4\n");
+        assert_eq!(steps(&[4, 3, 5, -6]), ("4+3=7\n7+5=12\n12-6=6\n".into(), 6));
         assert_eq!(columns_of(132, 2), "13 2");
         assert_eq!(columns_of(7, 3), "0 0 7");
     }
@@ -304,8 +345,6 @@ mod tests {
         assert!(problem.solved_by("=0 7") && !problem.solved_by("=0 0") && !problem.solved_by("="));
         problem.answer = "0".into();
         assert!(problem.solved_by("=0 0"));
-        problem.answer = "145 余 4".into();
-        assert!(problem.solved_by("= 1 4 5 余 4\n"));
         assert_eq!(Problem::answer_of("no answer"), None);
     }
 }
