@@ -96,11 +96,8 @@ pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Out
 /// As [`pretrain`], with its files going through `disk`.
 pub fn pretrain_on(disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
     let claim = Claim::take(&run.out, run.resume)?;
-    let done = (|| {
-        let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
-        ready.and_then(|()| Begun::new(disk, ctx, run, observer))
-    })();
-    let begun = done.inspect_err(|_| claim.give_up())?;
+    let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
+    let begun = ready.and_then(|()| Begun::new(disk, ctx, run, observer)).inspect_err(|_| claim.give_up())?;
     let outcome = begun.train(disk, ctx, run, observer);
     drop(claim);
     outcome

@@ -78,7 +78,7 @@ fn a_run_leaves_metrics_and_whole_checkpoints() {
     }
     assert_eq!(out.join("latest").canonicalize().unwrap(), out.join("step-000004").canonicalize().unwrap());
     let steps = ["step-000000", "step-000002", "step-000004"];
-    assert_eq!(names(&out), [&[".lock", "best", "latest", "metrics.jsonl", "run.toml"][..], &steps].concat());
+    assert_eq!(names(&out), [&[".lock", "best", "data", "latest", "metrics.jsonl", "run.toml"][..], &steps].concat());
     check_metrics(&out);
     check_recorded(&place.path("batches.safetensors"));
 }
@@ -157,7 +157,7 @@ fn a_run_that_diverges_stops_and_writes_no_such_weights() {
     assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
     // Norms keep the loss of huge weights finite for a step; their gradients are not.
     assert!(ran.stderr.starts_with("error: step 2: expected a finite gradient norm, found NaN; "), "{ran:?}");
-    assert_eq!(names(&place.path("out")), [".lock", "metrics.jsonl", "run.toml"]);
+    assert_eq!(names(&place.path("out")), [".lock", "data", "metrics.jsonl", "run.toml"]);
     assert_eq!(metrics(&place.path("out")).len(), 1, "lines are of finite numbers");
 }
 
@@ -204,7 +204,7 @@ fn weights_that_are_no_numbers_make_no_checkpoint() {
     let ran = hadal(&place.pretrain("out", &more));
     assert_eq!((ran.code, ran.stderr.lines().count()), (Some(1), 1), "{ran:?}");
     assert!(ran.stderr.starts_with("error: step 1: expected a finite weight, found "), "{ran:?}");
-    assert_eq!(names(&place.path("out")), [".lock", "metrics.jsonl", "run.toml"]);
+    assert_eq!(names(&place.path("out")), [".lock", "data", "metrics.jsonl", "run.toml"]);
 }
 
 #[test]

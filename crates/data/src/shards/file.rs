@@ -1,5 +1,6 @@
 //! One shard: a header, tokens, a checksum for every block of them. All numbers are little-endian.
 //!
+//! ```text
 //!     0   8   magic
 //!     8   4   version
 //!     12  4   bytes a token, 2 or 4
@@ -11,6 +12,7 @@
 //!     56  8   XXH3 of bytes 0 to 56 and of the table of checksums
 //!     64      tokens
 //!             XXH3 of each block, 8 bytes each
+//! ```
 
 use std::fs::File;
 use std::io::Write;
