@@ -1,29 +1,21 @@
 //! The core of the arithmetic: one steady way to work each kind of problem, in steps so small that a small model can
 //! learn to solve problems it has not seen.
 //!
-//! A problem is a question on one line, a line for each step, and the answer on a line that begins with `=`. Running sums
-//! take the numbers one after the other, and so do word problems:
+//! A problem is a question on one line, the working, and the answer on a line that begins with `=`:
 //!
 //! ```text
-//! Mira has 4 pears; then finds 3, buys 5, sells 6. How many now?
-//! 4+3=7
-//! 7+5=12
-//! 12-6=6
+//! What is left in the end? Mira has 4, finds 3, buys 5, sells 6.
+//! 4+3=7+5=12-6=6
 //! =6
+//! 9 - 4 ; + 8 ; + 2
+//! 9-4=5+8=13+2=15
+//! =15
 //! ```
 //!
-//! Sums by columns have their digits kept apart (each then is a token of its own), ones first, with what was carried or
-//! borrowed always the third number; the answer is what the last column gave, then the digits of those before it:
-//!
-//! ```text
-//! Add 47 and 85.
-//! 4 7+8 5
-//! 7+5+0=12
-//! 4+8+1=13
-//! =13 2
-//! ```
-//!
-//! So every number is one of few looked up a little way back, or a fact of a small table.
+//! The working runs on as on a pocket calculator. Wording, if any, comes before the numbers, never after them, and a number
+//! takes as many tokens in the question as its step takes in the working (a verb, a space, the number, a comma; a sign,
+//! a space, the number, a semicolon; a sign, the number, `=`, the total). So what a step needs from the question is
+//! always as far back, which a single head of attention can learn, and the rest are facts of small tables.
 //!
 //! One problem in eight, chosen by its numbers alone, is kept out of every corpus: [`problems`] draws from those.
 
@@ -38,7 +30,7 @@ static DRILL: LazyLock<Grammar> = LazyLock::new(|| Grammar::parse(include_str!("
 /// A worked problem that is in no corpus, in the corpus's format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// "running sum", "product and sum", "addition", "subtraction", "equation" or "word problem".
+    /// "running sum", "word problem", "product and sum" or "equation".
     pub kind: &'static str,
     /// "en" or "zh".
     pub language: &'static str,
@@ -92,7 +84,7 @@ pub fn problems(seed: u64, count: usize) -> Vec<Problem> {
 pub(super) fn document(scene: &mut Scene) -> String {
     let language = Language::draw(&mut scene.dice);
     let mut text = String::new();
-    for _ in 0..scene.dice.range(3, 6) {
+    for _ in 0..scene.dice.range(5, 9) {
         let share = scene.dice.below(100);
         let kind = Kind::ALL[SHARES.partition_point(|&up_to| up_to <= share)];
         let worked = draw(kind, language, false, scene);
@@ -103,37 +95,31 @@ pub(super) fn document(scene: &mut Scene) -> String {
     text
 }
 
-/// Digits of the numbers worked by columns: always as many, so that what a step looks up is always as far back.
-const COLUMNS: u32 = 2;
 /// Numbers added to or taken from the first in a running sum.
 const TERMS: usize = 3;
 /// What a running sum stays within.
 const MOST: i64 = 18;
 
 /// Hundredths of the problems of a corpus up to each kind.
-const SHARES: [usize; 6] = [28, 42, 58, 70, 78, 100];
+const SHARES: [usize; 4] = [35, 68, 86, 100];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Sum,
-    Product,
-    Addition,
-    Subtraction,
-    Equation,
     Word,
+    Product,
+    Equation,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [Self::Sum, Self::Product, Self::Addition, Self::Subtraction, Self::Equation, Self::Word];
+    const ALL: [Self; 4] = [Self::Sum, Self::Word, Self::Product, Self::Equation];
 
     fn name(self) -> &'static str {
         match self {
             Self::Sum => "running sum",
-            Self::Product => "product and sum",
-            Self::Addition => "addition",
-            Self::Subtraction => "subtraction",
-            Self::Equation => "equation",
             Self::Word => "word problem",
+            Self::Product => "product and sum",
+            Self::Equation => "equation",
         }
     }
 }
@@ -156,7 +142,6 @@ fn draw(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Work
         Kind::Word => word_problem(language, wanted, scene),
         Kind::Product => product(language, wanted, scene),
         Kind::Equation => equation(language, wanted, scene),
-        Kind::Addition | Kind::Subtraction => column(kind, language, wanted, scene),
     }
 }
 
@@ -180,46 +165,61 @@ fn terms(wanted: bool, scene: &mut Scene) -> Vec<i64> {
 
 /// The steps of a running sum, and what it comes to.
 fn steps(terms: &[i64]) -> (String, i64) {
-    let (mut text, mut sum) = (String::new(), terms[0]);
+    let (mut text, mut sum) = (terms[0].to_string(), terms[0]);
     for term in &terms[1..] {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{sum}{term:+}={}", sum + term);
         sum += term;
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{term:+}={sum}");
     }
     (text, sum)
 }
 
-fn worked(question: &str, working: String, answer: i64) -> Worked {
-    Worked { prompt: format!("{question}\n"), working: format!("{working}={answer}\n"), answer: answer.to_string() }
+/// A question whose wording comes first, and its numbers last.
+fn worked(wording: &str, numbers: &str, working: &str, answer: i64) -> Worked {
+    Worked {
+        prompt: format!("{wording}{numbers}\n"),
+        working: format!("{working}\n={answer}\n"),
+        answer: answer.to_string(),
+    }
+}
+
+/// What stands before bare numbers: nothing for most problems, or words of the language.
+fn wording(section: &str, language: Language, scene: &mut Scene) -> String {
+    match scene.dice.chance(30) {
+        true => DRILL.say(&language.section(section), scene) + language.of(" ", ""),
+        false => String::new(),
+    }
 }
 
 fn running_sum(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     let terms = terms(wanted, scene);
-    let expression: String = terms[1..].iter().fold(terms[0].to_string(), |text, term| format!("{text}{term:+}"));
-    scene.bind("e", expression);
-    let question = DRILL.say(&language.section("sum"), scene);
-    scene.forget();
+    let mut numbers = terms[0].to_string();
+    for (i, term) in terms[1..].iter().enumerate() {
+        let (between, sign) = (if i > 0 { " ;" } else { "" }, if *term > 0 { '+' } else { '-' });
+        let _ = write!(numbers, "{between} {sign} {}", term.abs());
+    }
+    let wording = wording("sum", language, scene);
     let (working, answer) = steps(&terms);
-    worked(&question, working, answer)
+    worked(&wording, &numbers, &working, answer)
 }
 
 fn word_problem(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     let terms = terms(wanted, scene);
-    let mut events = Vec::new();
+    let who = DRILL.bind_fresh(&language.section("who"), "who", scene);
+    DRILL.bind_fresh(&language.section("obj"), "obj", scene);
+    let wording = DRILL.say(&language.section("word"), scene);
+    scene.forget();
+    let mut numbers = language.of(format!(" {who} has {}", terms[0]), format!("{who}有{}个", terms[0]));
     for (i, term) in terms[1..].iter().enumerate() {
-        scene.bind("n", term.abs());
         let section = language.section(if *term > 0 { "more" } else { "less" });
-        events.push(DRILL.bind_fresh(&section, &format!("event{i}"), scene));
+        let verb = DRILL.bind_fresh(&section, &format!("verb{i}"), scene);
+        let n = term.abs();
+        numbers += &language.of(format!(", {verb} {n}"), format!("，{verb}{n}个"));
     }
-    scene.bind("n", terms[0]);
-    scene.bind("steps", events.join(language.of(", ", "，")));
-    for name in ["who", "obj"] {
-        DRILL.bind_fresh(&language.section(name), name, scene);
-    }
-    let question = DRILL.say(&language.section("word"), scene);
+    numbers += language.of(".", "。");
     scene.forget();
     let (working, answer) = steps(&terms);
-    worked(&question, working, answer)
+    worked(&wording, &numbers, &working, answer)
 }
 
 /// A product of two digits, and a digit more or less.
@@ -231,92 +231,21 @@ fn product(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
             break (a, b, c);
         }
     };
-    scene.bind("e", format!("{a}×{b}{c:+}"));
-    let question = DRILL.say(&language.section("sum"), scene);
-    scene.forget();
-    let working = format!("{a}×{b}={}\n{}{c:+}={}\n", a * b, a * b, a * b + c);
-    worked(&question, working, a * b + c)
-}
-
-/// Two numbers worked column by column.
-fn column(kind: Kind, language: Language, wanted: bool, scene: &mut Scene) -> Worked {
-    let (low, high) = (10i64.pow(COLUMNS - 1), 10i64.pow(COLUMNS) - 1);
-    let (a, b) = loop {
-        let (a, b) = (scene.dice.range(low, high), scene.dice.range(low, high));
-        let fits = kind != Kind::Subtraction || a > b;
-        if fits && reserved(&[a.max(b), a.min(b)]) == wanted {
-            break (a, b);
-        }
-    };
-    scene.bind("a", a);
-    scene.bind("b", b);
-    let (section, sign) = if kind == Kind::Addition { ("add", '+') } else { ("sub", '-') };
-    let question = DRILL.say(&language.section(section), scene);
-    scene.forget();
-    let (working, answer) = if kind == Kind::Addition { (addition(a, b), a + b) } else { (subtraction(a, b), a - b) };
-    let prompt = format!("{question}\n{}{sign}{}\n", apart(a), apart(b));
-    let working = format!("{working}={}\n", columns_of(answer, COLUMNS));
-    Worked { prompt, working, answer: answer.to_string() }
-}
-
-/// 47 is `4 7`.
-fn apart(n: i64) -> String {
-    let digits: Vec<String> = n.to_string().chars().map(String::from).collect();
-    digits.join(" ")
-}
-
-/// `n` by columns, of which there are `count`: 132 in two is `13 2`, 7 in two `0 7`.
-fn columns_of(n: i64, count: u32) -> String {
-    let unit = 10i64.pow(count - 1);
-    let lower: String = (0..count - 1).rev().map(|i| format!(" {}", n / 10i64.pow(i) % 10)).collect();
-    format!("{}{lower}", n / unit)
-}
-
-/// Digits from the ones up.
-fn digits(mut n: i64) -> Vec<i64> {
-    let mut digits = Vec::new();
-    while n > 0 {
-        digits.push(n % 10);
-        n /= 10;
-    }
-    digits
-}
-
-fn addition(a: i64, b: i64) -> String {
-    let (mut text, mut carry) = (String::new(), 0);
-    for (x, y) in digits(a).into_iter().zip(digits(b)) {
-        let sum = x + y + carry;
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{x}+{y}+{carry}={sum}");
-        carry = sum / 10;
-    }
-    text
-}
-
-fn subtraction(a: i64, b: i64) -> String {
-    let (mut text, mut borrow) = (String::new(), 0);
-    for (x, y) in digits(a).into_iter().zip(digits(b)) {
-        let lent = if x - borrow < y { 10 } else { 0 };
-        let _ = writeln!(text, "{}-{y}-{borrow}={}", x + lent, x + lent - y - borrow);
-        borrow = lent / 10;
-    }
-    text
+    let wording = wording("value", language, scene);
+    worked(&wording, &format!("{a}×{b}{c:+}"), &format!("{a}×{b}={}{c:+}={}", a * b, a * b + c), a * b + c)
 }
 
 fn equation(language: Language, wanted: bool, scene: &mut Scene) -> Worked {
     let (k, y, c) = loop {
-        let (k, y, c) = (scene.dice.range(2, 9), scene.dice.range(2, 9), scene.dice.range(1, 40));
-        if reserved(&[k, y, c]) == wanted {
+        let (k, y, c) = (scene.dice.range(2, 9), scene.dice.range(2, 9), scene.dice.range(1, 9));
+        let c = if c < k * y && scene.dice.chance(50) { -c } else { c };
+        if reserved(&[k, y, c, 0]) == wanted {
             break (k, y, c);
         }
     };
-    let minus = c < k * y && scene.dice.chance(50);
-    let (sign, back, total) = if minus { ('-', '+', k * y - c) } else { ('+', '-', k * y + c) };
-    scene.bind("e", format!("{k}×y{sign}{c}={total}"));
-    let prompt = format!("{}\n", DRILL.say(&language.section("eq"), scene));
-    scene.forget();
-    let working = format!("{total}{back}{c}={}\n{}÷{k}={y}\n={y}\n", k * y, k * y);
-    Worked { prompt, working, answer: y.to_string() }
+    let total = k * y + c;
+    let wording = DRILL.say(&language.section("eq"), scene) + language.of(" ", "");
+    worked(&wording, &format!("{k}×y{c:+}={total}"), &format!("{total}{:+}={}÷{k}={y}", -c, k * y), y)
 }
 
 #[cfg(test)]
@@ -325,12 +254,7 @@ mod tests {
 
     #[test]
     fn worked_by_hand() {
-        assert_eq!(addition(347, 285), "7+5+0=12\n4+8+1=13\n3+2+1=6\n");
-        assert_eq!(subtraction(342, 185), "12-5-0=7\n14-8-1=5\n3-1-1=1\n");
-        assert_eq!(subtraction(205, 106), "15-6-0=9\n10-0-1=9\n2-1-1=0\n");
-        assert_eq!(steps(&[4, 3, 5, -6]), ("4+3=7\n7+5=12\n12-6=6\n".into(), 6));
-        assert_eq!(columns_of(132, 2), "13 2");
-        assert_eq!(columns_of(7, 3), "0 0 7");
+        assert_eq!(steps(&[4, 3, 5, -6]), ("4+3=7+5=12-6=6".into(), 6));
     }
 
     #[test]
