@@ -3,10 +3,11 @@
 # loaded as the commands load it, under AddressSanitizer and with overflow checks. A crash, a panic, an input that takes
 # over 60 s, an allocation of over 256 MiB and a process of over 2 GiB each end the run.
 #   runs/fuzz/run.sh [INPUTS] [TARGET...]   INPUTS for each target, 1000000 if not given; TARGET: all if none is given
-# Targets run side by side, each with WORKERS processes (environment; 1 if not given) that share its inputs. Needs a
+# Targets run side by side, each with WORKERS processes (environment; 1 if not given) that share its inputs, and each
+# for at most 30 minutes, the time of its processes added up. Needs a
 # nightly toolchain and cargo-fuzz (`cargo install cargo-fuzz --locked`), or BUILT, a directory with the built targets.
 # Exits non-zero if a target fails, and leaves the input in fuzz/artifacts. Records what it prints in
-# runs/fuzz/output.txt (RECORD, if given) if all targets got at least 1000000 inputs.
+# runs/fuzz/output.txt (RECORD, if given) if all targets were to get at least 1000000 inputs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 inputs=${1:-1000000}
@@ -38,7 +39,7 @@ worker() {
   local target=$1 n=$2 here=$out/$1-$2
   mkdir -p "$here/corpus" "fuzz/artifacts/$target"
   TMPDIR=$here "$BUILT/$target" "$here/corpus" "fuzz/seeds/$target" -runs=$(((inputs + workers - 1) / workers)) \
-    -seed="$n" -max_len="$(length "$target")" -timeout=60 -rss_limit_mb=2048 -malloc_limit_mb=256 \
+    -max_total_time=$((1800 / workers)) -seed="$n" -max_len="$(length "$target")" -timeout=60 -rss_limit_mb=2048 -malloc_limit_mb=256 \
     -dict="fuzz/dict/$target.dict" -artifact_prefix="fuzz/artifacts/$target/" -print_final_stats=1 \
     > "$here.log" 2>&1
 }
@@ -59,14 +60,14 @@ run() {
   # libFuzzer's statistics: added up, or the worst.
   sum() { sed -n "s/^stat::$1: *//p" "$out/$target"-*.log | awk '{ n += $1 } END { print n }'; }
   worst() { sed -n "s/^stat::$1: *//p" "$out/$target"-*.log | sort -n | tail -n 1; }
-  echo "$target: $(sum number_of_executed_units) inputs, no crash, $((SECONDS - begin)) s," \
+  echo "$target: $(sum number_of_executed_units) inputs, no crash, $((SECONDS - begin)) s of $workers processes," \
     "$(sum average_exec_per_sec) inputs/s, peak RSS $(worst peak_rss_mb) MiB," \
     "slowest input $(worst slowest_unit_time_sec) s," \
     "$(grep -ho 'cov: [0-9]*' "$out/$target"-*.log | sort -k2 -n | tail -n 1 | sed 's/cov: //') edges"
 }
 
 {
-  echo "commit $commit${tools:+, $tools}, $workers processes a target"
+  echo "commit $commit${tools:+, $tools}; at most 30 minutes of processes a target"
   pids=()
   for target in "$@"; do
     run "$target" > "$out/$target.txt" &
