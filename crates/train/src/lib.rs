@@ -15,7 +15,7 @@ mod schedule;
 mod state;
 mod step;
 
-pub use config::saved::{Build, RUN_FILE};
+pub use config::saved::{self, Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate};
 pub use examine::{Drafts, Examination, examine};

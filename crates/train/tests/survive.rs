@@ -214,13 +214,15 @@ fn a_stopped_run_goes_on_to_the_same_bits() {
     }
 }
 
-/// `fault` at every file operation of a run of its own in turn, after which the run is resumed.
-fn faults_everywhere(fault: Fault) {
+/// `fault` at every file operation of a run of its own in turn (or every third, which saves beside its steps), after
+/// which the run is resumed.
+fn faults_everywhere(fault: Fault, beside: bool) {
     let place = Place::new();
-    // Saving in the foreground keeps the operations' numbers the same from run to run.
-    // Two saves, the second of which removes the first: every operation that a save ever does.
+    // Three saves, the last of which removes the one before: every operation that a save ever does. In the foreground
+    // their numbers are the same from run to run.
     let s = || Settings {
-        save_beside: Some(false),
+        save_beside: Some(beside),
+        save_initial: Some(true),
         steps: Some(2),
         eval_every: Some(1),
         checkpoint_every: Some(1),
@@ -232,7 +234,7 @@ fn faults_everywhere(fault: Fault) {
     let count = Arc::new(Faults::none());
     go(&alone, &Disk::with(count.clone()), &mut Watch::default()).unwrap();
     let mut failed = 0;
-    for at in 0..count.count() {
+    for at in (0..count.count()).step_by(if beside { 3 } else { 1 }) {
         let run = place.run("run", s(), true);
         let faults = Arc::new(Faults::at(at, fault));
         match go(&run, &Disk::with(faults), &mut Watch::default()) {
@@ -249,23 +251,32 @@ fn faults_everywhere(fault: Fault) {
         assert_same_run(&alone.out, &run.out);
         std::fs::remove_dir_all(&run.out).unwrap();
     }
-    eprintln!("survive: {fault:?} at each of {} file operations, {failed} runs failed and were resumed", count.count());
-    assert!(count.count() > 60 && failed > 50, "{failed} of {}", count.count());
+    let (of, saves) = if beside { ("every third", "beside training") } else { ("each", "in the foreground") };
+    eprintln!(
+        "survive: {fault:?} at {of} of {} file operations, saves {saves}: {failed} runs failed and were resumed",
+        count.count()
+    );
+    assert!(count.count() > 60 && failed > 40, "{failed} of {}", count.count());
 }
 
 #[test]
 fn death_at_every_file_operation() {
-    faults_everywhere(Fault::Death);
+    faults_everywhere(Fault::Death, false);
+}
+
+#[test]
+fn death_while_saving_beside_training() {
+    faults_everywhere(Fault::Death, true);
 }
 
 #[test]
 fn full_disk_from_every_file_operation_on() {
-    faults_everywhere(Fault::Full);
+    faults_everywhere(Fault::Full, false);
 }
 
 #[test]
 fn an_error_at_every_file_operation() {
-    faults_everywhere(Fault::Once(StorageFull));
+    faults_everywhere(Fault::Once(StorageFull), false);
 }
 
 /// A run stopped after step 2, and what resuming it says once `spoil` has been at its directory.
@@ -359,6 +370,49 @@ fn a_finished_run_can_be_given_more_steps() {
     };
     let error = go(&fewer, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
     assert!(error.contains("train.steps = 7: expected at least the 8 steps that the run has done"), "{error}");
+}
+
+/// Whatever became of the files beside a checkpoint, it goes on as the run that it is of, or not at all.
+#[test]
+fn another_run_does_not_take_over_a_checkpoint() {
+    let place = Place::new();
+    let run = place.run("run", settings(), true);
+    go(&run, &Disk::new(), &mut Watch { stop_after: Some(2), ..Watch::default() }).unwrap();
+    let refused = |run: &Run, expected: &str| {
+        std::fs::remove_file(run.out.join("run.toml")).unwrap();
+        std::fs::write(run.out.join("run.toml"), hadal_train::saved::write(run)).unwrap();
+        let error = go(run, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+        assert!(error.contains("step-000002/state/state.json") && error.contains(expected), "{error}");
+    };
+    refused(&place.run("run", Settings { beta1: Some(0.5), ..settings() }, true), "train.beta1: saved 0.9, asked 0.5");
+    refused(&place.run("run", Settings { seq: Some(8), ..settings() }, true), "train.seq: saved 16, asked 8");
+    let none = Settings { ema_decay: Some(0.0), ..settings() };
+    refused(&place.run("run", none, true), "train.ema_decay: saved above 0, asked 0");
+    std::fs::write(run.out.join("run.toml"), hadal_train::saved::write(&run)).unwrap();
+    // Other text in the place of the one that was trained on.
+    std::fs::remove_dir_all(run.out.join("data")).unwrap();
+    let text = std::fs::read_to_string(place.root.path().join("text")).unwrap();
+    std::fs::write(place.root.path().join("text"), text.replace("make", "are")).unwrap();
+    let error = go(&run, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.contains("expected the text that the run was trained on"), "{error}");
+    std::fs::remove_dir_all(run.out.join("data")).unwrap();
+    std::fs::write(place.root.path().join("text"), text).unwrap();
+    assert!(go(&run, &Disk::new(), &mut Watch::default()).unwrap().finished);
+}
+
+#[test]
+fn a_recording_can_be_given_up() {
+    let place = Place::new();
+    let recorded = place.root.path().join("batches.safetensors");
+    let s = || Settings { record_batches: Some(recorded.clone()), save_initial: Some(true), ..settings() };
+    let run = place.run("run", s(), true);
+    go(&run, &Disk::new(), &mut Watch { stop_after: Some(1), ..Watch::default() }).unwrap();
+    let error = go(&run, &Disk::new(), &mut Watch::default()).unwrap_err().to_string();
+    assert!(error.contains("train.record_batches") && error.contains("--override gives the recording up"), "{error}");
+    let done = go(&Run { override_saved: true, ..run.clone() }, &Disk::new(), &mut Watch::default()).unwrap();
+    assert!(done.finished && !recorded.exists());
+    // The initial weights were asked for, and stay.
+    assert_eq!(steps(&run.out), ["step-000000", "step-000004", "step-000006"]);
 }
 
 /// The average of the weights is a model of its own beside the weights: between the first and the last.
