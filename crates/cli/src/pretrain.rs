@@ -57,10 +57,10 @@ pub struct Pretrain {
     /// bare. Repeatable.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Optimiser steps `[default: 400]`.
+    /// Optimiser steps `[default: 1000]`.
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Sequences a step `[default: 8]`.
+    /// Sequences a step `[default: 4]`.
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
     /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes `[default: batch]`.

@@ -79,8 +79,8 @@ fn refuse(cond: bool, what: impl FnOnce() -> String) -> Result<(), TrainError> {
 impl TrainConfig {
     /// Defaults suit small models from scratch; betas, decay, clip, lambda, alpha and gamma are the V3 report's.
     pub fn resolve(s: Settings, model: &ModelConfig) -> Result<Self, TrainError> {
-        let steps = s.steps.unwrap_or(400);
-        let batch = s.batch.unwrap_or(8);
+        let steps = s.steps.unwrap_or(1000);
+        let batch = s.batch.unwrap_or(4);
         let peak = s.lr.unwrap_or(2e-3);
         // Sequences are 256 tokens unless the model reads fewer.
         let seq = s.seq.unwrap_or(256.min(model.max_position_embeddings));
