@@ -85,11 +85,15 @@ fn shards_hold_the_documents_of_their_side() {
     let files: Vec<String> = contents(&made.directory()).into_iter().map(|(name, _)| name).collect();
     assert!(files.contains(&"train-00001.tokens".to_owned()) && files.contains(&"valid-00000.tokens".to_owned()));
     let (mut train, mut valid, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let mut firsts: Vec<String> = Vec::new();
     let eos = made.tokenizer.eos().unwrap();
     made.survey
         .each(|i, text| {
             let side = if made.sides.held(i) { &mut valid } else { &mut train };
             side.extend(made.tokenizer.encode(text));
+            if made.sides.held(i) {
+                firsts.push(text.trim_start().chars().take(24).collect());
+            }
             side.push(eos);
             bytes += text.len() as u64;
             Ok(())
@@ -104,7 +108,10 @@ fn shards_hold_the_documents_of_their_side() {
     for (start, count) in [(1990, 20), (2000, 2000), (1999, 1), (1999, 2002), (0, 0), (train.len() - 1, 1)] {
         assert_eq!(stored.train.read(start as u64, count).unwrap(), train[start..start + count]);
     }
-    assert_eq!(stored.beginnings.len(), 5);
+    // At most five of them, at equal distances.
+    let spread = firsts.len().div_ceil(5);
+    let expected: Vec<String> = firsts.into_iter().step_by(spread).collect();
+    assert!(expected.len() > 2 && stored.beginnings == expected, "{:?}", stored.beginnings);
 }
 
 #[test]
@@ -248,7 +255,7 @@ fn a_stopped_tokenisation_leaves_nothing() {
     let other = tempfile::tempdir().unwrap();
     let Made { survey, sides, tokenizer, identity, .. } = &made;
     let job = Job { name: "text", survey, sides, tokenizer, identity: *identity };
-    let mut store = |last: u64| {
+    let store = |last: u64| {
         let mut asked = Vec::new();
         let mut progress = |done| {
             asked.push(done);
