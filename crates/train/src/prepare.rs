@@ -2,6 +2,8 @@
 //! on disk. A run that goes on reads what was made for it, whatever has become of the text since.
 
 mod kept;
+#[cfg(test)]
+mod tests;
 
 use crate::TrainError;
 use crate::config::data::NamedSource;

@@ -46,16 +46,17 @@ pub fn tokenise(
     pool: Pool<'_>,
     progress: Progress<'_>,
 ) -> Result<(), DataError> {
-    store(disk, root, job, pool, progress, SHARD_TOKENS)
+    store(disk, root, job, pool, progress, (BATCH, SHARD_TOKENS))
 }
 
+/// As [`tokenise`], with so many bytes of text at once and tokens in a shard.
 pub(super) fn store(
     disk: &Disk,
     root: &Path,
     job: &Job<'_>,
     pool: Pool<'_>,
     progress: Progress<'_>,
-    shard_tokens: usize,
+    (batch_bytes, shard_tokens): (usize, usize),
 ) -> Result<(), DataError> {
     let target = root.join(job.identity.directory(job.name));
     if target.exists() {
@@ -67,7 +68,7 @@ pub(super) fn store(
     job.survey.each(|index, text| {
         bytes += text.len();
         batch.push((job.sides.held(index), text.to_owned()));
-        if bytes >= BATCH {
+        if bytes >= batch_bytes {
             writer.add(&batch, pool)?;
             batch.clear();
             done += std::mem::take(&mut bytes) as u64;

@@ -10,6 +10,8 @@ use crate::DataError;
 use crate::corpus::Source;
 
 const SEED: u64 = 3;
+/// More text than there is: one batch.
+const BATCH: usize = 1 << 20;
 
 /// The generated corpus, tokenised into small shards.
 struct Made {
@@ -43,7 +45,7 @@ impl Made {
             last = done;
             ControlFlow::Continue(())
         };
-        store::store(disk, self.dir.path(), &job, &pool, &mut progress, 2000)?;
+        store::store(disk, self.dir.path(), &job, &pool, &mut progress, (BATCH, 2000))?;
         assert_eq!(last, survey.text_bytes());
         Ok(())
     }
@@ -83,11 +85,15 @@ fn shards_hold_the_documents_of_their_side() {
     let files: Vec<String> = contents(&made.directory()).into_iter().map(|(name, _)| name).collect();
     assert!(files.contains(&"train-00001.tokens".to_owned()) && files.contains(&"valid-00000.tokens".to_owned()));
     let (mut train, mut valid, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let mut firsts: Vec<String> = Vec::new();
     let eos = made.tokenizer.eos().unwrap();
     made.survey
         .each(|i, text| {
             let side = if made.sides.held(i) { &mut valid } else { &mut train };
             side.extend(made.tokenizer.encode(text));
+            if made.sides.held(i) {
+                firsts.push(text.trim_start().chars().take(24).collect());
+            }
             side.push(eos);
             bytes += text.len() as u64;
             Ok(())
@@ -102,7 +108,10 @@ fn shards_hold_the_documents_of_their_side() {
     for (start, count) in [(1990, 20), (2000, 2000), (1999, 1), (1999, 2002), (0, 0), (train.len() - 1, 1)] {
         assert_eq!(stored.train.read(start as u64, count).unwrap(), train[start..start + count]);
     }
-    assert_eq!(stored.beginnings.len(), 5);
+    // At most five of them, at equal distances.
+    let spread = firsts.len().div_ceil(5);
+    let expected: Vec<String> = firsts.into_iter().step_by(spread).collect();
+    assert!(expected.len() > 2 && stored.beginnings == expected, "{:?}", stored.beginnings);
 }
 
 #[test]
@@ -236,6 +245,33 @@ fn wide_ids_and_several_blocks() {
     shard.read(0, 524_288, &mut read).unwrap();
     let error = shard.read(524_287, 524_289, &mut read).unwrap_err().to_string();
     assert!(error.contains("block 2 of 3: expected checksum"), "{error}");
+}
+
+/// The observer is asked after every batch; what was begun is gone.
+#[test]
+fn a_stopped_tokenisation_leaves_nothing() {
+    let made = Made::new(2);
+    let before = contents(&made.directory());
+    let other = tempfile::tempdir().unwrap();
+    let Made { survey, sides, tokenizer, identity, .. } = &made;
+    let job = Job { name: "text", survey, sides, tokenizer, identity: *identity };
+    let store = |last: u64| {
+        let mut asked = Vec::new();
+        let mut progress = |done| {
+            asked.push(done);
+            if done >= last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let stored = store::store(&Disk::new(), other.path(), &job, &|f| f(), &mut progress, (5000, 2000));
+        (stored, asked)
+    };
+    let (stopped, asked) = store(9000);
+    assert!(matches!(stopped, Err(DataError::Stopped)));
+    assert!(asked.len() == 2 && asked[0] < 9000 && asked[1] >= 9000 && asked[1] < survey.text_bytes(), "{asked:?}");
+    assert_eq!(fs::read_dir(other.path()).unwrap().count(), 0);
+    // When all is done there is nothing to stop.
+    let (stored, _) = store(survey.text_bytes());
+    stored.unwrap();
+    assert!(contents(&other.path().join(identity.directory("text"))) == before);
 }
 
 /// Whatever operation fails, there is no directory that looks whole, and the next attempt succeeds.

@@ -198,6 +198,50 @@ fn wrong_keys_are_blamed_on_whoever_set_them() {
     assert_eq!(resolve(&[]).unwrap_err(), "expected a [model] table, found none");
 }
 
+/// An item of a list in the file can be reached by its number.
+#[test]
+fn items_of_lists_are_set_by_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("my.toml");
+    let text = "[model]\npreset = \"nano\"\n[[data.sources]]\npaths = [\"a\", \"b\"]\nweight = 1\n\
+                [[data.sources]]\nbuiltin = true\nweight = 1\n";
+    std::fs::write(&path, text).unwrap();
+    let set = |sets: &[(&str, &str)]| {
+        let mut file = RunFile::read(&path).unwrap();
+        sets.iter().try_for_each(|(key, value)| file.set(key, value.parse().unwrap(), &format!("--set {key}")))?;
+        file.resolve("out".into(), BUILD)
+    };
+    let sets = [("data.sources.0.weight", "2"), ("data.sources.1.weight", "3.5"), ("data.sources.0.paths.1", "\"/c\"")];
+    let sources = set(&sets).unwrap().data.sources.unwrap();
+    assert_eq!(sources.iter().map(|s| s.weight).collect::<Vec<_>>(), [Some(2.0), Some(3.5)]);
+    let below = std::path::absolute(dir.path().join("a")).unwrap();
+    assert_eq!(sources[0].paths, Some(vec![below, "/c".into()]));
+    let refused = |sets: &[(&str, &str)]| set(sets).unwrap_err().to_string();
+    for (key, value, expected) in [
+        (
+            "data.sources.2.weight",
+            "2",
+            "--set data.sources.2.weight: data.sources: expected a list with an item 2, found 2 items, numbered from 0",
+        ),
+        (
+            "data.sources.0.paths.7",
+            "\"c\"",
+            "--set data.sources.0.paths.7: data.sources.0.paths: expected a list with an",
+        ),
+        ("data.ignore.0", "\"c\"", "--set data.ignore.0: data.ignore: expected a list with an item 0, found none"),
+        ("data.sources.00.weight", "2", "--set data.sources.00.weight: invalid type: map, expected a sequence"),
+        ("data.sources.first.weight", "2", "--set data.sources.first.weight: invalid type: map, expected a sequence"),
+        ("data.sources.0.colour", "2", "--set data.sources.0.colour: unknown field `colour`"),
+        ("data.sources.0.weight", "\"x\"", "--set data.sources.0.weight: invalid type: string \"x\", expected f64"),
+        ("train.steps.0", "2", "--set train.steps.0: invalid type: sequence, expected u64"),
+    ] {
+        let error = refused(&[(key, value)]);
+        assert!(error.starts_with(expected), "{error}\n{expected}");
+    }
+    let twice = refused(&[("data.sources.0.weight", "2"), ("data.sources", "[]")]);
+    assert!(twice.ends_with("expected data.sources.0.weight and data.sources to be set once"), "{twice}");
+}
+
 #[test]
 fn what_may_change_is_known_of_every_key() {
     let fixed = ["seq", "dtype", "seed", "beta1", "beta2", "save_initial", "record_batches"];
