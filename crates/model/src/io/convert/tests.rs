@@ -454,8 +454,9 @@ fn other_tensors_and_files() {
 /// there, the error is one line, and the same conversion then succeeds.
 #[test]
 fn every_operation_may_fail() {
-    let place = Place::new(tiny());
-    let options = ConvertOptions { target: Target::Bf16, shard_bytes: 100_000 };
+    let few = ModelConfig { n_routed_experts: 2, n_group: 1, topk_group: 1, num_nextn_predict_layers: 0, ..tiny() };
+    let place = Place::new(few);
+    let options = ConvertOptions { target: Target::Bf16, shard_bytes: 8_000 };
     let run = |disk: &Disk| convert_on(disk, &ctx(2), &place.dir("f32"), &place.dir("out"), options, &Silent);
     let all = || {
         let files = std::fs::read_dir(place.dir("out")).unwrap().map(|e| e.unwrap().path());
@@ -466,8 +467,9 @@ fn every_operation_may_fail() {
     assert!(files > 1 && faults.count() > 30, "{files} files, {} operations", faults.count());
     let expected = all();
     std::fs::remove_dir_all(place.dir("out")).unwrap();
-    for fault in [Fault::Full, Fault::Once(StorageFull), Fault::Death] {
-        for at in 0..faults.count() {
+    for (fault, stride) in [(Fault::Full, 1), (Fault::Once(StorageFull), 5), (Fault::Death, 5)] {
+        // The last one, too, whatever the stride.
+        for at in (0..faults.count()).rev().step_by(stride) {
             let result = run(&Disk::with(Arc::new(Faults::at(at, fault))));
             match &result {
                 Ok(_) => assert_eq!(all(), expected),
