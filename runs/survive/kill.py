@@ -114,6 +114,7 @@ def main():
         step = statistics.median(s["seconds"] for s in steps)
         print(f"alone: {len(steps)} steps, median {step * 1000:.0f} ms, {time.time() - begin:.1f} s in all")
 
+        killed = hidden_seen = 0
         while killed < kills:
             after = random.randint(1, 4)
             made, code = run_until_killed(command(hadal, settings, victim), after, random.uniform(0, step))

@@ -10,7 +10,7 @@ use clap::{ArgGroup, Args};
 use hadal_kernels::DType;
 use hadal_model::account::{self, TrainingMemory};
 use hadal_model::{Layout, Scope};
-use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start};
+use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start, TrainError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -104,7 +104,14 @@ impl Pretrain {
         let seen = demo::progress::Progress::new(&run.config);
         let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default(), seen };
         let signals = interrupt::watch().context("signals cannot be watched")?;
-        let outcome = hadal_train::pretrain(&ctx, &run, &mut progress)?;
+        let outcome = match hadal_train::pretrain(&ctx, &run, &mut progress) {
+            Err(stopped @ TrainError::Stopped) => {
+                out.object(&serde_json::json!({ "stopped": { "checkpoint": null, "what": stopped.to_string() } }));
+                out.text(&format!("\n{stopped}\n"));
+                return Ok(ExitCode::from(interrupt::STOPPED));
+            }
+            other => other?,
+        };
         drop(signals);
         progress.finish();
         if !outcome.finished {

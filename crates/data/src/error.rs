@@ -13,14 +13,6 @@ pub enum DataError {
         /// The system's reason.
         why: std::io::Error,
     },
-    /// The file cannot be created or written.
-    #[error("{path}: cannot be written: {why}", path = path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        why: std::io::Error,
-    },
     /// The named path is a device or a pipe: text is read more than once.
     #[error("{path}: expected a file, a folder or a glob, found something else", path = path.display())]
     NotAFile {
@@ -90,7 +82,8 @@ pub enum DataError {
         path: PathBuf,
     },
     /// A shard or a manifest that is not what was written.
-    #[error("{path}: not a usable token shard: {reason}", path = path.display())]
+    #[error("{path}: not a usable token shard: {reason} (remove {dir} to have it made again)",
+        path = path.display(), dir = path.parent().unwrap_or(path).display())]
     Shard {
         /// The file.
         path: PathBuf,
@@ -171,6 +164,9 @@ pub enum DataError {
         /// Ids asked for.
         found: usize,
     },
+    /// Whoever watched the text being tokenised asked for an end.
+    #[error("stopped before all text was tokenised")]
+    Stopped,
     /// Packing needs a token that ends a document.
     #[error("the tokenizer names no end-of-sentence token: expected eos_token in tokenizer_config.json")]
     NoEos,
@@ -179,10 +175,6 @@ pub enum DataError {
 impl DataError {
     pub(crate) fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
         move |why| Self::Read { path: path.to_owned(), why }
-    }
-
-    pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |why| Self::Write { path: path.to_owned(), why }
     }
 }
 

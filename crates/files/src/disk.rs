@@ -130,10 +130,17 @@ impl Disk {
 
     /// Removes from `dir` what interrupted writers and removals left in it. For whoever alone writes there.
     pub fn sweep(&self, dir: &Path) -> Result<(), FileError> {
+        self.sweep_named(dir, |_| true)
+    }
+
+    /// As [`Disk::sweep`], only of files and directories whose finished names are `ours`.
+    pub fn sweep_named(&self, dir: &Path, ours: impl Fn(&str) -> bool) -> Result<(), FileError> {
         for entry in std::fs::read_dir(dir).map_err(FileError::new(dir, "listing"))? {
             let path = entry.map_err(FileError::new(dir, "listing"))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if !(name.starts_with('.') && (name.ends_with(".partial") || name.ends_with(".removed"))) {
+            let hidden = name.strip_prefix('.');
+            let finished = hidden.and_then(|n| n.strip_suffix(".partial").or(n.strip_suffix(".removed")));
+            if !finished.is_some_and(&ours) {
                 continue;
             }
             match path.is_dir() && !path.is_symlink() {

@@ -38,12 +38,6 @@ impl FileError {
     pub fn new(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |why| Self { path: path.to_path_buf(), doing, why }
     }
-
-    /// True if the disk has no room left (or the user's quota none), so that removing something may help.
-    pub fn is_full(&self) -> bool {
-        use std::io::ErrorKind::{QuotaExceeded, StorageFull, WriteZero};
-        matches!(self.why.kind(), StorageFull | QuotaExceeded | WriteZero)
-    }
 }
 
 /// The directory that `path` lies in.

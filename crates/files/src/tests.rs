@@ -78,7 +78,7 @@ fn every_operation_may_fail() {
                 assert!(a == b"old" || a == b"new!");
                 assert_eq!(std::fs::read(step.join("b")).unwrap(), a);
             }
-            assert!(result.is_ok() || fault == Fault::Death || result.unwrap_err().is_full());
+            assert!(result.is_ok() || fault == Fault::Death || result.unwrap_err().why.kind() == StorageFull);
             let seen = names(root.path());
             assert!(seen.iter().all(|n| n.starts_with('.') || n == "step" || n == "latest"), "{seen:?}");
             Disk::new().sweep(root.path()).unwrap();

@@ -64,6 +64,9 @@ pub enum TrainError {
     /// A model's configuration.
     #[error(transparent)]
     Model(#[from] hadal_model::config::ConfigError),
+    /// The observer asked for an end before the first step.
+    #[error("stopped while preparing the text; nothing was trained; the same command begins again")]
+    Stopped,
     /// The loss, the gradients or the weights are no numbers any more.
     #[error(
         "step {step}: expected a finite {what}, found {found}; the last checkpoint is untouched (a lower train.lr may help)"

@@ -96,9 +96,10 @@ pub fn pretrain(ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Out
 /// As [`pretrain`], with its files going through `disk`.
 pub fn pretrain_on(disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
     let claim = Claim::take(&run.out, run.resume)?;
+    let mut run = run.clone();
     let ready = run.config.record_batches.as_deref().map_or(Ok(()), record::check);
-    let begun = ready.and_then(|()| Begun::new(disk, ctx, run, observer)).inspect_err(|_| claim.give_up())?;
-    let outcome = begun.train(disk, ctx, run, observer);
+    let begun = ready.and_then(|()| Begun::new(disk, ctx, &mut run, observer)).inspect_err(|_| claim.give_up())?;
+    let outcome = begun.train(disk, ctx, &run, observer);
     drop(claim);
     outcome
 }
@@ -121,33 +122,57 @@ impl Claim {
         }
         let new = !out.exists();
         std::fs::create_dir_all(out).map_err(|e| bad(format!("{expected}, which cannot be made: {e}")))?;
-        let found = visible(out)?;
-        let run = found.iter().any(|name| name == RUN_FILE);
-        // A run that was killed before its first step may have left tokenised text.
-        let barren = found.iter().all(|name| name == DATA);
-        match (found.is_empty(), resume) {
-            (false, false) if run => {
-                return Err(bad(format!("{expected}, found a run in it (--resume goes on with it)")));
+        let fits = || match Found::look(out)? {
+            Found::Nothing => Ok(()),
+            Found::Run | Found::Text if resume => Ok(()),
+            Found::Run => Err(bad(format!("{expected}, found a run in it (--resume goes on with it)"))),
+            Found::Text => {
+                Err(bad(format!("{expected}, found the text of a run that never began (--resume goes on with it)")))
             }
-            (false, false) => return Err(bad(format!("{expected}, found files in it"))),
-            (false, true) if !run && !barren => return Err(bad(format!("{expected} ({RUN_FILE}), found other files"))),
-            _ => {}
-        }
+            Found::Other if resume => Err(bad(format!("{expected} ({RUN_FILE}), found other files"))),
+            Found::Other => Err(bad(format!("{expected}, found files in it"))),
+        };
+        // Before the lock, so that none is left in a directory of something else; and once nobody else writes here.
+        fits()?;
         let lock = Lock::take(out)?.map_err(|holder| {
             let who = holder.map_or("another process".into(), |id| format!("process {id}"));
             bad(format!("expected a directory that no other run writes to, found {who} writing to it"))
         })?;
+        fits()?;
         Ok(Self { out: out.to_path_buf(), new, lock })
     }
 
     /// Leaves nothing of a run that never began.
     fn give_up(&self) {
         // Ours alone where it was made here; the error that led here is the one to report.
-        if self.new && visible(&self.out).is_ok_and(|found| found.iter().all(|name| name == DATA)) {
-            let _ = std::fs::remove_file(self.lock.path());
+        if self.new && matches!(Found::look(&self.out), Ok(Found::Nothing | Found::Text)) {
             let _ = std::fs::remove_dir_all(self.out.join(DATA));
+            let _ = std::fs::remove_file(self.lock.path());
             let _ = std::fs::remove_dir(&self.out);
         }
+    }
+}
+
+/// What an output directory holds, but for names that begin with a dot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A run that may go on.
+    Run,
+    /// The tokenised text of a run that was killed before its first step.
+    Text,
+    Other,
+}
+
+impl Found {
+    fn look(dir: &Path) -> Result<Self, TrainError> {
+        let found = visible(dir)?;
+        Ok(match found.as_slice() {
+            [] => Self::Nothing,
+            names if names.iter().any(|name| name == RUN_FILE) => Self::Run,
+            [one] if one == DATA => Self::Text,
+            _ => Self::Other,
+        })
     }
 }
 
@@ -170,20 +195,25 @@ struct Begun {
 }
 
 impl Begun {
-    /// Finds the checkpoint to go on from and prepares the text; a new run then has its settings in its directory.
-    fn new(disk: &Disk, ctx: &Ctx, run: &Run, observer: &mut dyn Observer) -> Result<Self, TrainError> {
+    /// Finds the checkpoint to go on from and prepares the text. Given leave, a run that goes on gives up recording its
+    /// batches.
+    fn new(disk: &Disk, ctx: &Ctx, run: &mut Run, observer: &mut dyn Observer) -> Result<Self, TrainError> {
         disk.sweep(&run.out)?;
         let file = run.out.join(RUN_FILE);
-        let goes_on = file.exists();
-        let remarks = if goes_on { saved::check(&file, run)? } else { Vec::new() };
+        let mut remarks = if file.exists() { saved::check(&file, run)? } else { Vec::new() };
         let state = newest(&run.out)?.map(|dir| State::open(&dir)).transpose()?;
         if let Some(state) = &state {
+            if run.override_saved && run.config.record_batches.take().is_some() {
+                remarks.push("train.record_batches: given up, since the recording would be of a part".into());
+            }
             fits_schedule(run, state.progress())?;
         }
         // A run's tokenizer is the one in its checkpoints, whatever made it.
         let tokenizer = state.as_ref().map(|s| s.dir().to_path_buf());
         let data = prepare(disk, ctx, run, tokenizer.as_deref(), observer)?;
-        disk.replace(&file, saved::write(run).as_bytes())?;
+        if let Some(state) = &state {
+            state.check(&saved::fixed(run), &data.fingerprint)?;
+        }
         Ok(Self { data, state, remarks })
     }
 
@@ -202,7 +232,6 @@ impl Begun {
         });
         let begin = Progress { step: 0, next_sample: 0, tokens: 0, valid_bits_per_byte: None };
         let progress = state.as_ref().map_or(begin, |s| s.progress().clone());
-        let (metrics, last) = MetricsFile::open(disk, &run.out.join("metrics.jsonl"), progress.step)?;
         let trainer = match &state {
             None => {
                 let params = Params::init(ctx, &config, layout.clone(), c.precision, c.seed);
@@ -224,19 +253,24 @@ impl Begun {
                 trainer
             }
         };
+        // Only now is it certain that the run goes on, and with these settings.
+        disk.replace(&run.out.join(RUN_FILE), saved::write(run).as_bytes())?;
+        let (metrics, last) = MetricsFile::open(disk, &run.out.join("metrics.jsonl"), progress.step)?;
         let writer = Writer {
             disk: disk.clone(),
             out: run.out.clone(),
             config,
             layout,
             precision: c.precision,
-            seed: c.seed,
+            fixed: saved::fixed(run),
+            data: data.fingerprint.clone(),
             build: run.build,
             extra: data.tokenizer.files().into_iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())).collect(),
             shard_bytes: SaveOptions::new(c.precision.act()).shard_bytes,
         };
-        let saver = Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best }, c.save_beside)?;
-        Loop { run, data, trainer, metrics, saver, observer, progress, last }.go(ctx)
+        let saver = Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best, initial: c.save_initial }, c.save_beside)?;
+        let fresh = state.is_none();
+        Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh }.go(ctx)
     }
 }
 
@@ -245,7 +279,9 @@ fn fits_schedule(run: &Run, done: &Progress) -> Result<(), TrainError> {
     let refuse = |what: String| Err(TrainError::Config { what });
     if run.config.record_batches.is_some() {
         return refuse(
-            "train.record_batches: expected a run recorded from its first step, found one that resumes".into(),
+            "train.record_batches: expected a run recorded from its first step, found one that resumes (--override \
+             gives the recording up)"
+                .into(),
         );
     }
     if run.config.schedule.steps < done.step {

@@ -44,6 +44,8 @@ pub(crate) struct Loop<'a> {
     pub observer: &'a mut dyn Observer,
     pub progress: Progress,
     pub last: Option<Metrics>,
+    /// From the initial weights, not from a checkpoint.
+    pub fresh: bool,
 }
 
 impl Loop<'_> {
@@ -51,7 +53,7 @@ impl Loop<'_> {
     pub fn go(mut self, ctx: &Ctx) -> Result<Outcome, TrainError> {
         let c = &self.run.config;
         let mut recorder = c.record_batches.as_ref().map(|_| Recorder::new(c.batch, c.seq));
-        if c.save_initial && self.progress.step == 0 {
+        if c.save_initial && self.fresh {
             self.save(ctx)?;
         }
         let mut finished = true;

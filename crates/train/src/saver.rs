@@ -15,6 +15,8 @@ pub(crate) struct Keep {
     pub last: u64,
     /// And the one with the lowest bits per byte of those at whose step there was a validation.
     pub best: bool,
+    /// And the initial weights.
+    pub initial: bool,
 }
 
 /// A copy of the arenas, its memory used again from save to save.
@@ -71,7 +73,8 @@ impl Saver {
     pub fn new(writer: Writer, keep: Keep, beside: bool) -> Result<Self, TrainError> {
         let mut valid = Valid::new();
         for (step, dir) in checkpoints(&writer.out)? {
-            valid.insert(step, State::open(&dir)?.progress().valid_bits_per_byte);
+            // One that cannot be read is none that was measured; whoever resumes from it is told what is wrong.
+            valid.insert(step, State::open(&dir).ok().and_then(|s| s.progress().valid_bits_per_byte));
         }
         let mut desk = Desk { writer: Arc::new(writer), keep, copy: Copy::default(), valid };
         // A run that was killed after a checkpoint had its name may not have come to this.
@@ -163,8 +166,10 @@ fn best(valid: &Valid) -> Option<u64> {
 /// Steps whose checkpoints go.
 fn superfluous(valid: &Valid, keep: Keep) -> Vec<u64> {
     let best = if keep.best { best(valid) } else { None };
-    let old = valid.len().saturating_sub(usize::try_from(keep.last).unwrap_or(usize::MAX));
-    valid.keys().copied().take(old).filter(|step| Some(*step) != best).collect()
+    let mut old: Vec<u64> = valid.keys().copied().filter(|&step| !(keep.initial && step == 0)).collect();
+    old.truncate(old.len().saturating_sub(usize::try_from(keep.last).unwrap_or(usize::MAX)));
+    old.retain(|step| Some(*step) != best);
+    old
 }
 
 /// The newest checkpoint in a run's directory.
@@ -180,12 +185,15 @@ mod tests {
     fn the_newest_and_the_best_stay() {
         let valid: Valid = [(1, Some(2.0)), (2, Some(1.0)), (3, None), (4, Some(1.0)), (5, Some(1.5))].into();
         assert_eq!(best(&valid), Some(4));
-        let keep = |last, best| superfluous(&valid, Keep { last, best });
+        let keep = |last, best| superfluous(&valid, Keep { last, best, initial: false });
         assert_eq!(keep(1, true), [1, 2, 3]);
         assert_eq!(keep(1, false), [1, 2, 3, 4]);
         assert_eq!(keep(4, true), [1]);
         assert!(keep(9, true).is_empty());
         assert!(keep(u64::MAX, false).is_empty());
         assert_eq!(best(&[(1, None)].into()), None);
+        let from_0: Valid = [(0, None), (1, Some(2.0)), (2, Some(1.0))].into();
+        let keep = |initial| superfluous(&from_0, Keep { last: 1, best: false, initial });
+        assert_eq!((keep(true), keep(false)), (vec![1], vec![0, 1]));
     }
 }

@@ -13,7 +13,7 @@ use hadal_kernels::{Buf, Ctx, DType};
 use hadal_model::io::{Manifest, SaveOptions, read_arena, write_arena, write_extra, write_model};
 use hadal_model::{Layout, ModelConfig, Params, Precision};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -43,10 +43,12 @@ struct Saved {
     format: u32,
     hadal: String,
     commit: String,
-    seed: u64,
+    /// Settings that make a run this run and no other, by key.
+    fixed: BTreeMap<String, String>,
+    /// Of the text, tokenised and split.
+    data: String,
     /// Updates that AdamW has made.
     updates: u64,
-    precision: String,
     ema: bool,
     progress: Progress,
     files: BTreeMap<String, Stamp>,
@@ -72,7 +74,8 @@ pub(crate) struct Writer {
     pub config: ModelConfig,
     pub layout: Arc<Layout>,
     pub precision: Precision,
-    pub seed: u64,
+    pub fixed: BTreeMap<String, String>,
+    pub data: String,
     pub build: Build,
     /// Tokenizer files: name, bytes.
     pub extra: Vec<(String, Vec<u8>)>,
@@ -121,9 +124,9 @@ impl Writer {
             format: FORMAT,
             hadal: self.build.version.into(),
             commit: self.build.commit.into(),
-            seed: self.seed,
+            fixed: self.fixed.clone(),
+            data: self.data.clone(),
             updates,
-            precision: label(self.precision).into(),
             ema: arenas.ema.is_some(),
             progress: progress.clone(),
             files: files.into_iter().map(|(name, w)| (name, w.into())).collect(),
@@ -149,21 +152,14 @@ fn within(dir: &'static str, files: Manifest) -> impl Iterator<Item = (String, W
     files.into_iter().map(move |(name, written)| (format!("{dir}/{name}"), written))
 }
 
-fn label(precision: Precision) -> &'static str {
-    match precision {
-        Precision::Fp32 => "fp32",
-        Precision::Bf16 => "bf16",
-    }
-}
-
 /// Checkpoints of the run in `out`, by step: directories `step-N` with a state. What is not whole has no such name.
 pub(crate) fn checkpoints(out: &Path) -> Result<BTreeMap<u64, PathBuf>, TrainError> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(out).map_err(|e| TrainError::read(out, &e))? {
         let path = entry.map_err(|e| TrainError::read(out, &e))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let step = name.strip_prefix("step-").and_then(|n| n.parse().ok());
-        if let (Some(step), true) = (step, path.join(STATE).join(FILE).is_file()) {
+        let found_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let step = found_name.strip_prefix("step-").and_then(|n| n.parse().ok());
+        if let Some(step) = step.filter(|&step| name(step) == found_name && path.join(STATE).join(FILE).is_file()) {
             found.insert(step, path);
         }
     }
@@ -208,6 +204,31 @@ impl State {
     /// Its counters.
     pub fn progress(&self) -> &Progress {
         &self.saved.progress
+    }
+
+    /// An error unless the run asked for is the one that this is a checkpoint of: whatever became of the files beside.
+    pub fn check(&self, fixed: &BTreeMap<String, String>, data: &str) -> Result<(), TrainError> {
+        let bad = |what: String| {
+            let path = self.dir.join(STATE).join(FILE);
+            Err(TrainError::Io { path: path.display().to_string(), what })
+        };
+        let none = "none".to_string();
+        let keys: BTreeSet<&String> = self.saved.fixed.keys().chain(fixed.keys()).collect();
+        let value = |of: &BTreeMap<String, String>, key: &String| of.get(key).unwrap_or(&none).clone();
+        let told = |key: &&String| {
+            let (then, now) = (value(&self.saved.fixed, key), value(fixed, key));
+            (then != now).then(|| format!("{key}: saved {then}, asked {now}"))
+        };
+        let differences: Vec<String> = keys.iter().filter_map(told).collect();
+        if !differences.is_empty() {
+            let all = differences.join("; ");
+            return bad(format!("expected the run that this is a checkpoint of, found another: {all}"));
+        }
+        if self.saved.data != data {
+            let then = &self.saved.data;
+            return bad(format!("expected the text that the run was trained on ({then}), found another ({data})"));
+        }
+        Ok(())
     }
 
     /// Compares every file with its checksum.

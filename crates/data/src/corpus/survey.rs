@@ -192,8 +192,9 @@ fn scan(path: &Path) -> std::io::Result<(u64, Option<u64>)> {
     }
 }
 
-/// Documents to train a tokenizer on, without held-out ones: all of them if all documents together have at most `bound` bytes, else
-/// about so many bytes, chosen by their content so that they are spread over everything. Mixture weights do not count.
+/// Documents to train a tokenizer on, without held-out ones. If all documents together have at most `bound` bytes, all
+/// are taken. Of more, about `bound` bytes are: each document is chosen or not by its content, so that the chosen ones
+/// are spread over everything. Mixture weights do not count.
 pub fn sample(sources: &[(&Survey, Option<&Sides>)], bound: u64) -> Result<Vec<String>, DataError> {
     let total: u64 = sources.iter().map(|(survey, _)| survey.text_bytes).sum();
     let share = (u128::from(bound) << 64) / u128::from(total.max(1));

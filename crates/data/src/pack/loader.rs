@@ -92,11 +92,6 @@ impl Loader {
     pub fn windows(&self) -> u64 {
         self.windows.iter().sum()
     }
-
-    /// The sources.
-    pub fn parts(&self) -> &[Part] {
-        &self.parts
-    }
 }
 
 /// Streams of random orders: which kind, then which source, then which epoch or block.

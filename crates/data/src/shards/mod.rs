@@ -12,7 +12,7 @@ mod stored;
 mod tests;
 
 pub use side::Side;
-pub use store::{Job, Pool, tokenise};
+pub use store::{Job, Pool, Progress, sweep, tokenise};
 pub use stored::Stored;
 
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,12 @@ impl Identity {
     /// The name of the directory with the tokens of source `name`.
     pub fn directory(&self, name: &str) -> String {
         format!("{name}-{:016x}", hash(&[self.tokenizer, self.source]))
+    }
+
+    /// A hash of all tokens that a run reads, its sources in their order. Where the text lies, what it is called and
+    /// when it was written does not count.
+    pub fn of_all(sources: &[Self]) -> u64 {
+        hash(&sources.iter().flat_map(|i| [i.tokenizer, i.source]).collect::<Vec<_>>())
     }
 }
 

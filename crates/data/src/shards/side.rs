@@ -15,7 +15,6 @@ pub struct Side {
     starts: Vec<u64>,
     tokens: u64,
     bytes: u64,
-    documents: u64,
 }
 
 impl Side {
@@ -30,7 +29,7 @@ impl Side {
             let reason = format!("expected {} tokens in all shards of a side, found {tokens}", entry.tokens);
             return Err(DataError::Shard { path: dir.join(super::MANIFEST), reason });
         }
-        Ok(Self { shards, starts, tokens, bytes: entry.bytes, documents: entry.documents })
+        Ok(Self { shards, starts, tokens, bytes: entry.bytes })
     }
 
     /// Tokens there are.
@@ -41,11 +40,6 @@ impl Side {
     /// Bytes of text the tokens stand for.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Documents there are.
-    pub fn documents(&self) -> u64 {
-        self.documents
     }
 
     /// The `count` tokens from `start` on, which must be there. Blocks that nobody has read before are checked.

@@ -1,5 +1,6 @@
 //! Tokenising a source into its directory.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use hadal_files::{Disk, Staged};
@@ -19,6 +20,9 @@ const BEGINNING_CHARS: usize = 24;
 /// Runs a closure where its parallel loops find their threads.
 pub type Pool<'a> = &'a dyn Fn(&mut (dyn FnMut() + Send));
 
+/// Is told the bytes of text done, and says whether to go on.
+pub type Progress<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
+
 /// What to tokenise.
 pub struct Job<'a> {
     /// The source's name.
@@ -34,13 +38,13 @@ pub struct Job<'a> {
 }
 
 /// Tokenises a source into a new directory below `root`, which appears when it is whole. The result does not depend on
-/// the number of threads. `progress` is told the bytes of text done.
+/// the number of threads. `progress` is told the bytes of text done, and can end it with [`DataError::Stopped`].
 pub fn tokenise(
     disk: &Disk,
     root: &Path,
     job: &Job<'_>,
     pool: Pool<'_>,
-    progress: &mut dyn FnMut(u64),
+    progress: Progress<'_>,
 ) -> Result<(), DataError> {
     store(disk, root, job, pool, progress, SHARD_TOKENS)
 }
@@ -50,7 +54,7 @@ pub(super) fn store(
     root: &Path,
     job: &Job<'_>,
     pool: Pool<'_>,
-    progress: &mut dyn FnMut(u64),
+    progress: Progress<'_>,
     shard_tokens: usize,
 ) -> Result<(), DataError> {
     let target = root.join(job.identity.directory(job.name));
@@ -67,7 +71,9 @@ pub(super) fn store(
             writer.add(&batch, pool)?;
             batch.clear();
             done += std::mem::take(&mut bytes) as u64;
-            progress(done);
+            if progress(done).is_break() {
+                return Err(DataError::Stopped);
+            }
         }
         Ok(())
     })?;
@@ -76,8 +82,16 @@ pub(super) fn store(
     let text = serde_json::to_vec_pretty(&manifest).expect("plain strings and numbers have a JSON form");
     disk.replace(&staged.path().join(MANIFEST), &text)?;
     staged.commit()?;
-    progress(job.survey.text_bytes());
+    // All is done: there is nothing left to stop.
+    let _ = progress(job.survey.text_bytes());
     Ok(())
+}
+
+/// Removes from `root` what interrupted calls of [`tokenise`] left, and nothing else: the directory may be the user's.
+/// For whoever holds its lock.
+pub fn sweep(disk: &Disk, root: &Path) -> Result<(), DataError> {
+    let hash = |digits: &str| digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    Ok(disk.sweep_named(root, |name| name.rsplit_once('-').is_some_and(|(_, digits)| hash(digits)))?)
 }
 
 struct Writer<'a> {

@@ -1,4 +1,5 @@
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use hadal_files::Disk;
@@ -40,6 +41,7 @@ impl Made {
         let mut progress = |done: u64| {
             assert!(done >= last);
             last = done;
+            ControlFlow::Continue(())
         };
         store::store(disk, self.dir.path(), &job, &pool, &mut progress, 2000)?;
         assert_eq!(last, survey.text_bytes());
@@ -94,7 +96,8 @@ fn shards_hold_the_documents_of_their_side() {
     let all = |side: &Side| side.read(0, side.tokens() as usize).unwrap();
     assert!(all(&stored.train) == train && all(&stored.valid) == valid);
     assert_eq!(stored.train.bytes() + stored.valid.bytes(), bytes);
-    assert_eq!(stored.valid.documents(), made.sides.held_count());
+    let manifest: Manifest = serde_json::from_slice(&fs::read(made.directory().join(MANIFEST)).unwrap()).unwrap();
+    assert_eq!(manifest.valid.documents, made.sides.held_count());
     // Reads that begin, end and go over the ends of shards.
     for (start, count) in [(1990, 20), (2000, 2000), (1999, 1), (1999, 2002), (0, 0), (train.len() - 1, 1)] {
         assert_eq!(stored.train.read(start as u64, count).unwrap(), train[start..start + count]);
@@ -119,7 +122,8 @@ fn any_flipped_bit_is_an_error() {
         error.contains("train-00001.tokens: not a usable token shard: block 0 of 1: expected checksum "),
         "{error}"
     );
-    assert!(error.contains(", found "), "{error}");
+    let hint = format!(" (remove {} to have it made again)", made.directory().display());
+    assert!(error.contains(", found ") && error.ends_with(&hint), "{error}");
     for at in (0..64).chain([clean.len() - 8, clean.len() - 1]) {
         made.damage(name, |bytes| {
             bytes.clone_from(&clean);
@@ -256,4 +260,30 @@ fn a_failed_tokenisation_leaves_nothing_that_counts() {
             assert!(contents(&made.directory()) == clean, "operation {at}");
         }
     }
+}
+
+/// The root may be a directory that the user has other things in.
+#[test]
+fn only_leftovers_of_tokenisation_are_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let swept = [".text-0123456789abcdef.partial", ".a-b-00000000000000ff.removed"];
+    let stay = ["text-0123456789abcdef", ".text-0123.partial", ".download.partial", ".lock", ".x-0123456789abcdef"];
+    for name in swept.iter().chain(&stay) {
+        fs::create_dir(root.join(name)).unwrap();
+        fs::write(root.join(name).join("file"), "x").unwrap();
+    }
+    sweep(&Disk::new(), root).unwrap();
+    assert!(swept.iter().all(|name| !root.join(name).exists()));
+    assert!(stay.iter().all(|name| root.join(name).join("file").exists()));
+}
+
+/// The fingerprint of a run's tokens depends on every source's and on their order.
+#[test]
+fn a_fingerprint_covers_all_sources() {
+    let [a, b, c] = [(1, 2), (1, 3), (4, 2)].map(|(tokenizer, source)| Identity { tokenizer, source });
+    let all = [vec![a], vec![b], vec![c], vec![a, b], vec![b, a], vec![a, a]].map(|i| Identity::of_all(&i));
+    let distinct: std::collections::BTreeSet<u64> = all.into_iter().collect();
+    assert_eq!(distinct.len(), all.len());
+    assert_eq!(Identity::of_all(&[a, b]), all[3]);
 }

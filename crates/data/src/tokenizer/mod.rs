@@ -12,6 +12,7 @@ mod train;
 
 use std::path::Path;
 
+use hadal_files::Disk;
 use serde_json::{Map, Value};
 use tokenizers::ModelWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -83,11 +84,6 @@ impl Tokenizer {
         self.pad
     }
 
-    /// Id of a token by its exact spelling, such as `<think>`.
-    pub fn token_id(&self, content: &str) -> Option<u32> {
-        self.inner.token_to_id(content)
-    }
-
     /// Ids and spellings of the tokens that are matched as a whole, by id.
     pub fn special_tokens(&self) -> Vec<(u32, String)> {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
@@ -133,11 +129,12 @@ impl Tokenizer {
         [("tokenizer.json", json.into_bytes()), ("tokenizer_config.json", config)]
     }
 
-    /// Writes [`Tokenizer::files`] into `dir` (made if missing).
+    /// Writes [`Tokenizer::files`] into `dir` (made if missing), each whole or not at all.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), DataError> {
         let dir = dir.as_ref();
-        std::fs::create_dir_all(dir).map_err(DataError::write(dir))?;
-        self.files().iter().try_for_each(|(name, bytes)| write(&dir.join(name), bytes))
+        let disk = Disk::new();
+        disk.create_dir(dir)?;
+        self.files().iter().try_for_each(|(name, bytes)| Ok(disk.replace(&dir.join(name), bytes)?))
     }
 
     fn config(&self) -> Value {
@@ -152,10 +149,6 @@ impl Tokenizer {
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         Value::Object(config)
     }
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
-    std::fs::write(path, bytes).map_err(DataError::write(path))
 }
 
 /// Each character of a byte-level token stands for one byte; an added token that is not special is its own text.

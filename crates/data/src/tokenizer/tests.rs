@@ -121,17 +121,17 @@ fn special_tokens_are_left_out_on_request() {
 fn merges_are_those_worked_by_hand() {
     let documents = ["aab\naab", "aab\nab"];
     let tokenizer = Tokenizer::train(&documents, 268).unwrap();
-    let (a, b) = (tokenizer.token_id("a").unwrap(), tokenizer.token_id("b").unwrap());
+    let (a, b) = (tokenizer.inner.token_to_id("a").unwrap(), tokenizer.inner.token_to_id("b").unwrap());
     assert!(a < b && b < 266);
-    assert_eq!(tokenizer.token_id("ab"), Some(266));
-    assert_eq!(tokenizer.token_id("aab"), Some(267));
+    assert_eq!(tokenizer.inner.token_to_id("ab"), Some(266));
+    assert_eq!(tokenizer.inner.token_to_id("aab"), Some(267));
     assert_eq!(tokenizer.encode("aabb"), [267, b]);
 }
 
 #[test]
 fn ties_go_to_the_lowest_ids() {
     let tokenizer = Tokenizer::train(&["xy\nzw\nab\nxy\nzw\nab"], 269).unwrap();
-    assert_eq!(["ab", "xy", "zw"].map(|t| tokenizer.token_id(t)), [Some(266), Some(267), Some(268)]);
+    assert_eq!(["ab", "xy", "zw"].map(|t| tokenizer.inner.token_to_id(t)), [Some(266), Some(267), Some(268)]);
 }
 
 /// The crate seeds its hash maps anew for every training; nothing of that may reach the file.
@@ -169,7 +169,7 @@ fn training_on_repetitive_words_gives_the_same_bytes_every_time() {
 fn special_tokens_in_the_corpus_are_no_text() {
     let documents = ["<think>", "<think>", "<think>ab", "ab</think>"];
     let tokenizer = Tokenizer::train(&documents, 267).unwrap();
-    assert_eq!(tokenizer.token_id("ab"), Some(266));
+    assert_eq!(tokenizer.inner.token_to_id("ab"), Some(266));
     assert_eq!(Tokenizer::train(&documents, 268).unwrap().vocab_size(), 267);
 }
 

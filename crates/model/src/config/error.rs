@@ -70,11 +70,14 @@ pub enum ConfigError {
     },
 }
 
+/// Characters of what a parser says that are shown: it quotes the file, at any length.
+const SAID: usize = 300;
+
 /// What the parser said, less the line and column, which the message has already.
 pub(super) fn without_position(e: &serde_json::Error) -> String {
     let text = e.to_string();
     let position = format!(" at line {} column {}", e.line(), e.column());
-    text.strip_suffix(&position).unwrap_or(&text).to_string()
+    text.strip_suffix(&position).unwrap_or(&text).chars().take(SAID).collect()
 }
 
 impl ConfigError {

@@ -355,6 +355,9 @@ fn nothing_overflows() {
 fn bad_files_say_where() {
     let e = ModelConfig::from_hf_json(b"{\"a\": 1,\n \"b\" 2}", "m/config.json").unwrap_err().to_string();
     assert!(e.starts_with("m/config.json:2:6: expected a JSON object: "), "{e}");
+    let long = format!("\"{}\"", "long ".repeat(1000));
+    let e = ModelConfig::from_hf_json(long.as_bytes(), "m/config.json").unwrap_err().to_string();
+    assert!(e.contains("expected a JSON object: invalid type: string") && e.len() < 400, "{e}");
     assert!(ModelConfig::from_hf_json(b"[1]", "x").unwrap_err().to_string().starts_with("x:1:"));
     let e = ModelConfig::from_hf(std::path::Path::new("/nonexistent/config.json")).unwrap_err().to_string();
     assert!(e.starts_with("/nonexistent/config.json: "), "{e}");

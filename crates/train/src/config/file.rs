@@ -56,7 +56,8 @@ impl RunFile {
         Ok(file)
     }
 
-    /// Sets one key (`train.lr`) above the file's for `asker` (`--lr`). Paths are relative to the current directory.
+    /// Sets one key (`train.lr`; `data.sources.0.weight`, counted from 0) above the file's for `asker` (`--lr`). Paths
+    /// are relative to the current directory.
     pub fn set(&mut self, key: &str, value: Value, asker: &str) -> Result<(), TrainError> {
         let parts: Vec<&str> = key.split('.').collect();
         if parts.len() < 2 || parts.iter().any(|part| part.is_empty()) {
@@ -68,16 +69,15 @@ impl RunFile {
         }
         // Alone first, so that a key nobody reads, or a value of another type, is blamed on this asker.
         let refused = |what: &str| config(format!("{asker}: {}", what.replace('\n', " ")));
-        let mut alone = Table::new();
-        put(&mut alone, &parts, value).map_err(|what| refused(&what))?;
-        let mut alone: Self = alone.try_into().map_err(|e: toml::de::Error| refused(e.message()))?;
+        let mut alone: Self = alone(&parts, value).try_into().map_err(|e: toml::de::Error| refused(e.message()))?;
         if alone.hadal.is_some() {
             return Err(refused("[hadal] says which program wrote a file, and cannot be set"));
         }
         alone.absolute(Path::new(""), asker)?;
-        let value = take(alone.table(asker)?, &parts).ok_or_else(|| refused("expected a value that TOML can hold"))?;
-        let mut all = self.table(&self.name)?;
-        put(&mut all, &parts, value).map_err(|what| refused(&what))?;
+        let value = take(Value::Table(alone.table(asker)?), &parts)
+            .ok_or_else(|| refused("expected a value that TOML can hold"))?;
+        let mut all = Value::Table(self.table(&self.name)?);
+        put(&mut all, "", &parts, value).map_err(|what| refused(&what))?;
         let Self { model, data, train, .. } = all.try_into().map_err(|e: toml::de::Error| refused(e.message()))?;
         (self.model, self.data, self.train) = (model, data, train);
         self.set.push((key.to_string(), asker.to_string()));
@@ -176,28 +176,50 @@ fn overlap(a: &str, b: &str) -> bool {
     within(a, b) || within(b, a)
 }
 
-/// Writes a value into nested tables.
-fn put(table: &mut Table, key: &[&str], value: Value) -> Result<(), String> {
-    let [tables @ .., last] = key else { return Err("expected a key".into()) };
-    let mut at = table;
-    for name in tables {
-        let next = at.entry(*name).or_insert_with(|| Value::Table(Table::new()));
-        let found = next.type_str();
-        at = next.as_table_mut().ok_or_else(|| format!("expected a table {name}, found a {found}"))?;
-    }
-    at.insert((*last).to_string(), value);
-    Ok(())
+/// The number of an item of a list, as a part of a key.
+fn index(part: &str) -> Option<usize> {
+    // As it is printed, so that an item has one name.
+    part.parse().ok().filter(|i: &usize| i.to_string() == part)
 }
 
-/// Takes a value out of nested tables.
-fn take(mut table: Table, key: &[&str]) -> Option<Value> {
-    let (first, rest) = key.split_first()?;
-    let value = table.remove(*first)?;
-    if rest.is_empty() {
-        Some(value)
-    } else if let Value::Table(t) = value {
-        take(t, rest)
-    } else {
-        None
+/// The value at its key with nothing beside it. A list has one item, whichever its number is.
+fn alone(key: &[&str], value: Value) -> Value {
+    key.iter().rev().fold(value, |inner, part| match index(part) {
+        Some(_) => Value::Array(vec![inner]),
+        None => Value::Table(Table::from_iter([((*part).to_string(), inner)])),
+    })
+}
+
+/// Writes a value into nested tables, and lists that have the item already. `whole` is the key of `at`.
+fn put(at: &mut Value, whole: &str, key: &[&str], value: Value) -> Result<(), String> {
+    let Some((part, rest)) = key.split_first() else {
+        *at = value;
+        return Ok(());
+    };
+    let below = if whole.is_empty() { (*part).to_string() } else { format!("{whole}.{part}") };
+    let next = match (at, index(part)) {
+        (Value::Table(t), None) => t.entry(*part).or_insert_with(|| Value::Table(Table::new())),
+        (Value::Array(list), Some(i)) => {
+            let found = list.len();
+            list.get_mut(i).ok_or_else(|| {
+                format!("{whole}: expected a list with an item {i}, found {found} items, numbered from 0")
+            })?
+        }
+        (Value::Table(t), Some(i)) if t.is_empty() => {
+            return Err(format!("{whole}: expected a list with an item {i}, found none"));
+        }
+        (other, Some(_)) => return Err(format!("{whole}: expected a list, found a {}", other.type_str())),
+        (other, None) => return Err(format!("{whole}: expected a table, found a {}", other.type_str())),
+    };
+    put(next, &below, rest, value)
+}
+
+/// Takes out the value that [`alone`] put there.
+fn take(value: Value, key: &[&str]) -> Option<Value> {
+    let Some((part, rest)) = key.split_first() else { return Some(value) };
+    match value {
+        Value::Table(mut table) => take(table.remove(*part)?, rest),
+        Value::Array(list) => take(list.into_iter().next()?, rest),
+        _ => None,
     }
 }

@@ -166,6 +166,21 @@ pub fn check(path: &Path, run: &Run) -> Result<Vec<String>, TrainError> {
     Ok(built.into_iter().chain(may.iter().map(|d| d.change())).collect())
 }
 
+/// Keys that make a run this run and no other, with their values: what no override changes, and what the state of a
+/// checkpoint means nothing without.
+pub(crate) fn fixed(run: &Run) -> BTreeMap<String, String> {
+    let mut keys = BTreeMap::new();
+    flatten("", &Value::Table(table(run)), &mut keys);
+    let own = |key: &str| match key.split_once('.') {
+        Some(("model", _)) => true,
+        Some(("train", key)) => !MAY_CHANGE.contains(&key) && !["save_initial", "record_batches"].contains(&key),
+        // Of the text there is a fingerprint.
+        _ => false,
+    };
+    let average = ("train.ema_decay".to_string(), if run.config.ema_decay > 0.0 { "above 0" } else { "0" }.to_string());
+    keys.into_iter().filter(|(key, _)| own(key)).map(|(key, v)| (key, v.to_string())).chain([average]).collect()
+}
+
 /// A key with two values.
 struct Difference {
     key: String,

@@ -8,6 +8,8 @@ use hadal_data::shards::Identity;
 use hadal_data::{DataError, Tokenizer};
 use hadal_files::Disk;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 const FILE: &str = "prepared.json";
@@ -19,7 +21,7 @@ const VERSION: u32 = 1;
 pub(super) struct Kept {
     version: u32,
     /// What decided what the tokens are.
-    settings: serde_json::Value,
+    settings: Value,
     /// Fingerprint of the tokenizer, in hexadecimal.
     tokenizer: String,
     sources: Vec<KeptSource>,
@@ -36,13 +38,40 @@ struct KeptSource {
     weight: Option<f64>,
 }
 
-fn settings(run: &Run) -> serde_json::Value {
+fn settings(run: &Run) -> Value {
     let data = serde_json::to_value(&run.data).expect("settings have a JSON form");
     serde_json::json!({ "seed": run.config.seed, "vocab_size": run.model.vocab_size, "data": data })
 }
 
 fn bad(path: &Path, what: String) -> TrainError {
     TrainError::Io { path: path.display().to_string(), what }
+}
+
+/// The keys below `key` whose values differ, as a run file has them, each with both values.
+fn differences(key: &str, saved: Option<&Value>, asked: Option<&Value>, to: &mut Vec<String>) {
+    match (saved, asked) {
+        (Some(Value::Object(a)), Some(Value::Object(b))) => {
+            let names: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            let inside = |name: &str| match (key, name) {
+                ("", "seed") => "train.seed".into(),
+                ("", "vocab_size") => "model.vocab_size".into(),
+                ("", name) => name.to_string(),
+                _ => format!("{key}.{name}"),
+            };
+            names.into_iter().for_each(|name| differences(&inside(name), a.get(name), b.get(name), to));
+        }
+        (Some(Value::Array(a)), Some(Value::Array(b))) if a.len() == b.len() && a.iter().all(Value::is_object) => {
+            let both = a.iter().zip(b).enumerate();
+            both.for_each(|(i, (a, b))| differences(&format!("{key}[{i}]"), Some(a), Some(b), to));
+        }
+        _ => {
+            let show = |v: Option<&Value>| v.filter(|v| !v.is_null()).map_or("none".into(), Value::to_string);
+            let (saved, asked) = (show(saved), show(asked));
+            if saved != asked {
+                to.push(format!("{key}: saved {saved}, asked {asked}"));
+            }
+        }
+    }
 }
 
 /// What was prepared in `home`, if it was; for other settings than the run's it is an error.
@@ -52,16 +81,16 @@ pub(super) fn read(home: &Path, run: &Run) -> Result<Option<Kept>, TrainError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|e| TrainError::read(&path, &e))?,
     };
-    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(&path, e.to_string()))?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(&path, e.to_string()))?;
     if value["version"] != VERSION {
         return Err(bad(&path, format!("expected version {VERSION}, found {}", value["version"])));
     }
     let kept: Kept = serde_json::from_value(value).map_err(|e| bad(&path, e.to_string()))?;
     let asked = settings(run);
-    if kept.settings != asked {
-        let what =
-            format!("the data of this run was made for other settings: expected {asked}, found {}", kept.settings);
-        return Err(bad(&path, what));
+    let mut differing = Vec::new();
+    differences("", Some(&kept.settings), Some(&asked), &mut differing);
+    if !differing.is_empty() {
+        return Err(bad(&path, format!("the data of this run was made for other settings: {}", differing.join("; "))));
     }
     Ok(Some(kept))
 }
