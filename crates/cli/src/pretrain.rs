@@ -108,7 +108,7 @@ impl Pretrain {
             Err(stopped @ TrainError::Stopped) => {
                 out.object(&serde_json::json!({ "stopped": { "checkpoint": null, "what": stopped.to_string() } }));
                 out.text(&format!("\n{stopped}\n"));
-                return Ok(ExitCode::from(interrupt::STOPPED));
+                return Ok(ExitCode::from(interrupt::code()));
             }
             other => other?,
         };

@@ -92,7 +92,7 @@ mod tests {
             let root = tempfile::tempdir().unwrap();
             let faults = Arc::new(Faults::at(at, Fault::Full));
             let error = write(&Disk::with(faults.clone()), &root.path().join("a")).unwrap_err();
-            assert!(error.is_full() && faults.count() == at + 1, "{error}");
+            assert!(error.why.kind() == std::io::ErrorKind::StorageFull && faults.count() == at + 1, "{error}");
         }
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a");

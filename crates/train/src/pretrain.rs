@@ -268,7 +268,8 @@ impl Begun {
             extra: data.tokenizer.files().into_iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())).collect(),
             shard_bytes: SaveOptions::new(c.precision.act()).shard_bytes,
         };
-        let saver = Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best, initial: c.save_initial }, c.save_beside)?;
+        let saver =
+            Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best, initial: c.save_initial }, c.save_beside)?;
         let fresh = state.is_none();
         Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh }.go(ctx)
     }
