@@ -99,7 +99,8 @@ fn convert_on(
     let (plan, more) = Plan::new(&checkpoint, &model, options)?;
     warnings.extend(more);
     vacant(dir)?;
-    let (staged, lock) = begin(disk, dir)?;
+    // In this order: should something fail, the directory is removed before the lock is given up.
+    let (lock, staged) = begin(disk, dir)?;
     let text = config::converted(&config_path, options.target)?;
     disk.write_new(&staged.path().join("config.json"), |out| out.write_all(text.as_bytes()))?;
     warnings.extend(config::copy_others(disk, source, staged.path())?);
@@ -120,17 +121,16 @@ fn convert_on(
 
 /// Begins the directory, unless another process is converting into the same one: only who holds the lock in
 /// `.DIR.partial` may clear it.
-fn begin(disk: &Disk, dir: &Path) -> Result<(Staged, Lock), IoError> {
+fn begin(disk: &Disk, dir: &Path) -> Result<(Lock, Staged), IoError> {
     let held = |holder| IoError::Held { path: dir.to_path_buf(), holder };
-    let old = match Staged::place(dir)? {
-        place if place.exists() => Some(Lock::take(&place)?.map_err(held)?),
-        _ => None,
-    };
+    let place = Staged::place(dir)?;
+    disk.create_dir(&place)?;
+    let old = Lock::take(&place)?.map_err(held)?;
     let staged = Staged::begin(disk, dir)?;
     match Lock::take(staged.path())? {
         Ok(lock) => {
             drop(old); // Of a directory that is gone, held until the new one was ours.
-            Ok((staged, lock))
+            Ok((lock, staged))
         }
         Err(holder) => {
             // Another process was faster, and what lies there now is its own.
