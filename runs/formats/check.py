@@ -5,6 +5,7 @@ difference and prints one line of JSON.
     python check.py quantised F32 FP8 WIDE SCALES   FP8 is convert's of F32, WIDE convert's fp32 of FP8
     python check.py make DIR                        checkpoints of transformers: bf16, f32, bf16-fused, fp8-fused
     python check.py same A B [DTYPE]                the tensors of A, split by expert and as DTYPE, are B's bytes
+    python check.py opens A B                       transformers finds in B all weights, those of A, to the bit
     python check.py widened FP8 WIDE                WIDE is FP8 dequantised
     python check.py sparse-make DIR each|fused      V3, 671B, FP8, all but a few numbers holes
     python check.py sparse-run HADAL SRC DST each|fused    converts it to bf16 and looks at memory and what came out
@@ -190,6 +191,23 @@ def same(a: str, b: str, dtype: str | None = None) -> int:
     good = len(expected) > 0 and set(found) == set(expected) == equal
     return report(good, what=f"{Path(a).name} of transformers, converted", dtype=dtype or "as it was",
                   tensors=len(expected), byte_equal=len(equal), additional=len(set(found) - set(expected)))
+
+
+def opens(a: str, b: str) -> int:
+    import transformers
+
+    states, keys = [], []
+    for directory in (a, b):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", output_loading_info=True)
+        states.append(model.state_dict())
+        keys.append(len(info["missing_keys"]) + len(info["unexpected_keys"]))
+    expected, found = states
+    unlike = sum(name not in found or raw(x) != raw(found[name]) or x.dtype != found[name].dtype
+                 for name, x in expected.items())
+    good = len(expected) > 0 and set(found) == set(expected) and not unlike and not any(keys)
+    return report(good, what=f"{Path(b).name} of hadal in transformers", weights=len(expected), unlike=unlike,
+                  missing_or_unexpected=keys[1])
 
 
 def widened(fp8: str, wide: str) -> int:
@@ -456,7 +474,7 @@ def dense(hadal: str, directory: str) -> int:
 
 
 def main() -> int:
-    commands = {"quantised": quantised, "make": make, "same": same, "widened": widened,
+    commands = {"quantised": quantised, "make": make, "same": same, "opens": opens, "widened": widened,
                 "sparse-make": sparse_make, "sparse-run": sparse_run, "dense": dense}
     return commands[sys.argv[1]](*sys.argv[2:])
 

@@ -28,10 +28,13 @@ main() {
   check make "$out/hf" 2> "$out/log"
   convert "$out/hf/bf16" "$out/bf16" --dtype bf16
   check same "$out/hf/bf16" "$out/bf16"
+  check opens "$out/hf/bf16" "$out/bf16" 2> "$out/log"
   convert "$out/hf/bf16-fused" "$out/bf16-fused" --dtype bf16
   check same "$out/hf/bf16-fused" "$out/bf16-fused"
+  check opens "$out/hf/bf16-fused" "$out/bf16-fused" 2> "$out/log"
   convert "$out/hf/f32" "$out/f32" --dtype fp32
   check same "$out/hf/f32" "$out/f32"
+  check opens "$out/hf/f32" "$out/f32" 2> "$out/log"
   convert "$out/hf/f32" "$out/f32-bf16" --dtype bf16 --shard-size 1MB
   check same "$out/hf/f32" "$out/f32-bf16" bfloat16
   convert "$out/hf/fp8-fused" "$out/wide-fused" --dtype fp32

@@ -2,15 +2,15 @@
 
 use crate::inspect::scaled;
 use crate::output::Output;
+use crate::progress::Bytes;
 use crate::{Global, open};
 use clap::Args;
 use hadal_model::{ConvertObserver, ConvertOptions, Target};
 use hadal_numerics::block::ScaleFormat;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Options of `convert`.
 #[derive(Args)]
@@ -19,9 +19,10 @@ use std::time::{Duration, Instant};
   hadal convert first-run first-run-fp8 --dtype fp8
   hadal convert model model-fp8 --dtype fp8 --scale-fmt ue8m0 --shard-size 500MB
 
-Reads BF16, F16, F32 and FP8 with weight_scale_inv, in one file or shards, experts one by one or fused. FP8 are the
-matrices of attention, dense layers and experts, in blocks of 128 x 128; the rest becomes BF16. Memory does not grow with
-the size of the weights. DST appears whole or not at all.")]
+Reads BF16, F16, F32 and FP8 with weight_scale_inv, in one file or shards, experts one by one or
+fused. FP8 are the matrices of attention, dense layers and experts, in blocks of 128 x 128; the
+rest becomes BF16. Memory does not grow with the size of the weights. DST appears whole or not at
+all.")]
 pub struct Convert {
     /// Model directory, or a run's (its newest checkpoint is taken).
     #[arg(value_name = "SRC")]
@@ -59,11 +60,9 @@ impl Convert {
         let ctx = global.ctx()?;
         let source = open::resolve(&self.source)?;
         let begin = Instant::now();
-        let progress = Progress { begin, json: out.json(), bar: OnceLock::new(), done: Mutex::new((0, begin)) };
+        let progress = Progress { out, total: OnceLock::new(), done: Mutex::default() };
         let done = hadal_model::convert(&ctx, &source, &self.out, options, &progress);
-        if let Some(bar) = progress.bar.get() {
-            bar.finish_and_clear();
-        }
+        drop(progress);
         let done = done?;
         done.warnings.iter().for_each(|w| out.warn(w));
         let seconds = begin.elapsed().as_secs_f64();
@@ -127,47 +126,24 @@ fn bytes(text: &str) -> anyhow::Result<usize> {
     }
 }
 
-/// A bar on a terminal, a line now and then in a log; nothing beside JSON.
-struct Progress {
-    begin: Instant,
-    json: bool,
-    bar: OnceLock<ProgressBar>,
-    /// Bytes that are done, and when a line was last written.
-    done: Mutex<(u64, Instant)>,
+/// Counts what all workers have done.
+struct Progress<'a> {
+    out: &'a Output,
+    total: OnceLock<u64>,
+    done: Mutex<(u64, Bytes)>,
 }
 
-/// Time between lines in a log.
-const LINE: Duration = Duration::from_secs(30);
-
-impl Progress {
-    fn line(&self, done: u64, total: u64) {
-        let rate = done as f64 / self.begin.elapsed().as_secs_f64();
-        let (done_text, total_text) = (scaled(done as f64, "B"), scaled(total as f64, "B"));
-        let left = (total - done) as f64 / rate;
-        eprintln!("[{done_text} of {total_text}, {}/s, {left:.0} s left]", scaled(rate, "B"));
-    }
-}
-
-impl ConvertObserver for Progress {
+impl ConvertObserver for Progress<'_> {
     fn start(&self, total: u64) {
-        if self.json {
-            return;
-        }
-        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-        let style = "{bar:30} {bytes} of {total_bytes}, {bytes_per_sec} [{elapsed} < {eta}]";
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
-        self.bar.get_or_init(|| bar);
+        self.total.get_or_init(|| total);
+        self.advance(0);
     }
 
     fn advance(&self, bytes: u64) {
-        let Some(bar) = self.bar.get() else { return };
-        bar.inc(bytes);
         let mut state = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        state.0 += bytes;
-        if bar.is_hidden() && state.1.elapsed() >= LINE {
-            state.1 = Instant::now();
-            self.line(state.0, bar.length().unwrap_or(state.0));
-        }
+        let (done, shown) = &mut *state;
+        *done += bytes;
+        shown.show("converting", *done, *self.total.get().unwrap_or(done), self.out);
     }
 }
 

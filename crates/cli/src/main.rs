@@ -160,4 +160,14 @@ mod tests {
     fn arguments_are_consistent() {
         Cli::command().debug_assert();
     }
+
+    /// What follows the options is broken by hand, and terminals are 100 columns wide or wrap it badly.
+    #[test]
+    fn examples_fit_a_terminal() {
+        let mut command = Cli::command();
+        let texts: Vec<String> =
+            command.get_subcommands_mut().flat_map(|c| c.get_after_help().map(|h| h.to_string())).collect();
+        assert!(texts.len() >= 4);
+        texts.iter().flat_map(|t| t.lines()).for_each(|line| assert!(line.chars().count() <= 95, "{line}"));
+    }
 }

@@ -27,9 +27,12 @@ use toml::Value;
   hadal pretrain --resume --out run
   hadal pretrain --resume --override --steps 2000 --out run
 
-Without --data the text is a corpus that hadal generates itself: English, Chinese, code, arithmetic, puzzles.
-DIR gets run.toml (all settings), metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that transformers
-loads), latest. Ctrl-C saves a checkpoint and leaves.")]
+Without --data the text is a corpus that hadal generates itself: English, Chinese, code,
+arithmetic, puzzles.
+DIR gets run.toml (all settings), metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that
+transformers loads), latest.
+Ctrl-C and SIGTERM save a checkpoint and leave, with exit code 130 and 143; once more leaves at
+once.")]
 pub struct Pretrain {
     /// Model by name: nano, mini, 1b, v2-lite, moonlight-16b, v3.
     #[arg(long, value_name = "P", group = "model")]
@@ -105,7 +108,7 @@ impl Pretrain {
             Err(stopped @ TrainError::Stopped) => {
                 out.object(&serde_json::json!({ "stopped": { "checkpoint": null, "what": stopped.to_string() } }));
                 out.text(&format!("\n{stopped}\n"));
-                return Ok(ExitCode::from(interrupt::STOPPED));
+                return Ok(ExitCode::from(interrupt::code()));
             }
             other => other?,
         };
@@ -126,7 +129,7 @@ impl Pretrain {
         }));
         let dir = outcome.checkpoint.display();
         out.text(&format!("\nStopped after step {}. Checkpoint: {dir}\nTo go on: {resume}\n", outcome.step));
-        ExitCode::from(interrupt::STOPPED)
+        ExitCode::from(interrupt::code())
     }
 
     fn resolve(&self, global: &Global) -> anyhow::Result<Run> {

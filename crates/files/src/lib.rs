@@ -8,6 +8,7 @@
 mod disk;
 mod fault;
 mod lock;
+mod positioned;
 mod staged;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ mod tests;
 pub use disk::{Disk, Output, Written, checksum};
 pub use fault::{Fault, Faults};
 pub use lock::Lock;
+pub use positioned::Positioned;
 pub use staged::Staged;
 
 use std::path::{Path, PathBuf};

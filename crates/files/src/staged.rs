@@ -15,10 +15,15 @@ impl Staged {
     /// Begins `target`, which must not exist (or be an empty directory) when it is committed. What an interrupted
     /// writer of the same name left is removed.
     pub fn begin(disk: &Disk, target: &Path) -> Result<Self, FileError> {
-        let path = hidden(target, "partial")?;
+        let path = Self::place(target)?;
         disk.discard(&path)?;
         disk.create_dir(&path)?;
         Ok(Self { disk: disk.clone(), path, target: target.to_path_buf(), done: false })
+    }
+
+    /// Where `target` is written until it is committed.
+    pub fn place(target: &Path) -> Result<PathBuf, FileError> {
+        hidden(target, "partial")
     }
 
     /// Where to write.

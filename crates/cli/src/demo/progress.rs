@@ -15,7 +15,8 @@ pub struct Progress {
     /// Of the whole run, those before a resumption included.
     steps: u64,
     tokens_per_step: usize,
-    losses: Vec<f64>,
+    /// Sum and number of the losses in each column.
+    course: [(f64, u32); COLUMNS],
     seconds: Vec<f64>,
     valid: Option<f64>,
 }
@@ -27,28 +28,33 @@ impl Progress {
     }
 
     fn of(steps: u64, tokens_per_step: usize) -> Self {
-        let (losses, seconds) = (Vec::new(), Vec::new());
-        Self { begin: Instant::now(), steps, tokens_per_step, losses, seconds, valid: None }
+        let (course, seconds) = ([(0.0, 0); COLUMNS], Vec::new());
+        Self { begin: Instant::now(), steps, tokens_per_step, course, seconds, valid: None }
     }
 
     /// Takes a step in, and describes the run after it (without the step's number).
     pub fn step(&mut self, m: &Metrics) -> String {
-        self.losses.push(m.loss_main);
+        let (sum, count) = &mut self.course[self.column(m.step)];
+        (*sum, *count) = (*sum + m.loss_main, *count + 1);
         self.seconds.push(m.seconds);
         self.valid = m.valid_bits_per_byte.or(self.valid);
         let recent = &self.seconds[self.seconds.len().saturating_sub(RECENT)..];
         let mean = recent.iter().sum::<f64>() / recent.len() as f64;
         let left = mean * self.steps.saturating_sub(m.step) as f64;
         let rate = self.tokens_per_step as f64 / mean;
-        let line =
-            format!("loss {:.3} {} {rate:.0} tokens/s, {} left", m.loss_main, self.course(m.step), duration(left));
+        let line = format!("loss {:.3} {} {rate:.0} tokens/s, {} left", m.loss_main, self.course(), duration(left));
         self.valid.map_or(line.clone(), |b| format!("{line}, held out {b:.3}"))
     }
 
-    /// The loss so far, as much of the columns as of the run.
-    fn course(&self, step: u64) -> String {
-        let done = (COLUMNS as u64 * step).div_ceil(self.steps.max(1)).min(COLUMNS as u64) as usize;
-        format!("{:·<COLUMNS$}", spark(&self.losses, done))
+    /// The column of a step, from 1: a run of fewer steps than columns has a column for each.
+    fn column(&self, step: u64) -> usize {
+        let columns = (COLUMNS as u64).min(self.steps.max(1));
+        (step.saturating_sub(1) * columns / self.steps.max(1)).min(columns - 1) as usize
+    }
+
+    /// The mean loss in each column; steps before a resumption and those to come have none.
+    fn course(&self) -> String {
+        spark(&self.course.map(|(sum, count)| (count > 0).then(|| sum / f64::from(count))))
     }
 
     /// Time since the run began, and tokens a second of its steps (without validation, checkpoints, tokenising); 0 if it
@@ -91,5 +97,10 @@ mod tests {
         let line = p.step(&metrics(20, 2.0, None));
         assert_eq!(line, "loss 2.000 █▄▄▁········ 50 tokens/s, 1 min 20 s left, held out 1.500");
         assert_eq!(p.ended().1, 50.0);
+        // A run that goes on, and one of few steps.
+        assert!(Progress::of(60, 100).step(&metrics(31, 2.0, None)).starts_with("loss 2.000 ······▁····· "));
+        let mut p = Progress::of(3, 100);
+        (1..3).for_each(|step| drop(p.step(&metrics(step, 4.0 - step as f64, None))));
+        assert!(p.step(&metrics(3, 2.5, None)).starts_with("loss 2.500 █▁▅········· "));
     }
 }

@@ -8,18 +8,12 @@ pub fn column(share: f64) -> char {
     EIGHTHS[((share * 8.0).round() as usize).clamp(1, 8) - 1]
 }
 
-/// The course of `values` in at most `columns` columns, each the mean of as many; the least is lowest, the largest
-/// highest.
-pub fn spark(values: &[f64], columns: usize) -> String {
-    let columns = columns.min(values.len());
-    let mean = |i: usize| {
-        let part = &values[i * values.len() / columns..(i + 1) * values.len() / columns];
-        part.iter().sum::<f64>() / part.len() as f64
-    };
-    let means: Vec<f64> = (0..columns).map(mean).collect();
-    let (low, high) = means.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
+/// A column for each of `values`, `·` where there is none; the least is lowest, the largest highest.
+pub fn spark(values: &[Option<f64>]) -> String {
+    let known = values.iter().flatten();
+    let (low, high) = known.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
     let range = (high - low).max(f64::MIN_POSITIVE);
-    means.iter().map(|x| column(0.125 + 0.875 * (x - low) / range)).collect()
+    values.iter().map(|x| x.map_or('·', |x| column(0.125 + 0.875 * (x - low) / range))).collect()
 }
 
 /// A bar of `width` of which `share` is filled.
@@ -62,10 +56,10 @@ mod tests {
 
     #[test]
     fn pictures() {
-        assert_eq!(spark(&[4.0, 3.0, 2.0, 1.0], 8), "█▆▃▁");
-        assert_eq!(spark(&[8.0, 8.0, 1.0, 1.0, 4.0, 5.0], 3), "█▁▅");
-        assert_eq!(spark(&[2.0; 5], 3), "▁▁▁");
-        assert_eq!(spark(&[], 3), "");
+        assert_eq!(spark(&[4.0, 3.0, 2.0, 1.0].map(Some)), "█▆▃▁");
+        assert_eq!(spark(&[None, Some(8.0), Some(1.0), Some(4.5), None]), "·█▁▅·");
+        assert_eq!(spark(&[Some(2.0); 3]), "▁▁▁");
+        assert_eq!(spark(&[None; 2]), "··");
         assert_eq!([0.0, 0.5, 1.0, 7.0].map(column), ['▁', '▄', '█', '█']);
         assert_eq!(bar(0.5, 4), "██░░");
     }

@@ -22,7 +22,10 @@ fn a_run_in_fp8() {
     let run = trained().to_str().unwrap();
     let (fp8, wide, logits) = (place.arg("fp8"), place.arg("wide"), |name: &str| place.arg(name));
     let done = succeeds(&["convert", run, &fp8, "--dtype", "fp8", "--json"]).objects();
-    let [result] = &done[..] else { panic!("one object: {done:?}") };
+    let Some((result, progress)) = done.split_last() else { panic!("no object") };
+    let (first, last) = (&progress[0], &progress[progress.len() - 1]);
+    assert_eq!((&first["progress"], &first["done"]), (&"converting".into(), &0.into()));
+    assert!(number(last, "total") > 0.0 && last["done"] == last["total"], "{done:?}");
     assert_eq!((&result["out"], &result["dtype"], &result["files"]), (&fp8.clone().into(), &"fp8".into(), &1.into()));
     assert!(number(result, "bytes") > 0.0 && number(result, "seconds") > 0.0);
     assert_eq!(dtypes(&place.path("fp8")), set(&["F8_E4M3", "F32", "BF16"]));
@@ -52,7 +55,7 @@ fn shards_of_a_given_size() {
     let run = trained().to_str().unwrap();
     let out = place.arg("out");
     let done = succeeds(&["convert", run, &out, "--dtype", "bf16", "--shard-size", "20KB", "--json"]).objects();
-    assert!(number(&done[0], "files") > 3.0, "{done:?}");
+    assert!(number(&done[done.len() - 1], "files") > 3.0, "{done:?}");
     assert!(place.path("out/model.safetensors.index.json").exists() && place.path("out/tokenizer.json").exists());
     succeeds(&["generate", &out, "The river", "--max-tokens", "3"]);
 }

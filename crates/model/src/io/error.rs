@@ -58,6 +58,14 @@ pub enum IoError {
         /// What is there.
         found: &'static str,
     },
+    /// Another process is writing the same directory.
+    #[error("{}: expected a directory that no other process writes, found {} writing it", path.display(), who(*holder))]
+    Held {
+        /// The directory.
+        path: PathBuf,
+        /// Number of that process, if it is known.
+        holder: Option<u32>,
+    },
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -82,6 +90,10 @@ impl IoError {
         let (expected, found) = (expected.into(), found.into());
         Self::Tensor { path: path.to_path_buf(), tensor: printable(tensor), expected, found }
     }
+}
+
+fn who(holder: Option<u32>) -> String {
+    holder.map_or("another".into(), |id| format!("process {id}"))
 }
 
 /// A name from a file as messages show it: one line, of bounded length.

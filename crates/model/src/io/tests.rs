@@ -106,6 +106,37 @@ fn f32_round_trip_is_exact() {
     assert_eq!(std::fs::read(dir.join("tokenizer.json")).unwrap(), b"{}");
 }
 
+/// Weights that transformers loaded itself, under the names it reads: what is loaded into a model and written again has
+/// the bytes of every tensor, and the configuration says the same.
+#[test]
+fn loading_and_exporting_keep_every_byte() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/v3_mtp2");
+    let own = |(name, t): (String, _)| Some((name.strip_prefix("w.")?.to_string(), t));
+    let f32s: Tensors = tensors(&golden.join("golden.safetensors")).into_iter().filter_map(own).collect();
+    let round = |b: &[u8]| <bf16 as Elem>::round(f32::from_le_bytes(b.try_into().unwrap())).to_bits().to_le_bytes();
+    let rounded = |(name, (dtype, shape, bytes)): (&String, &(Dtype, Vec<usize>, Vec<u8>))| match name {
+        bias if bias.ends_with("e_score_correction_bias") => (bias.clone(), (*dtype, shape.clone(), bytes.clone())),
+        name => (name.clone(), (Dtype::BF16, shape.clone(), bytes.chunks_exact(4).flat_map(round).collect())),
+    };
+    let bf16s: Tensors = f32s.iter().map(rounded).collect();
+    for (given, dtype, precision) in [(f32s, DType::F32, Precision::Fp32), (bf16s, DType::Bf16, Precision::Bf16)] {
+        let root = tempfile::tempdir().unwrap();
+        let (source, out) = (root.path().join("source"), root.path().join("out"));
+        std::fs::create_dir(&source).unwrap();
+        write(&source.join("model.safetensors"), &given);
+        std::fs::copy(golden.join("config.json"), source.join("config.json")).unwrap();
+        let mut c = ModelConfig::from_hf(&source.join("config.json")).unwrap().0;
+        c.num_nextn_predict_layers = Checkpoint::open(&source).unwrap().mtp_layers(&c);
+        let params = load_params(&ctx(2), &c, layout(&c), precision, &source).unwrap().0;
+        save_checkpoint(&out, &c, &params, SaveOptions::new(dtype), &[]).unwrap();
+        let found = tensors(&out.join("model.safetensors"));
+        given.iter().for_each(|(name, t)| assert_eq!(&found[name], t, "{name}"));
+        let added: Vec<&String> = found.keys().filter(|name| !given.contains_key(*name)).collect();
+        assert_eq!(added.len(), 2 * c.num_nextn_predict_layers, "MTP's copies of embedding and head: {added:?}");
+        assert_eq!(ModelConfig::from_hf(&out.join("config.json")).unwrap().0, c);
+    }
+}
+
 #[test]
 fn bf16_rounds_once_and_keeps_the_bias() {
     let (_root, dir, c, params) = saved(SaveOptions::new(DType::Bf16));

@@ -14,7 +14,7 @@ mod unit;
 use super::save::{shard_name, vacant};
 use super::{Checkpoint, IoError};
 use crate::ModelConfig;
-use hadal_files::{Disk, Staged};
+use hadal_files::{Disk, Lock, Staged};
 use hadal_kernels::{Ctx, Device};
 use hadal_numerics::block::ScaleFormat;
 use plan::Plan;
@@ -80,6 +80,18 @@ pub fn convert(
     options: ConvertOptions,
     observer: &dyn ConvertObserver,
 ) -> Result<Converted, IoError> {
+    convert_on(&Disk::new(), ctx, source, dir, options, observer)
+}
+
+/// [`convert`], on a disk that may be told to fail.
+fn convert_on(
+    disk: &Disk,
+    ctx: &Ctx,
+    source: &Path,
+    dir: &Path,
+    options: ConvertOptions,
+    observer: &dyn ConvertObserver,
+) -> Result<Converted, IoError> {
     let config_path = source.join("config.json");
     let (mut model, mut warnings) = ModelConfig::from_hf(&config_path)?;
     let checkpoint = Checkpoint::open(source)?;
@@ -87,34 +99,72 @@ pub fn convert(
     let (plan, more) = Plan::new(&checkpoint, &model, options)?;
     warnings.extend(more);
     vacant(dir)?;
-    let disk = Disk::new();
-    let staged = Staged::begin(&disk, dir)?;
+    // In this order: should something fail, the directory is removed before the lock is given up.
+    let (lock, staged) = begin(disk, dir)?;
     let text = config::converted(&config_path, options.target)?;
     disk.write_new(&staged.path().join("config.json"), |out| out.write_all(text.as_bytes()))?;
-    warnings.extend(config::copy_others(&disk, source, staged.path())?);
+    warnings.extend(config::copy_others(disk, source, staged.path())?);
     observer.start(plan.shards.iter().flatten().map(Unit::bytes_read).sum());
     for (i, units) in plan.shards.iter().enumerate() {
         let name = shard_name("model", i, plan.shards.len());
-        write_shard(ctx, &staged.path().join(name), units, observer)?;
+        write_shard(disk, ctx, &staged.path().join(name), units, observer)?;
     }
     if plan.shards.len() > 1 {
         let index = format!("{:#}\n", index(&plan));
         let path = staged.path().join("model.safetensors.index.json");
         disk.write_new(&path, |out| out.write_all(index.as_bytes()))?;
     }
-    staged.commit()?;
+    commit(staged, lock, dir)?;
     let (tensors, files) = (plan.tensors().count(), plan.shards.len());
     Ok(Converted { tensors, parameters: plan.parameters(), bytes: plan.bytes(), files, warnings })
 }
 
-fn write_shard(ctx: &Ctx, path: &Path, units: &[Unit<'_>], observer: &dyn ConvertObserver) -> Result<(), IoError> {
-    let (file, places) = out::Sparse::create(path, units)?;
+/// Begins the directory, unless another process is converting into the same one: only who holds the lock in
+/// `.DIR.partial` may clear it.
+fn begin(disk: &Disk, dir: &Path) -> Result<(Lock, Staged), IoError> {
+    let held = |holder| IoError::Held { path: dir.to_path_buf(), holder };
+    let place = Staged::place(dir)?;
+    disk.create_dir(&place)?;
+    let old = Lock::take(&place)?.map_err(held)?;
+    let staged = Staged::begin(disk, dir)?;
+    match Lock::take(staged.path())? {
+        Ok(lock) => {
+            drop(old); // Of a directory that is gone, held until the new one was ours.
+            Ok((lock, staged))
+        }
+        Err(holder) => {
+            // Another process was faster, and what lies there now is its own.
+            std::mem::forget(staged);
+            Err(held(holder))
+        }
+    }
+}
+
+/// Gives the directory its name, and then takes the lock out of it: in the other order another process could clear it
+/// on its way. Should the lock's file stay, it is hidden and nobody reads it.
+fn commit(staged: Staged, lock: Lock, dir: &Path) -> Result<(), IoError> {
+    // Windows renames no directory with an open file in it.
+    let lock = (!cfg!(windows)).then_some(lock);
+    staged.commit()?;
+    let _ = std::fs::remove_file(dir.join(Lock::NAME));
+    drop(lock);
+    Ok(())
+}
+
+fn write_shard(
+    disk: &Disk,
+    ctx: &Ctx,
+    path: &Path,
+    units: &[Unit<'_>],
+    observer: &dyn ConvertObserver,
+) -> Result<(), IoError> {
+    let (file, places) = out::Sparse::create(disk, path, units)?;
     let mut results: Vec<Result<(), IoError>> = units.iter().map(|_| Ok(())).collect();
     let Device::Cpu(cpu) = &ctx.device;
     // Units are independent, and what each writes has its place: any order gives the same file.
     cpu.chunks_mut(&mut results, 1, |i, result| result[0] = units[i].run(&file, places[i], observer));
     results.into_iter().try_for_each(|result| result)?;
-    file.sync()
+    file.finish()
 }
 
 fn index(plan: &Plan<'_>) -> serde_json::Value {

@@ -3,22 +3,19 @@
 use super::unit::{Places, Tensor, Unit, width};
 use crate::io::IoError;
 use crate::io::save::header;
+use hadal_files::{Disk, Positioned};
 use safetensors::tensor::TensorInfo;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Zeros are left out in stretches of at most this many bytes, on multiples of it: whole pages of every file system.
 const STRETCH: u64 = 1 << 16;
 
 /// The file: its length is set and all of it zeros until something is written.
-pub(super) struct Sparse {
-    file: File,
-    path: PathBuf,
-}
+pub(super) struct Sparse(Positioned);
 
 impl Sparse {
     /// Creates the file of these units and writes its header. Beside it: where each unit's bytes go.
-    pub(super) fn create(path: &Path, units: &[Unit<'_>]) -> Result<(Self, Vec<Places>), IoError> {
+    pub(super) fn create(disk: &Disk, path: &Path, units: &[Unit<'_>]) -> Result<(Self, Vec<Places>), IoError> {
         let mut tensors: Vec<(usize, usize, Tensor)> = units
             .iter()
             .enumerate()
@@ -35,16 +32,12 @@ impl Sparse {
             entries.push((t.name, TensorInfo { dtype: t.dtype, shape: t.shape, data_offsets: (at, end) }));
             at = end;
         }
-        let create = || {
-            let header = header(entries)?;
-            let file = File::create_new(path)?;
-            file.set_len((header.len() + at) as u64)?;
-            write_at(&file, &header, 0)?;
-            Ok((file, header.len() as u64))
-        };
-        let (file, data) = create().map_err(IoError::system(path, "writing"))?;
-        places.iter_mut().flatten().for_each(|place| *place += data);
-        Ok((Self { file, path: path.to_path_buf() }, places))
+        let header = header(entries).map_err(IoError::system(path, "writing"))?;
+        let file = disk.positioned(path)?;
+        file.set_len((header.len() + at) as u64)?;
+        file.write_at(&header, 0)?;
+        places.iter_mut().flatten().for_each(|place| *place += header.len() as u64);
+        Ok((Self(file), places))
     }
 
     /// Writes `bytes` at their place, but for zeros, which are there already.
@@ -55,7 +48,7 @@ impl Sparse {
             let (part, rest) = bytes.split_at(n);
             // Without an early end, so that it vectorises.
             if part.iter().fold(0, |any, b| any | b) != 0 {
-                write_at(&self.file, part, at).map_err(IoError::system(&self.path, "writing"))?;
+                self.0.write_at(part, at)?;
             }
             (bytes, at) = (rest, at + n as u64);
         }
@@ -63,23 +56,7 @@ impl Sparse {
     }
 
     /// Flushes it to the disk.
-    pub(super) fn sync(self) -> Result<(), IoError> {
-        self.file.sync_all().map_err(IoError::system(&self.path, "flushing"))
+    pub(super) fn finish(self) -> Result<(), IoError> {
+        Ok(self.0.finish()?)
     }
-}
-
-#[cfg(unix)]
-fn write_at(file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
-}
-
-#[cfg(windows)]
-fn write_at(file: &File, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        match std::os::windows::fs::FileExt::seek_write(file, bytes, at)? {
-            0 => return Err(std::io::ErrorKind::WriteZero.into()),
-            n => (bytes, at) = (&bytes[n..], at + n as u64),
-        }
-    }
-    Ok(())
 }

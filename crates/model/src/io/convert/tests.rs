@@ -1,10 +1,13 @@
 use super::*;
 use crate::io::tests::{Tensors, ctx, layout, load, tensors, tiny, weights, write};
 use crate::{ParamId, Params, Precision, SaveOptions, save_checkpoint};
+use hadal_files::{Fault, Faults};
 use hadal_kernels::{DType, Elem, bf16};
 use hadal_numerics::{e4m3, ue8m0};
 use safetensors::Dtype;
+use std::io::ErrorKind::StorageFull;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Blocks with cut edges everywhere, and fused experts whose up rows begin within a block.
 fn ragged() -> ModelConfig {
@@ -445,6 +448,77 @@ fn other_tensors_and_files() {
     write(&place.dir("out/model.safetensors"), &few);
     let e = place.try_convert("out", "no", Target::F32, usize::MAX).unwrap_err().to_string();
     assert!(e.contains("1 of") && e.contains("missing, the first is model.norm.weight"), "{e}");
+}
+
+/// A disk that is full from any operation on, one that fails once, and a death in the middle of it: DST is whole or not
+/// there, the error is one line, and the same conversion then succeeds.
+#[test]
+fn every_operation_may_fail() {
+    let few = ModelConfig { n_routed_experts: 2, n_group: 1, topk_group: 1, num_nextn_predict_layers: 0, ..tiny() };
+    let place = Place::new(few);
+    let options = ConvertOptions { target: Target::Bf16, shard_bytes: 8_000 };
+    let run = |disk: &Disk| convert_on(disk, &ctx(2), &place.dir("f32"), &place.dir("out"), options, &Silent);
+    let all = || {
+        let files = std::fs::read_dir(place.dir("out")).unwrap().map(|e| e.unwrap().path());
+        files.map(|f| (f.file_name().unwrap().to_owned(), std::fs::read(f).unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    let faults = Arc::new(Faults::none());
+    let files = run(&Disk::with(faults.clone())).unwrap().files;
+    assert!(files > 1 && faults.count() > 30, "{files} files, {} operations", faults.count());
+    let expected = all();
+    std::fs::remove_dir_all(place.dir("out")).unwrap();
+    for (fault, stride) in [(Fault::Full, 1), (Fault::Once(StorageFull), 5), (Fault::Death, 5)] {
+        // The last one, too, whatever the stride.
+        for at in (0..faults.count()).rev().step_by(stride) {
+            let result = run(&Disk::with(Arc::new(Faults::at(at, fault))));
+            match &result {
+                Ok(_) => assert_eq!(all(), expected),
+                Err(e) => {
+                    let e = e.to_string();
+                    let named = e.starts_with(&place.root.path().display().to_string());
+                    assert!(named && !e.contains('\n'), "{e}");
+                    assert!(
+                        fault == Fault::Death
+                            || e.ends_with(&StorageFull.to_string())
+                            || e.ends_with("a planned fault"),
+                        "{e}"
+                    );
+                    // Only what comes after the renaming can fail with a whole directory there.
+                    let whole = place.dir("out").exists();
+                    assert!(!whole || (fault != Fault::Full && at + 1 == faults.count()), "{at}: {e}");
+                    assert!(fault != Fault::Full || !place.dir(".out.partial").exists(), "{at}: {e}");
+                }
+            }
+            if place.dir("out").exists() {
+                std::fs::remove_dir_all(place.dir("out")).unwrap();
+            } else {
+                run(&Disk::new()).unwrap();
+                assert_eq!(all(), expected);
+                std::fs::remove_dir_all(place.dir("out")).unwrap();
+            }
+        }
+    }
+}
+
+/// Two conversions into one directory: the second is refused, and the first one's files stay.
+#[test]
+fn one_conversion_a_directory() {
+    struct Second<'a>(&'a Place);
+    impl ConvertObserver for Second<'_> {
+        fn start(&self, _: u64) {
+            let e = self.0.try_convert("f32", "out", Target::F32, usize::MAX).unwrap_err().to_string();
+            let me = std::process::id();
+            let expected =
+                format!("out: expected a directory that no other process writes, found process {me} writing it");
+            assert!(e.ends_with(&expected), "{e}");
+        }
+        fn advance(&self, _: u64) {}
+    }
+    let place = Place::new(tiny());
+    let options = ConvertOptions { target: Target::F32, shard_bytes: usize::MAX };
+    convert(&ctx(1), &place.dir("f32"), &place.dir("out"), options, &Second(&place)).unwrap();
+    assert_eq!(place.tensors("out"), place.tensors("f32"));
+    assert!(!place.dir("out").join(Lock::NAME).exists());
 }
 
 /// Holes stay holes, and what lies between them is converted.
