@@ -29,8 +29,8 @@ use toml::Value;
 
 Without --data the text is a corpus that hadal generates itself: English, Chinese, code,
 arithmetic, puzzles.
-DIR gets run.toml (all settings), metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint that
-transformers loads), latest.
+DIR gets run.toml (all settings), metrics.jsonl (a line a step), step-NNNNNN/ (a checkpoint
+that transformers loads), latest, best, data/ (the text as tokens).
 Ctrl-C and SIGTERM save a checkpoint and leave, with exit code 130 and 143; once more leaves at
 once.")]
 pub struct Pretrain {

@@ -90,10 +90,10 @@ fn damaged_shards_are_refused_when_a_run_goes_on() {
     damaged(&|bytes| bytes.truncate(1000), &[" bytes for ", "found 1000"]);
     damaged(&|bytes| bytes.clear(), &["expected a header"]);
     std::fs::write(&shard, clean).unwrap();
-    let manifest = std::fs::read(books.join("manifest.json")).unwrap();
+    // Without what is written last the tokens are none, and are made again of the same text.
     std::fs::remove_file(books.join("manifest.json")).unwrap();
-    refused(&resume, &["manifest.json", "expected the manifest that is written last, found none"]);
-    std::fs::write(books.join("manifest.json"), manifest).unwrap();
+    succeeds(&resume);
+    assert!(books.join("manifest.json").exists());
     // Shards of another source in its place.
     let letters = place.shards("out/data", "letters");
     std::fs::rename(&books, place.path("aside")).unwrap();
