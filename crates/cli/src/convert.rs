@@ -21,8 +21,8 @@ use std::time::Instant;
 
 Reads BF16, F16, F32 and FP8 with weight_scale_inv, in one file or shards, experts one by one
 or fused. FP8 are the matrices of attention, dense layers and experts, in blocks of 128 x 128;
-the rest becomes BF16. Memory does not grow with the size of the weights. DST appears whole or not at
-all.")]
+the rest becomes BF16. Memory does not grow with the size of the weights. DST appears whole or
+not at all.")]
 pub struct Convert {
     /// Model directory, or a run's (its newest checkpoint is taken).
     #[arg(value_name = "SRC")]

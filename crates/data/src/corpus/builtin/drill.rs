@@ -1,15 +1,13 @@
 //! The core of the arithmetic: one steady way to work each kind of problem, in steps so small that a small model can
 //! learn to solve problems it has not seen.
 //!
-//! A problem is a question on one line, the working, and the answer on a line that begins with `=`:
+//! A problem is a question on one line and the working on the next, which ends in the answer:
 //!
 //! ```text
 //! What is left in the end? Mira has 4, finds 3, buys 5, sells 6.
 //! 4+3=7+5=12-6=6
-//! =6
 //! 9 - 4 ; + 8 ; + 2
 //! 9-4=5+8=13+2=15
-//! =15
 //! ```
 //!
 //! The working runs on as on a pocket calculator. Wording, if any, comes before the numbers, never after them, and a number
@@ -41,22 +39,16 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// The final answer in a model's continuation of the prompt: what follows the `=` on the first line that begins
-    /// with one.
+    /// The final answer in a model's continuation of the prompt: what follows the last `=` of its first line. A line
+    /// that did not end gives none.
     pub fn answer_of(continuation: &str) -> Option<&str> {
-        continuation.lines().find_map(|line| line.trim_start().strip_prefix('=')).map(str::trim)
+        let (line, _) = continuation.trim_start().split_once('\n')?;
+        line.rsplit_once('=').map(|(_, answer)| answer.trim())
     }
 
-    /// Whether `continuation` arrives at the answer. Spaces between digits do not matter.
+    /// Whether `continuation` arrives at the answer.
     pub fn solved_by(&self, continuation: &str) -> bool {
-        // A difference by columns may begin with zeros.
-        let plain = |s: &str| {
-            let joined: String = s.split_whitespace().collect();
-            let zeros = joined.bytes().take_while(|&c| c == b'0').count();
-            let digits = joined.bytes().take_while(u8::is_ascii_digit).count();
-            joined[zeros.min(digits.saturating_sub(1))..].to_owned()
-        };
-        Self::answer_of(continuation).is_some_and(|found| plain(found) == plain(&self.answer))
+        Self::answer_of(continuation).is_some_and(|found| found == self.answer)
     }
 }
 
@@ -95,13 +87,13 @@ pub(super) fn document(scene: &mut Scene) -> String {
     text
 }
 
-/// Numbers added to or taken from the first in a running sum.
-const TERMS: usize = 3;
+/// Numbers added to or taken from the first in a running sum, fewest and most.
+const TERMS: [i64; 2] = [3, 4];
 /// What a running sum stays within.
 const MOST: i64 = 18;
 
 /// Hundredths of the problems of a corpus up to each kind.
-const SHARES: [usize; 4] = [35, 68, 86, 100];
+const SHARES: [usize; 4] = [42, 79, 90, 100];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
@@ -150,7 +142,7 @@ fn terms(wanted: bool, scene: &mut Scene) -> Vec<i64> {
     loop {
         let mut terms = vec![scene.dice.range(1, 9)];
         let mut sum = terms[0];
-        while terms.len() <= TERMS {
+        for _ in 0..scene.dice.range(TERMS[0], TERMS[1]) {
             let n = scene.dice.range(1, 9);
             let less = scene.dice.chance(50);
             let term = if less && sum >= n || sum + n > MOST { -n } else { n };
@@ -176,11 +168,7 @@ fn steps(terms: &[i64]) -> (String, i64) {
 
 /// A question whose wording comes first, and its numbers last.
 fn worked(wording: &str, numbers: &str, working: &str, answer: i64) -> Worked {
-    Worked {
-        prompt: format!("{wording}{numbers}\n"),
-        working: format!("{working}\n={answer}\n"),
-        answer: answer.to_string(),
-    }
+    Worked { prompt: format!("{wording}{numbers}\n"), working: format!("{working}\n"), answer: answer.to_string() }
 }
 
 /// What stands before bare numbers: nothing for most problems, or words of the language.
@@ -260,15 +248,10 @@ mod tests {
     #[test]
     fn answers_are_read_off_continuations() {
         let mut problem = problems(0, 1).remove(0);
-        problem.answer = "632".into();
-        assert!(problem.solved_by("7 + 5 = 12\n= 6 3 2\nAdd 1 and 2.\n= 3"));
-        assert!(problem.solved_by("= 632"));
-        assert!(!problem.solved_by("7 + 5 = 12\n= 6 3 3\n= 6 3 2"));
-        assert!(!problem.solved_by("6 3 2"));
-        problem.answer = "7".into();
-        assert!(problem.solved_by("=0 7") && !problem.solved_by("=0 0") && !problem.solved_by("="));
-        problem.answer = "0".into();
-        assert!(problem.solved_by("=0 0"));
-        assert_eq!(Problem::answer_of("no answer"), None);
+        problem.answer = "12".into();
+        assert!(problem.solved_by("4+3=7+5=12\n1 + 1 ; + 1 ; + 1\n1+1=2+1=3+1=4\n"));
+        assert!(!problem.solved_by("12\n=12\n"), "only the first line counts");
+        assert!(!problem.solved_by("4+3=7+5=13\n4+3=12\n") && !problem.solved_by("4+3=7+5=12"));
+        assert_eq!(Problem::answer_of("no answer\n"), None);
     }
 }

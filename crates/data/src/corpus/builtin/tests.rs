@@ -49,14 +49,14 @@ fn no_template_dominates() {
     assert!(lines.len() > 600, "{}", lines.len());
 }
 
-/// The same seen from outside: of the lines, numbers aside, none is more than 1 %. Lines without a letter (braces,
-/// sums written out) are form, not template.
+/// The same seen from outside: of the lines, digits aside, none is more than 1 %. Lines of punctuation alone (a closing
+/// brace) are form, not template.
 #[test]
 fn no_line_dominates() {
     let mut lines: HashMap<String, usize> = HashMap::new();
     let mut total = 0;
     for i in 0..SAMPLE {
-        for line in document(9, i).0.lines().filter(|line| line.chars().any(char::is_alphabetic)) {
+        for line in document(9, i).0.lines().filter(|line| line.chars().any(char::is_alphanumeric)) {
             let line = line.trim().replace(|c: char| c.is_ascii_digit(), "0");
             *lines.entry(line).or_default() += 1;
             total += 1;
@@ -228,10 +228,9 @@ fn worked_arithmetic_is_right() {
         let Part::Drill = Part::draw(&mut scene.dice) else { continue };
         let text = document(3, i).0;
         let lines: Vec<&str> = text.lines().collect();
-        for problem in lines.chunks(3) {
-            let [question, working, answer] = problem else { panic!("{text}") };
-            let answer: i64 = answer.strip_prefix('=').unwrap().parse().unwrap();
-            assert_eq!(walk(working), Some(answer), "{text}");
+        for problem in lines.chunks(2) {
+            let [question, working] = problem else { panic!("{text}") };
+            let answer = walk(working).unwrap_or_else(|| panic!("{working} in\n{text}"));
             if let Some(y) = unknown(question) {
                 assert_eq!(y, answer, "{text}");
                 answers[0] += 1;
