@@ -15,6 +15,6 @@ trap 'rm -f "$log"' EXIT
   "$python" runs/survive/kill.py "$PWD/target/release/hadal"
   echo
   echo "A fault at every file operation (crates/train/tests/survive.rs):"
-  cargo test --quiet --release -p hadal-train --test survive -- --nocapture --test-threads 1 2>&1 | grep -E '^(survive|test result)'
+  cargo test --quiet --release -p hadal-train --test survive -- --nocapture --test-threads 1 2>&1 | grep -oE '(survive: |test result: ).*'
 } | tee "$log"
 mv "$log" runs/survive/output.txt
