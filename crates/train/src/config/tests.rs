@@ -327,10 +327,10 @@ fn a_saved_floor_goes_with_the_phase_that_it_ends() {
         file.set("train.steps", Value::from(n), "--steps").unwrap();
         file
     };
-    let run = steps(260).resolve("out".into(), BUILD).unwrap();
+    let run = steps(650).resolve("out".into(), BUILD).unwrap();
     assert!(!train_of(&run).contains_key("min_lr"));
-    assert!(train_of(&steps(261).resolve("out".into(), BUILD).unwrap()).contains_key("min_lr"));
-    let mut file = steps(260);
+    assert!(train_of(&steps(651).resolve("out".into(), BUILD).unwrap()).contains_key("min_lr"));
+    let mut file = steps(650);
     file.set("train.min_lr", Value::from(1e-4), "--set train.min_lr=1e-4").unwrap();
     let error = file.resolve("out".into(), BUILD).unwrap_err().to_string();
     assert!(error.starts_with("--set train.min_lr=1e-4: train.min_lr has no effect"), "{error}");
