@@ -32,6 +32,7 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for half::bf16 {}
     impl Sealed for i32 {}
+    impl Sealed for u32 {}
 }
 
 /// A plain element type: any bit pattern is valid, zero bytes are zero.
@@ -39,6 +40,7 @@ pub trait Pod: sealed::Sealed + Copy + Send + Sync + 'static {}
 impl Pod for f32 {}
 impl Pod for bf16 {}
 impl Pod for i32 {}
+impl Pod for u32 {}
 
 /// An activation type: f32 or bf16. Arithmetic is in f32, one rounding on store.
 pub trait Elem: Pod {

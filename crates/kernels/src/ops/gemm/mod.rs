@@ -9,6 +9,7 @@
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
+mod kernel;
 pub(super) mod pack;
 #[cfg(test)]
 mod reference;

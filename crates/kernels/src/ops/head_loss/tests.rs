@@ -1,6 +1,6 @@
 use super::{Backward, Inputs, Outputs, backward, cpu::SLICE, forward, reference};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
 };
 use crate::{Buf, Ctx, DType, Weight};
 use hadal_numerics::{Purpose, Rng, Tolerance};
@@ -190,16 +190,18 @@ fn agrees_with_the_reference() {
 fn same_bits_on_any_number_of_threads_and_whichever_gradient_is_asked_for() {
     each_case(|dtype, c| {
         let before = buf(DType::F32, &normals(20, c.v * c.d, 1.0));
-        let outputs = c.forward(&ctx(), c.v.min(3));
-        let [dh, dw] = c.backward(&ctx(), dtype, &before, [true, true]);
-        for ctx in contexts() {
-            let found = c.forward(&ctx, c.v.min(3));
-            assert_eq!(found[4].view().i32(), outputs[4].view().i32());
-            for i in [0, 1, 2, 3, 5] {
-                assert_same_bits("forward", &found[i], &outputs[i]);
+        for contexts in isas().into_iter().map(thread_counts) {
+            let outputs = c.forward(&contexts[0], c.v.min(3));
+            let [dh, dw] = c.backward(&contexts[0], dtype, &before, [true, true]);
+            for ctx in &contexts {
+                let found = c.forward(ctx, c.v.min(3));
+                assert_eq!(found[4].view().i32(), outputs[4].view().i32());
+                for i in [0, 1, 2, 3, 5] {
+                    assert_same_bits("forward", &found[i], &outputs[i]);
+                }
+                assert_same_bits("d_hidden alone", &c.backward(ctx, dtype, &before, [true, false])[0], &dh);
+                assert_same_bits("d_weight alone", &c.backward(ctx, dtype, &before, [false, true])[1], &dw);
             }
-            assert_same_bits("d_hidden alone", &c.backward(&ctx, dtype, &before, [true, false])[0], &dh);
-            assert_same_bits("d_weight alone", &c.backward(&ctx, dtype, &before, [false, true])[1], &dw);
         }
     });
 }

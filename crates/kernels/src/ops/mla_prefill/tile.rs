@@ -64,13 +64,13 @@ impl Product<'_> {
     /// The product, in the register blocks that suit the level.
     #[inline(always)]
     unsafe fn blocks<V: Lanes>(&self, c: &mut [f32]) {
-        let step = if V::LEVEL == Level::Avx512 { 32 } else { 16 };
+        let step = if V::LEVEL >= Level::Avx512 { 32 } else { 16 };
         let wide = self.n / step * step;
         for j in (0..wide).step_by(step) {
             // SAFETY: passed on from the caller; a step is as wide as its level's block.
             unsafe {
                 match V::LEVEL {
-                    Level::Avx512 => self.columns::<V, 8, 2>(c, j),
+                    Level::Avx512 | Level::Avx512Bf16 | Level::Amx => self.columns::<V, 8, 2>(c, j),
                     Level::Avx2 => self.columns::<V, 4, 2>(c, j),
                     Level::Portable => self.columns::<V, 2, 4>(c, j),
                 }
