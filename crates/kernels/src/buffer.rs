@@ -54,6 +54,8 @@ pub trait Elem: Pod {
     fn of(v: View<'_>) -> &[Self];
     /// As `of`, to write.
     fn of_mut(v: ViewMut<'_>) -> &mut [Self];
+    /// A view of these elements.
+    fn view(x: &[Self]) -> View<'_>;
 }
 
 impl Elem for f32 {
@@ -71,6 +73,9 @@ impl Elem for f32 {
     }
     fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
         v.f32()
+    }
+    fn view(x: &[Self]) -> View<'_> {
+        View::F32(x)
     }
 }
 
@@ -94,6 +99,9 @@ impl Elem for bf16 {
     }
     fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
         v.bf16()
+    }
+    fn view(x: &[Self]) -> View<'_> {
+        View::Bf16(x)
     }
 }
 

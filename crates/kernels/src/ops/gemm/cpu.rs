@@ -4,11 +4,10 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
-use super::kernel::{Multiply, ROWS_OF_TILES, group_width};
-use super::pack::{self, CELLS, Cell, Operand, Part, ROW_CELLS};
 use crate::buffer::Pod;
-use crate::isa::{Isa, TILE_COLUMNS, vectorised};
-use crate::{AlignedVec, Cpu, DType, Elem, Level, ViewMut, bf16};
+use crate::isa::{Isa, vectorised};
+use crate::panel::{self, CELLS, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
+use crate::{AlignedVec, Cpu, DType, Elem, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -29,42 +28,6 @@ pub struct Product<'a> {
     pub ldc: usize,
 }
 
-/// What multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unit {
-    /// Vectors, a cell at a time.
-    Vectors(Cell),
-    /// AMX's tiles; cells are pairs.
-    Tiles,
-}
-
-impl Unit {
-    fn of(isa: Isa, p: &Product<'_>) -> Self {
-        let bf16 = p.a.data.dtype() == DType::Bf16 && p.b.data.dtype() == DType::Bf16;
-        match isa.level() {
-            Level::Amx if bf16 => Self::Tiles,
-            Level::Avx512Bf16 if bf16 => Self::Vectors(Cell::Pair),
-            _ => Self::Vectors(Cell::Single),
-        }
-    }
-
-    fn cell(self) -> Cell {
-        match self {
-            Self::Vectors(cell) => cell,
-            Self::Tiles => Cell::Pair,
-        }
-    }
-
-    /// Multiply-adds a cycle in relation to one vector, roughly: the dearer packing is beside them, the larger the tile
-    /// that shares it.
-    fn tile(self) -> (usize, usize) {
-        match self {
-            Self::Vectors(_) => (ROWS, COLUMNS),
-            Self::Tiles => (2 * ROWS, 2 * COLUMNS),
-        }
-    }
-}
-
 /// Largest tile: its sums and panels fit the second-level cache. Rows are a multiple of every level's register block.
 const ROWS: usize = 240;
 const COLUMNS: usize = 256;
@@ -77,13 +40,18 @@ const TASKS: usize = 32;
 const LEAST_WORK: usize = 1 << 18;
 
 impl Product<'_> {
+    fn unit(&self, isa: Isa) -> Unit {
+        Unit::of(isa, self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16)
+    }
+
     fn work(&self) -> usize {
         self.m * self.n * self.k.max(1)
     }
 
     /// Rows and columns of a tile when a task should do about `work` multiply-adds.
     fn tile(&self, unit: Unit, work: usize) -> (usize, usize) {
-        let (mut r, mut c) = unit.tile();
+        // Packing is the dearer beside the product the faster that is, and a larger tile shares it.
+        let (mut r, mut c) = if unit == Unit::Tiles { (2 * ROWS, 2 * COLUMNS) } else { (ROWS, COLUMNS) };
         while r * c * self.k > work && (c > LEAST_COLUMNS || r > LEAST_ROWS) {
             // Columns first: packing their lanes is the dearer part, and it is shared by the tile's rows.
             if c > LEAST_COLUMNS { c /= 2 } else { r = (r / 2).max(LEAST_ROWS) }
@@ -127,7 +95,7 @@ fn tasks(isa: Isa, products: &[Product<'_>], accumulate: bool) -> Vec<Task> {
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
-        let (tm, tn) = p.tile(Unit::of(isa, p), work);
+        let (tm, tn) = p.tile(p.unit(isa), work);
         for j in (0..p.n).step_by(tn) {
             for i in (0..p.m).step_by(tm) {
                 tasks.push(Task { product, rows: i..(i + tm).min(p.m), cols: j..(j + tn).min(p.n) });
@@ -159,8 +127,8 @@ fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
 }
 
 fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
-    let unit = Unit::of(isa, p);
-    let (cell, group) = (unit.cell(), group_width(isa));
+    let unit = p.unit(isa);
+    let group = group_width(isa);
     let width = t.cols.len().next_multiple_of(group);
     let count = t.rows.len();
     let room = count.next_multiple_of(ROWS_OF_TILES);
@@ -170,30 +138,13 @@ fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, 
     if p.k == 0 {
         s.sums[..count * width].fill(0.0);
     }
-    // Pieces of k of about equal length, so that none is a mere rest.
-    let cells = p.k.div_ceil(cell.depth());
-    let step = cells.div_ceil(cells.div_ceil(CELLS).max(1)).max(1).next_multiple_of(TILE_COLUMNS) * cell.depth();
-    for k0 in (0..p.k).step_by(step) {
-        let kc = step.min(p.k - k0);
-        let held = kc.div_ceil(cell.depth());
-        let cells = if unit == Unit::Tiles { held.next_multiple_of(TILE_COLUMNS) } else { held };
+    for (k0, kc) in unit.pieces(p.k) {
+        let cells = unit.cells(kc);
         let part = |range: &Range<usize>| Part { first: range.start, count: range.len(), k0, kc, cells };
-        pack::lanes(isa, p.b, part(&t.cols), cell, group, &mut s.lanes);
-        pack::rows(isa, p.a, part(&t.rows), cell, &mut s.rows);
-        let multiply = Multiply {
-            lanes: &s.lanes,
-            width,
-            rows: &s.rows,
-            count,
-            cells,
-            sums: &mut s.sums,
-            add: k0 > 0,
-            pairs: cell == Cell::Pair,
-        };
-        match unit {
-            Unit::Vectors(_) => isa.run(multiply),
-            Unit::Tiles => isa.run_tiles(multiply),
-        }
+        panel::lanes(isa, p.b, part(&t.cols), unit.cell(), group, &mut s.lanes);
+        panel::rows(isa, p.a, part(&t.rows), unit.cell(), &mut s.rows);
+        let multiply = Multiply { lanes: &s.lanes, width, rows: &s.rows, count, cells, sums: &mut s.sums, add: k0 > 0 };
+        multiply.run(isa, unit);
     }
     store(isa, t, &s.sums, width, p, out, accumulate);
 }

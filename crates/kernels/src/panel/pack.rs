@@ -1,57 +1,10 @@
-//! Panels for the microkernels: parts of an operand, laid out as the kernels read them.
-//!
-//! A panel consists of cells of 32 bits: an f32 (widened if need be), or two bf16 at consecutive k, the first in the low
-//! half. Along k a panel has `cells` of them; zeros fill up what k does not. Of one operand the kernels read *lanes*,
-//! vectors over the outer index at each cell, in groups of `width` lanes: `[group][cell][width]`. Of the other they read
-//! *rows*, `[row][ROW_CELLS]`, one cell at a time or as the rows of a tile.
+//! Making panels of operands.
 
-use super::super::by_dtype;
+use super::{CELLS, Cell, Operand, Part, ROW_CELLS};
 use crate::isa::{Isa, SQUARE, prefetch, transpose, vectorised};
-use crate::{Elem, View, bf16};
+use crate::ops::by_dtype;
+use crate::{DType, Elem, bf16};
 use std::marker::PhantomData;
-
-/// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
-#[derive(Clone, Copy, Debug)]
-pub struct Operand<'a> {
-    pub data: View<'a>,
-    pub ld: usize,
-    pub k_contiguous: bool,
-}
-
-/// Which part of an operand: outer indices from `first`, k from `k0`, and how many of each.
-#[derive(Clone, Copy, Debug)]
-pub struct Part {
-    pub first: usize,
-    pub count: usize,
-    pub k0: usize,
-    pub kc: usize,
-    /// Cells along k, at least those that hold kc.
-    pub cells: usize,
-}
-
-/// Most cells of a panel along k: a group of lanes and a block of rows then share the first-level cache.
-pub const CELLS: usize = 128;
-/// Cells from one row of a panel to the next; not a power of two, which would map rows to the same lines of a cache.
-pub const ROW_CELLS: usize = CELLS + SQUARE;
-
-/// What a cell holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cell {
-    /// One f32.
-    Single,
-    /// Two bf16.
-    Pair,
-}
-
-impl Cell {
-    /// Steps of k in a cell.
-    pub fn depth(self) -> usize {
-        match self {
-            Self::Single => 1,
-            Self::Pair => 2,
-        }
-    }
-}
 
 /// How cells are made of elements.
 trait Source {
@@ -66,6 +19,8 @@ trait Source {
 
 struct Single<T>(PhantomData<T>);
 struct Pair;
+/// Pairs of what is still f32, rounded here.
+struct RoundedPair;
 
 impl<T: Elem> Source for Single<T> {
     type T = T;
@@ -106,10 +61,37 @@ impl Source for Pair {
     }
 }
 
+#[inline(always)]
+fn rounded(low: f32, high: f32) -> u32 {
+    pair(Elem::round(low), Elem::round(high))
+}
+
+impl Source for RoundedPair {
+    type T = f32;
+    const DEPTH: usize = 2;
+    #[inline(always)]
+    fn along(from: &[f32], cells: &mut [u32]) {
+        let (pairs, odd) = from.as_chunks::<2>();
+        cells.iter_mut().zip(pairs).for_each(|(c, x)| *c = rounded(x[0], x[1]));
+        if let [last] = odd {
+            cells[pairs.len()] = rounded(*last, 0.0);
+        }
+    }
+    #[inline(always)]
+    fn across(first: &[f32], next: &[f32], cells: &mut [u32]) {
+        if next.is_empty() {
+            cells.iter_mut().zip(first).for_each(|(c, x)| *c = rounded(*x, 0.0));
+        } else {
+            cells.iter_mut().zip(first.iter().zip(next)).for_each(|(c, (x, y))| *c = rounded(*x, *y));
+        }
+    }
+}
+
 /// Calls a function with the source that the operand and the cell ask for.
 macro_rules! by_source {
     ($op:expr, $cell:expr, $f:ident($($arg:expr),*)) => {
         match $cell {
+            Cell::Pair if $op.data.dtype() == DType::F32 => $f::<RoundedPair>($($arg),*),
             Cell::Pair => $f::<Pair>($($arg),*),
             Cell::Single => by_dtype!($op.data.dtype(), T => $f::<Single<T>>($($arg),*)),
         }

@@ -4,16 +4,16 @@
 //! in order of k, each by the same instruction. How rows and lanes are blocked decides which sums are computed together,
 //! never how one is computed; so a row's bits depend on nothing but the row, the other operand and k.
 
-use super::pack::ROW_CELLS;
+use super::{Cell, ROW_CELLS, Unit};
 use crate::isa::{Isa, Job, Lanes, Level, TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
 
 /// Lanes of a group: what the widest block of the level takes.
-pub fn group_width(isa: Isa) -> usize {
+pub(crate) fn group_width(isa: Isa) -> usize {
     if isa.level() >= Level::Avx512 { 32 } else { 16 }
 }
 
 /// `sums[row][lane]` (+)= rows . lanes, over all cells.
-pub struct Multiply<'a> {
+pub(crate) struct Multiply<'a> {
     /// `[group][cells][width]`, of the level's width.
     pub lanes: &'a [u32],
     /// Lanes, whole groups of them.
@@ -26,11 +26,17 @@ pub struct Multiply<'a> {
     pub sums: &'a mut [f32],
     /// Continue the sums instead of starting at zero.
     pub add: bool,
-    /// Cells are pairs of bf16.
-    pub pairs: bool,
 }
 
 impl Multiply<'_> {
+    /// Computes it.
+    pub fn run(self, isa: Isa, unit: Unit) {
+        match unit {
+            Unit::Vectors(cell) => isa.run(OnVectors(self, cell)),
+            Unit::Tiles => isa.run_tiles(self),
+        }
+    }
+
     fn check(&self, group: usize, rows: usize) {
         assert!(self.width.is_multiple_of(group) && self.cells <= ROW_CELLS);
         assert!(self.lanes.len() >= self.width * self.cells && self.rows.len() >= rows * ROW_CELLS);
@@ -38,11 +44,14 @@ impl Multiply<'_> {
     }
 }
 
-impl Job for Multiply<'_> {
+struct OnVectors<'a>(Multiply<'a>, Cell);
+
+impl Job for OnVectors<'_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
-        assert!(V::PAIRS || !self.pairs, "pairs on {}", V::LEVEL.name());
-        if V::PAIRS && self.pairs { self.groups::<V, true>() } else { self.groups::<V, false>() }
+        let pairs = self.1 == Cell::Pair;
+        assert!(V::PAIRS || !pairs, "pairs on {}", V::LEVEL.name());
+        if V::PAIRS && pairs { self.0.groups::<V, true>() } else { self.0.groups::<V, false>() }
     }
 }
 
@@ -123,7 +132,7 @@ impl Multiply<'_> {
 }
 
 /// Rows that [`Multiply`] may compute on tiles: whole pairs of tiles, so that panels and sums must have room for them.
-pub const ROWS_OF_TILES: usize = 2 * TILE_ROWS;
+pub(crate) const ROWS_OF_TILES: usize = 2 * TILE_ROWS;
 
 impl TileJob for Multiply<'_> {
     /// Blocks of two tiles by two: each tile that is loaded is multiplied twice, so that loads, of which two take as long
@@ -131,7 +140,7 @@ impl TileJob for Multiply<'_> {
     fn run<T: Tiles>(mut self) {
         let rows = self.count.next_multiple_of(ROWS_OF_TILES);
         self.check(2 * TILE_COLUMNS, rows);
-        assert!(self.pairs && self.cells.is_multiple_of(TILE_COLUMNS));
+        assert!(self.cells.is_multiple_of(TILE_COLUMNS), "{} cells", self.cells);
         // SAFETY: configured before all else and released after; blocks reach rows below `rows` and lanes below width,
         // and `check` bounds the panels by these.
         unsafe {
