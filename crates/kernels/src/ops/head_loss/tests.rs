@@ -181,7 +181,8 @@ fn agrees_with_the_reference() {
             want_dw.iter_mut().zip(widen(&before)).for_each(|(w, b)| *w += b);
             let [dh, dw] = c.backward(&ctx, dtype, &before, [true, true]);
             assert_close("d_hidden", &dh, &want_dh, op_tolerance(dtype));
-            assert_close("d_weight", &dw, &want_dw, tol);
+            // In bf16 the gradients of the logits are rounded before their products.
+            assert_close("d_weight", &dw, &want_dw, op_tolerance(dtype));
         });
     }
 }
@@ -304,14 +305,15 @@ fn a_training_step_of_a_small_model() {
     let uniform = (v as f32).ln();
     assert!(entropy.view().f32().iter().all(|h| (h - uniform).abs() < 0.02));
     assert!(logp.view().f32().iter().all(|l| *l == 0.0 || (l + uniform).abs() < 1.0));
-    // Gradients of logp over all ids add up to zero in each column of the weight's.
+    // Gradients of logp over all ids add up to zero in each column of the weight's, but for their rounding to bf16: alike
+    // probabilities are rounded alike, by up to 2^-9 of their sum, and that at the target, near -1, by as much.
     c.d_entropy = buf(DType::F32, &vec![0.0; n]);
     let [_, dw] = c.backward(&ctx(), DType::Bf16, &buf(DType::F32, &vec![0.0; v * d]), [true, true]);
     let dw = dw.view().f32();
     let scale = (dw.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / d as f64).sqrt();
     for i in 0..d {
         let sum: f64 = (0..v).map(|j| f64::from(dw[j * d + i])).sum();
-        assert!(sum.abs() < 1e-4 * scale, "column {i}: {sum:e}, its norm is about {scale:e}");
+        assert!(sum.abs() < scale / 256.0, "column {i}: {sum:e}, its norm is about {scale:e}");
     }
 }
 
