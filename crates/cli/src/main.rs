@@ -15,7 +15,7 @@ mod tokenizer;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::{Ctx, Device, Isa};
 use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
@@ -94,6 +94,9 @@ impl Global {
     }
 
     fn ctx(&self) -> anyhow::Result<Ctx> {
+        if let Some(notice) = Isa::notice() {
+            eprintln!("{notice}");
+        }
         Ok(Device::cpu(self.threads)?.ctx())
     }
 }

@@ -10,6 +10,7 @@ mod device;
 mod isa;
 mod math;
 pub mod ops;
+mod panel;
 #[cfg(test)]
 mod testing;
 
