@@ -82,6 +82,14 @@ impl Isa {
         self.0
     }
 
+    /// The level may use vdpbf16ps and this CPU has it.
+    pub(crate) fn has_bf16_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 >= Level::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Does the job, compiled for this level.
     #[inline(always)]
     pub(crate) fn run<J: Job>(self, job: J) {

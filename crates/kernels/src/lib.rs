@@ -10,6 +10,7 @@ mod device;
 mod isa;
 mod math;
 pub mod ops;
+pub mod peak;
 #[cfg(test)]
 mod testing;
 

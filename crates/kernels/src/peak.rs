@@ -1,0 +1,143 @@
+//! How fast this CPU multiplies when nothing is in the way: loops over registers that load and store nothing. What a
+//! product of matrices reaches is judged by them (`hadal bench peak`); no operation uses them.
+
+use crate::isa::{Job, Lanes};
+use crate::{Cpu, DType, Isa, Level};
+use std::hint::black_box;
+
+/// Independent chains of multiply-adds: over the latency times the units of any CPU that we know, and with both
+/// factors within the 16 registers of AVX2.
+const CHAINS: usize = 12;
+
+/// A loop over registers.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    isa: Isa,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// f32 multiply-add.
+    Fma,
+    /// vdpbf16ps: products of pairs of bf16, summed in f32.
+    Bf16Dot,
+}
+
+/// All loops that a device of the level `isa` may use, the narrowest first.
+pub fn kernels(isa: Isa) -> Vec<Kernel> {
+    let levels = Level::ALL.into_iter().filter_map(Isa::new).filter(|&l| l <= isa);
+    let fma = levels.map(|isa| Kernel { isa, kind: Kind::Fma });
+    fma.chain(isa.has_bf16_dot().then_some(Kernel { isa, kind: Kind::Bf16Dot })).collect()
+}
+
+impl Kernel {
+    /// Level and instruction.
+    pub fn name(&self) -> String {
+        let instruction = match self.kind {
+            Kind::Fma => "fma",
+            Kind::Bf16Dot => "vdpbf16ps",
+        };
+        format!("{} {instruction}", self.isa.level().name())
+    }
+
+    /// What it multiplies; sums are f32.
+    pub fn dtype(&self) -> DType {
+        match self.kind {
+            Kind::Fma => DType::F32,
+            Kind::Bf16Dot => DType::Bf16,
+        }
+    }
+
+    /// Operations of one worker's `rounds`; a multiply-add is two.
+    pub fn flops(&self, rounds: u64) -> f64 {
+        let lanes = match (self.kind, self.isa.level()) {
+            (Kind::Bf16Dot, _) => 32,
+            (Kind::Fma, Level::Avx512) => 16,
+            (Kind::Fma, Level::Avx2) => 8,
+            (Kind::Fma, Level::Portable) => 4,
+        };
+        rounds as f64 * (CHAINS * lanes * 2) as f64
+    }
+
+    /// `rounds` rounds on every worker at once.
+    pub fn run(&self, cpu: &Cpu, rounds: u64) {
+        cpu.install(|| rayon::broadcast(|_| self.alone(rounds)));
+    }
+
+    fn alone(&self, rounds: u64) {
+        match self.kind {
+            Kind::Fma => self.isa.run(Fma { rounds }),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the kind exists only where the CPU has the instruction (`kernels`).
+            Kind::Bf16Dot => unsafe { bf16_dot(rounds) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Kind::Bf16Dot => unreachable!("an instruction of x86-64"),
+        }
+    }
+}
+
+/// Each chain is x = x * a + b with |a| < 1: it depends on itself, so that nothing leaves the loop, and stays finite.
+struct Fma {
+    rounds: u64,
+}
+
+impl Job for Fma {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        // SAFETY: `Isa::run` compiles a job for the level of its lanes.
+        let (mut x, a, b) =
+            unsafe { ([V::splat(black_box(1.0)); CHAINS], V::splat(black_box(0.5)), V::splat(black_box(0.25))) };
+        for _ in 0..self.rounds {
+            for x in &mut x {
+                // SAFETY: as above.
+                *x = unsafe { x.mul_add(a, b) };
+            }
+        }
+        let mut out = [0f32; 16];
+        for x in x {
+            // SAFETY: as above, and no level has more than 16 lanes.
+            unsafe { x.store(out.as_mut_ptr()) };
+            black_box(&out);
+        }
+    }
+}
+
+/// The chains are sums, which grow until adding changes nothing: the instruction takes the same time for any numbers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_dot(rounds: u64) {
+    use std::arch::x86_64::*;
+    let ones = _mm512_set1_ps(black_box(1.0));
+    let a = _mm512_cvtne2ps_pbh(ones, ones);
+    let mut x = [ones; CHAINS];
+    for _ in 0..rounds {
+        for x in &mut x {
+            *x = _mm512_dpbf16_ps(*x, a, a);
+        }
+    }
+    for x in x {
+        black_box(_mm512_reduce_add_ps(x));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::testing::isas;
+
+    /// Every loop runs on every level, and a device of a level has none that is wider.
+    #[test]
+    fn every_kernel_runs() {
+        for isa in isas() {
+            let Device::Cpu(cpu) = Device::cpu_with(Some(2), isa).unwrap();
+            let all = kernels(isa);
+            assert_eq!(all.iter().filter(|k| k.kind == Kind::Fma).count(), 1 + isa.level() as usize);
+            for k in all {
+                assert!(k.isa <= isa && k.flops(3) == 3.0 * k.flops(1), "{}", k.name());
+                k.run(&cpu, 3);
+            }
+        }
+    }
+}
