@@ -37,7 +37,8 @@ def lines(command: list[str]) -> list[dict]:
     time.sleep(PAUSE)
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if ran.returncode:
-        raise Failed((ran.stderr.strip().splitlines() or ["no message"])[-1])
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Failed(last.removeprefix("error: "))
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 

@@ -6,6 +6,8 @@ As a program it is one training run on what `hadal bench train --export DIR` wro
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -25,8 +27,8 @@ def threads(n: int | None) -> None:
     """All cores, or n of them; code that torch generates obeys the instruction set asked for (run.sh)."""
     torch.set_num_threads(n or len(os.sched_getaffinity(0)))
     if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
-        import torch._inductor.config
-        torch._inductor.config.cpp.simdlen = 256
+        from torch._inductor import config
+        config.cpp.simdlen = 256
 
 
 def timed(work, times: int) -> float:
@@ -37,9 +39,9 @@ def timed(work, times: int) -> float:
 
 
 def measure(work, seconds: float, repeats: int) -> float:
-    """Median seconds of one doing, after one to warm up."""
+    """Median seconds of one doing, after two to warm up."""
+    work()
     times = max(1, math.ceil(SHORTEST / timed(work, 1)))
-    timed(work, times)
     found, begin = [], time.perf_counter()
     while len(found) < repeats or time.perf_counter() - begin < seconds:
         found.append(timed(work, times))
@@ -120,50 +122,90 @@ def groups(model, decay: float):
     return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
+# A model of every part that takes no memory to speak of.
+TINY = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
+    first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    n_group=2, topk_group=1)
+
+
+class Training:
+    """A model with its optimiser, and their step."""
+
+    def __init__(self, model, constants: dict, experts: str, compiled: bool):
+        model.set_experts_implementation(experts)
+        model.train()
+        self.model, self.clip = model, constants["clip"]
+        self.optimizer = torch.optim.AdamW(
+            groups(model, constants["weight_decay"]), lr=constants["lr"], fused=True,
+            betas=(constants["beta1"], constants["beta2"]), eps=constants["eps"])
+        self.loss = torch.compile(self.forward) if compiled else self.forward
+        self.gradients = 0
+
+    def forward(self, inputs, targets):
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def step(self, window) -> float:
+        loss = self.loss(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def state(self) -> int:
+        """Bytes of parameters, gradients and moments."""
+        moments = (x for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x))
+        return sum(p.nbytes for p in self.model.parameters()) + self.gradients + sum(x.nbytes for x in moments)
+
+
+def load_code(directory: Path, dtype: str, constants: dict, experts: str, compiled: bool) -> None:
+    """A step of a tiny model, which is gone afterwards: what a process holds before there is a model has all code."""
+    import transformers
+    config = transformers.AutoConfig.from_pretrained(directory)
+    kept = {key: value for key, value in TINY.items() if key != "q_lora_rank" or config.q_lora_rank is not None}
+    config = type(config)(**{"q_lora_rank": None, **kept})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    Training(model, constants, experts, compiled).step(torch.randint(0, 64, (2, 17)))
+    del model
+    torch.compiler.reset()
+    gc.collect()
+
+
 def train(directory: Path, dtype: str, experts: str, compiled: bool, steps: int | None) -> dict:
     """Steps of AdamW from the exported weights on the exported tokens."""
     import transformers
     from safetensors.torch import load_file
 
     constants = json.loads((directory / "bench.json").read_text())["constants"]
-    before = status("VmRSS")
-    tokens = load_file(directory / "tokens.safetensors")["tokens"]
-    steps = min(steps or len(tokens), len(tokens))
+    tokens = load_file(directory / "tokens.safetensors")["tokens"].long()
+    tokens = tokens[:steps] if steps else tokens
+    load_code(directory, dtype, constants, experts, compiled)
+    before, files = status("VmRSS"), status("RssFile")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    model.set_experts_implementation(experts)
-    model.train()
-    optimizer = torch.optim.AdamW(
-        groups(model, constants["weight_decay"]), lr=constants["lr"], fused=True,
-        betas=(constants["beta1"], constants["beta2"]), eps=constants["eps"])
-
-    def loss_of(inputs, targets):
-        logits = model(input_ids=inputs, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    run = torch.compile(loss_of) if compiled else loss_of
+    job = Training(model, constants, experts, compiled)
+    # What loading has left behind is no part of the steps.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     losses, seconds = [], []
-    for step, window in enumerate(tokens[:steps].long()):
+    for step, window in enumerate(tokens):
         begin = time.perf_counter()
-        loss = run(window[:, :-1].contiguous(), window[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), constants["clip"])
-        optimizer.step()
-        if step == 0:
-            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(job.step(window))
         seconds.append(time.perf_counter() - begin)
-        if step == 0 and steps > 1:
+        if step == 0 and len(tokens) > 1:
             # Compiling is no part of the steps; what it leaves resident is.
             Path("/proc/self/clear_refs").write_text("5")
-    state = sum(p.nbytes for p in model.parameters()) + gradients
-    state += sum(x.nbytes for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x))
+    # Nor are pages of the checkpoint that are still mapped: the system can drop them.
+    before += max(0, status("RssFile") - files)
     rates = [tokens.shape[1] * (tokens.shape[2] - 1) / s for s in seconds[1:] or seconds]
     return {
         "tokens_per_s": statistics.median(rates), "spread": [min(rates), max(rates)], "first_loss": losses[0],
-        "mean_loss": statistics.fmean(losses), "peak_bytes": status("VmHWM") - before - state, "state_bytes": state,
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "mean_loss": statistics.fmean(losses), "peak_bytes": max(0, status("VmHWM") - before - job.state()),
+        "state_bytes": job.state(), "torch": torch.__version__, "transformers": transformers.__version__,
     }
 
 

@@ -3,7 +3,7 @@
 use super::measure::{Budget, Work, median, spread};
 use super::peaks::Peaks;
 use super::row::Row;
-use hadal_kernels::Ctx;
+use hadal_kernels::{Ctx, Device, Isa};
 use serde_json::{Value, json};
 
 /// What is counted.
@@ -37,6 +37,13 @@ pub enum Against {
     Copy,
     /// The rival, which is a plain copy.
     Rival,
+}
+
+/// The name of a case, with the instruction set if the device has not the widest that there is.
+pub fn restricted(ctx: &Ctx, name: &str) -> String {
+    let Device::Cpu(cpu) = &ctx.device;
+    let level = cpu.isa().level().name();
+    if cpu.isa() < Isa::widest() { format!("{name} ({level})") } else { name.into() }
 }
 
 /// A case made ready.
@@ -84,13 +91,15 @@ impl Case {
         let (ours, rival) = (rate(median(&times[0])), times.get(1).map(|t| rate(median(t))));
         let [fastest, slowest] = spread(&times[0]);
         let ratio = rival.map(|r| ours / r);
+        // A loop over registers has its instruction set in its name.
+        let name = if self.against == Against::Nothing { self.name.clone() } else { restricted(ctx, &self.name) };
         Row {
             rival_name: rival_name.map(String::from),
             rival,
             ratio,
             share_of_peak: if self.against == Against::Rival { ratio } else { peak.map(|p| ours / p) },
             spread: [rate(slowest), rate(fastest)],
-            ..Row::new(bench, self.name.clone(), self.unit.name(), ours)
+            ..Row::new(bench, name, self.unit.name(), ours)
         }
     }
 }

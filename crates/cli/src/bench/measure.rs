@@ -23,11 +23,14 @@ impl Budget {
         Ok(Self { repeats, seconds })
     }
 
-    /// Seconds that one doing of each work took, run by run: each once to warm up, then in turns.
+    /// Seconds that one doing of each work took, run by run: each twice to warm up, then in turns.
     pub fn interleaved(&self, works: &mut [Work]) -> Vec<Vec<f64>> {
         let short = self.seconds.min(SHORTEST);
-        let times: Vec<usize> =
-            works.iter_mut().map(|w| (short / timed(w, 1)).ceil().clamp(1.0, 1e6) as usize).collect();
+        let times_of = |work: &mut Work| {
+            work();
+            (short / timed(work, 1)).ceil().clamp(1.0, 1e6) as usize
+        };
+        let times: Vec<usize> = works.iter_mut().map(times_of).collect();
         let mut all = vec![Vec::new(); works.len()];
         let begin = Instant::now();
         while all[0].len() < self.repeats || begin.elapsed().as_secs_f64() < self.seconds {
@@ -85,7 +88,7 @@ mod tests {
             Box::new(move || log.set(log.get() * 10 + digit))
         };
         let times = Budget::new(3, 0.0).unwrap().interleaved(&mut [work(1), work(2)]);
-        assert_eq!(log.get(), 12_121_212);
+        assert_eq!(log.get(), 1_122_121_212);
         assert!(times.len() == 2 && times.iter().all(|t| t.len() == 3 && t.iter().all(|&s| s > 0.0)));
     }
 

@@ -2,7 +2,7 @@
 //! token ids. With `--export` it writes weights, tokens and the optimiser's constants instead, so that another trainer
 //! can do the same steps; with `--from` it takes them.
 
-use super::case::Against;
+use super::case::{Against, restricted};
 use super::measure::{Budget, median, spread};
 use super::peaks::Peaks;
 use super::resident;
@@ -111,12 +111,11 @@ impl Train {
         let job = match (&self.from, &self.preset) {
             (Some(dir), _) => {
                 ensure!(global.seed.is_none(), "--seed has no effect with --from");
-                self.read(dir, out)?
+                self.read(dir, precision, out)?
             }
-            (None, Some(preset)) => self.make(preset, global.seed.unwrap_or(0))?,
+            (None, Some(preset)) => self.make(preset, precision, global.seed.unwrap_or(0))?,
             (None, None) => bail!("--preset: expected the name of a preset, found none"),
         };
-        job.fits(precision)?;
         let model = Model::whole(ctx, job.config.clone());
         let params = match &self.from {
             Some(dir) => Checkpoint::open(dir)?.load(ctx, &model.config, model.layout.clone(), precision)?.0,
@@ -126,13 +125,14 @@ impl Train {
             return job.export(dir, &params, out);
         }
         let mut row = job.measure(ctx, model, params, before)?;
-        row.case = format!("{} {}x{} {} {}", job.name, job.tokens.batch, job.tokens.seq, self.dtype, self.device);
+        let Tokens { batch, seq, .. } = job.tokens;
+        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, self.device));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
         Sink::new(out, self.record).put(row)
     }
 
     /// From a preset's name.
-    fn make(&self, preset: &str, seed: u64) -> anyhow::Result<Job> {
+    fn make(&self, preset: &str, precision: Precision, seed: u64) -> anyhow::Result<Job> {
         let mut config = ModelConfig::preset(preset)?;
         config.num_nextn_predict_layers = 0;
         let steps = self.steps.unwrap_or(20);
@@ -146,13 +146,15 @@ impl Train {
             ..Settings::default()
         };
         let resolved = TrainConfig::resolve(settings, &config)?;
+        fits(&config, precision)?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
         Ok(Job { name: preset.into(), config, constants: Constants::of(&resolved), tokens, steps })
     }
 
     /// From a directory that [`Job::export`] wrote.
-    fn read(&self, dir: &Path, out: &Output) -> anyhow::Result<Job> {
+    fn read(&self, dir: &Path, precision: Precision, out: &Output) -> anyhow::Result<Job> {
         let config = open::config(dir, out)?;
+        fits(&config, precision)?;
         let path = dir.join(CONSTANTS);
         let cannot = || format!("{}: expected what hadal bench train --export writes", path.display());
         let exported: Exported =
@@ -172,6 +174,12 @@ impl Train {
     }
 }
 
+/// An error if this machine's memory cannot hold the model in training.
+fn fits(config: &ModelConfig, precision: Precision) -> anyhow::Result<()> {
+    let layout = Layout::new(config, Scope::whole(config));
+    memory::fits("the model in training", TrainingMemory::of(&layout, precision, DType::F32, 0).total())
+}
+
 /// The file beside model and tokens.
 #[derive(Serialize, Deserialize)]
 struct Exported {
@@ -180,12 +188,6 @@ struct Exported {
 }
 
 impl Job {
-    /// An error if this machine's memory cannot hold it.
-    fn fits(&self, precision: Precision) -> anyhow::Result<()> {
-        let layout = Layout::new(&self.config, Scope::whole(&self.config));
-        memory::fits("the model in training", TrainingMemory::of(&layout, precision, DType::F32, 0).total())
-    }
-
     fn export(&self, dir: &Path, params: &Params, out: &Output) -> anyhow::Result<()> {
         let mut recorder = Recorder::new(self.tokens.batch, self.tokens.seq);
         (0..self.steps).for_each(|step| recorder.add(&self.tokens.windows(step)));
