@@ -14,6 +14,7 @@ import argparse
 import datetime
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -83,14 +84,11 @@ def kernels(args) -> bool:
             ours = lines(run)[-1]
             return ours, case["work"] / rival.measure(work, args.seconds, 5) / 1e9
 
-        tried = []
-        for setting in settings(case):
-            ours, theirs = pair(make(case, setting))
-            tried.append((theirs, setting, ours))
-        if len(tried) > 1:
-            for theirs, setting, ours in tried:
-                put(paired([ours], f"{of} {setting}", [theirs], False), args.record)
-        _, setting, _ = max(tried, key=lambda t: t[0])
+        tried, names = {}, settings(case)
+        for setting in names if len(names) > 1 else []:
+            ours, tried[setting] = pair(make(case, setting))
+            put(paired([ours], f"{of} {setting}", [tried[setting]], False), args.record)
+        setting = max(names, key=lambda name: tried.get(name, 0.0))
         work = make(case, setting)
         ours, theirs = zip(*(pair(work) for _ in range(args.pairs)))
         put(paired(list(ours), f"{of} {setting}", list(theirs), True), args.record)
@@ -145,6 +143,8 @@ def memory(row: dict, ours: list[dict], lowest: dict) -> dict:
 def train(args) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/export"
+        # Compiled once for all runs, and never by a run that was killed.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         lines([args.hadal, "bench", "train", "--export", directory, "--preset", args.preset, "--batch", str(args.batch),
                "--seq", str(args.seq), "--steps", str(args.steps), "--json"])
         job, rows = Training(args, directory), {}
