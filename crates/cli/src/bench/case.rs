@@ -42,8 +42,8 @@ pub enum Against {
 /// The name of a case, with the instruction set if the device has not the widest that there is.
 pub fn restricted(ctx: &Ctx, name: &str) -> String {
     let Device::Cpu(cpu) = &ctx.device;
-    let level = cpu.isa().level().name();
-    if cpu.isa() < Isa::widest() { format!("{name} ({level})") } else { name.into() }
+    let level = cpu.isa().level();
+    if level < Isa::widest().level() { format!("{name} ({})", level.name()) } else { name.into() }
 }
 
 /// A case made ready.
