@@ -11,6 +11,7 @@ mod isa;
 mod math;
 pub mod ops;
 mod panel;
+pub mod peak;
 #[cfg(test)]
 mod testing;
 
