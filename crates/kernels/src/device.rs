@@ -1,8 +1,8 @@
 //! The device that ops run on and the context that every op and stage takes. Nothing of a step is global: two
 //! models live in one process, and the forward of one batch may interleave with the backward of another.
 
-use crate::{Buf, DType, Isa};
-use std::sync::Arc;
+use crate::{Buf, DType, Isa, Profile};
+use std::sync::{Arc, OnceLock};
 
 /// Why a device cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -47,6 +47,7 @@ pub struct Cpu {
     pool: rayon::ThreadPool,
     threads: usize,
     isa: Isa,
+    pub(crate) profile: OnceLock<Profile>,
 }
 
 impl Device {
@@ -68,7 +69,7 @@ impl Device {
             .thread_name(|i| format!("hadal-{i}"))
             .build()
             .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
-        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa })))
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, profile: OnceLock::new() })))
     }
 
     /// Context of step 0, micro-batch 0.
@@ -86,6 +87,11 @@ impl Cpu {
     /// The vector instructions that ops are to use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// The time that this device spends in each op, kept from the first call on.
+    pub fn profile(&self) -> &Profile {
+        self.profile.get_or_init(Profile::default)
     }
 
     /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.

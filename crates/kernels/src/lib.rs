@@ -12,6 +12,7 @@ mod math;
 pub mod ops;
 mod panel;
 pub mod peak;
+mod profile;
 #[cfg(test)]
 mod testing;
 
@@ -19,3 +20,4 @@ pub use buffer::{AlignedVec, Buf, DType, Elem, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
+pub use profile::Profile;

@@ -13,6 +13,7 @@ use crate::{Ctx, Device, Elem, View, ViewMut};
 /// `y[N, F]` from `gate_up[N, 2F]`. `rows`: compute only the first `rows[0]` rows (i32 `[1]` on the device); None for
 /// all.
 pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>>, y: ViewMut<'_>) {
+    let _timer = ctx.timer("swiglu forward");
     check(width, gate_up.len(), y.len(), rows);
     match &ctx.device {
         Device::Cpu(cpu) => {
@@ -31,6 +32,7 @@ pub fn backward(
     rows: Option<View<'_>>,
     d_gate_up: ViewMut<'_>,
 ) {
+    let _timer = ctx.timer("swiglu backward");
     check(width, gate_up.len(), dy.len(), rows);
     assert_eq!(d_gate_up.len(), gate_up.len(), "swiglu: d_gate_up is not shaped as gate_up");
     match &ctx.device {
