@@ -87,12 +87,12 @@ impl Elem for bf16 {
     }
     #[inline(always)]
     fn round(x: f32) -> Self {
-        // Round to nearest even on the bits; a NaN keeps its sign and stays a NaN.
+        // Round to nearest even on the bits; a NaN keeps its sign and stays a NaN. The choice is made before the bits are
+        // narrowed, so that a vector is narrowed once.
         let b = x.to_bits();
-        if x.is_nan() {
-            return bf16::from_bits((b >> 16) as u16 | 0x40);
-        }
-        bf16::from_bits((b.wrapping_add(0x7fff + ((b >> 16) & 1)) >> 16) as u16)
+        let rounded = b.wrapping_add(0x7fff + ((b >> 16) & 1));
+        let b = if x.is_nan() { b | 0x40_0000 } else { rounded };
+        bf16::from_bits((b >> 16) as u16)
     }
     fn of(v: View<'_>) -> &[Self] {
         v.bf16()

@@ -173,39 +173,39 @@ fn detect() -> Found {
 
 /// Defines a function whose body is compiled once for every level; a call runs the one of the level it is given, its
 /// first argument. The arithmetic is the same, and nothing is fused or reordered, so all of them give the same bits:
-/// what the body sums, it must sum in lanes of its own. One type parameter is allowed, for the element.
+/// what the body sums, it must sum in lanes of its own. Type parameters are allowed, for elements.
 macro_rules! vectorised {
     (
-        $(#[$meta:meta])* $vis:vis fn $name:ident$(<$elem:ident: $bound:path>)?(
+        $(#[$meta:meta])* $vis:vis fn $name:ident$(<$($elem:ident: $bound:path),+>)?(
             $isa:ident: Isa $(, $arg:ident: $ty:ty)* $(,)?
         ) $(-> $ret:ty)? $body:block
     ) => {
         $(#[$meta])*
-        $vis fn $name$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name$(<$($elem: $bound),+>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(unused_variables, reason = "few bodies look at the level")]
-            fn body$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? $body
+            fn body$(<$($elem: $bound),+>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
-                    body$(::<$elem>)?($isa, $($arg),*)
+                fn avx512$(<$($elem: $bound),+>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
+                    body$(::<$($elem),+>)?($isa, $($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
-                    body$(::<$elem>)?($isa, $($arg),*)
+                fn avx2$(<$($elem: $bound),+>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
+                    body$(::<$($elem),+>)?($isa, $($arg),*)
                 }
                 let level = $isa.level();
                 if level >= $crate::isa::Level::Avx512 {
                     // SAFETY: an Isa is a level that this CPU has.
-                    return unsafe { avx512$(::<$elem>)?($isa, $($arg),*) };
+                    return unsafe { avx512$(::<$($elem),+>)?($isa, $($arg),*) };
                 }
                 if level >= $crate::isa::Level::Avx2 {
                     // SAFETY: as above.
-                    return unsafe { avx2$(::<$elem>)?($isa, $($arg),*) };
+                    return unsafe { avx2$(::<$($elem),+>)?($isa, $($arg),*) };
                 }
             }
-            body$(::<$elem>)?($isa, $($arg),*)
+            body$(::<$($elem),+>)?($isa, $($arg),*)
         }
     };
 }

@@ -1,6 +1,6 @@
 //! Elementwise sums, blends and conversion, in f32, rounded once.
 
-mod cpu;
+pub(super) mod cpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

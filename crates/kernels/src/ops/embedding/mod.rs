@@ -32,7 +32,11 @@ pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
         return;
     }
     let d = dy.len() / n;
-    assert!(d > 0 && dy.len() == n * d && dtable.len().is_multiple_of(d), "dy [{n}, {d}] to {}", dtable.len());
+    assert!(
+        u32::try_from(n).is_ok() && d > 0 && dy.len() == n * d && dtable.len().is_multiple_of(d),
+        "dy [{n}, {d}] to {}",
+        dtable.len()
+    );
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => cpu::backward::<T>(cpu, ids.i32(), dy, d, dtable)),
     }

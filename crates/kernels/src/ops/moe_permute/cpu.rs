@@ -7,8 +7,8 @@ use crate::{Cpu, Elem};
 
 /// Elements of one task, about.
 const BLOCK: usize = 16_384;
-/// Columns summed at a time: the f32 sums stay in the first-level cache.
-const TILE: usize = 512;
+/// Columns summed at a time.
+const TILE: usize = 64;
 /// Independent sums of a dot product.
 const LANES: usize = 16;
 
@@ -59,14 +59,13 @@ pub fn permute_backward<T: Elem>(
     dx: &mut [T],
     accumulate: bool,
 ) {
-    by_token(cpu, dx, dim, |n, at, sums, dx| {
-        for &row in &row_of_slot[n * top_k..][..top_k] {
-            add(cpu.isa(), sums, &d_rows[row as usize * dim + at..]);
+    let block = block_rows(dim);
+    cpu.chunks_mut(dx, block * dim, |b, dx| {
+        for (r, dx) in dx.chunks_exact_mut(dim).enumerate() {
+            let slots = (b * block + r) * top_k..(b * block + r + 1) * top_k;
+            let s = Sum { rows: d_rows, row_of_slot: &row_of_slot[slots], weights: None, base: None, extra: None };
+            sum_rows(cpu.isa(), s, accumulate, dx);
         }
-        if accumulate {
-            add(cpu.isa(), sums, dx);
-        }
-        round(cpu.isa(), sums, dx);
     });
 }
 
@@ -75,57 +74,74 @@ pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     let (rows, row_of_slot, weights) = (T::of(a.rows), a.row_of_slot.i32(), a.weights.f32());
     let (base, extra) = (a.base.map(T::of), a.extra.map(T::of));
     let (dim, top_k) = (a.dim, a.top_k);
-    by_token(cpu, T::of_mut(a.y), dim, |n, at, sums, y| {
-        if let Some(base) = base {
-            add(cpu.isa(), sums, &base[n * dim + at..]);
-        }
-        for slot in n * top_k..(n + 1) * top_k {
-            let (weight, row) = (weights[slot], row_of_slot[slot] as usize);
-            add_weighted(cpu.isa(), sums, weight, &rows[row * dim + at..]);
-        }
-        if let Some(extra) = extra {
-            add(cpu.isa(), sums, &extra[n * dim + at..]);
-        }
-        round(cpu.isa(), sums, y);
-    });
-}
-
-/// Runs `f(n, first column, sums, columns)` for the tiles of each token's row of `out`; `sums` starts as zeros.
-fn by_token<T: Elem>(cpu: &Cpu, out: &mut [T], dim: usize, f: impl Fn(usize, usize, &mut [f32], &mut [T]) + Sync) {
     let block = block_rows(dim);
-    cpu.chunks_mut(out, block * dim, |b, rows| {
-        let mut sums = vec![0.0f32; TILE.min(dim)];
-        for (r, row) in rows.chunks_exact_mut(dim).enumerate() {
-            for (tile, columns) in row.chunks_mut(TILE).enumerate() {
-                let sums = &mut sums[..columns.len()];
-                sums.fill(0.0);
-                f(b * block + r, tile * TILE, sums, columns);
-            }
+    cpu.chunks_mut(T::of_mut(a.y), block * dim, |b, y| {
+        for (r, y) in y.chunks_exact_mut(dim).enumerate() {
+            let n = b * block + r;
+            let slots = n * top_k..(n + 1) * top_k;
+            let s = Sum {
+                rows,
+                row_of_slot: &row_of_slot[slots.clone()],
+                weights: Some(&weights[slots]),
+                base: base.map(|x| &x[n * dim..][..dim]),
+                extra: extra.map(|x| &x[n * dim..][..dim]),
+            };
+            sum_rows(cpu.isa(), s, false, y);
         }
     });
 }
 
-vectorised! {
-    fn add<T: Elem>(isa: Isa, sums: &mut [f32], x: &[T]) {
-        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x.f32());
-    }
+/// What one token's row is the sum of, in this order: `base`, the rows of its slots times their weights, `extra`.
+struct Sum<'a, T> {
+    base: Option<&'a [T]>,
+    rows: &'a [T],
+    row_of_slot: &'a [i32],
+    weights: Option<&'a [f32]>,
+    extra: Option<&'a [T]>,
 }
 
 vectorised! {
-    fn add_weighted<T: Elem>(isa: Isa, sums: &mut [f32], weight: f32, x: &[T]) {
-        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += weight * x.f32());
+    /// out = the sum, to which `accumulate` adds out.
+    fn sum_rows<T: Elem>(isa: Isa, s: Sum<'_, T>, accumulate: bool, out: &mut [T]) {
+        let whole = out.len() / TILE * TILE;
+        for at in (0..whole).step_by(TILE) {
+            sum_columns::<T, TILE>(&s, at, accumulate, out);
+        }
+        for at in whole..out.len() {
+            sum_columns::<T, 1>(&s, at, accumulate, out);
+        }
     }
 }
 
-vectorised! {
-    fn round<T: Elem>(isa: Isa, sums: &[f32], out: &mut [T]) {
-        out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
+/// N columns, the sums of which stay in registers.
+#[inline(always)]
+fn sum_columns<T: Elem, const N: usize>(s: &Sum<'_, T>, at: usize, accumulate: bool, out: &mut [T]) {
+    let dim = out.len();
+    let mut sums = [0.0f32; N];
+    if let Some(base) = s.base {
+        add(&mut sums, 1.0, &base[at..]);
+    }
+    for (k, &row) in s.row_of_slot.iter().enumerate() {
+        add(&mut sums, s.weights.map_or(1.0, |w| w[k]), &s.rows[row as usize * dim + at..]);
+    }
+    if let Some(extra) = s.extra {
+        add(&mut sums, 1.0, &extra[at..]);
+    }
+    if accumulate {
+        add(&mut sums, 1.0, &out[at..]);
+    }
+    let out = &mut out[at..at + N];
+    for i in 0..N {
+        out[i] = T::round(sums[i]);
     }
 }
 
-vectorised! {
-    fn weigh<T: Elem>(isa: Isa, out: &mut [T], weight: f32, x: &[T]) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(weight * x.f32()));
+/// sums += weight * x; a weight of 1 changes no bits.
+#[inline(always)]
+fn add<T: Elem, const N: usize>(sums: &mut [f32; N], weight: f32, x: &[T]) {
+    let x = &x[..N];
+    for i in 0..N {
+        sums[i] += weight * x[i].f32();
     }
 }
 
@@ -149,8 +165,7 @@ pub fn combine_backward<T: Elem>(
             let r = b * block + i;
             let slot = slot_of_row[r] as usize;
             let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
-            weigh(cpu.isa(), d_row, weight, dy);
-            *out = dot(cpu.isa(), dy, &rows[r * dim..][..dim]);
+            *out = weigh_and_dot(cpu.isa(), weight, dy, &rows[r * dim..][..dim], d_row);
         }
     });
     for (&slot, dot) in slot_of_row.iter().zip(dots) {
@@ -159,15 +174,19 @@ pub fn combine_backward<T: Elem>(
 }
 
 vectorised! {
-    fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
+    /// out = weight * a; returns a . b.
+    fn weigh_and_dot<T: Elem>(isa: Isa, weight: f32, a: &[T], b: &[T], out: &mut [T]) -> f32 {
         let mut lanes = [0.0f32; LANES];
         let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
+        let (out, out_tail) = out.as_chunks_mut::<LANES>();
+        for ((a, b), out) in a.iter().zip(b).zip(out) {
             for i in 0..LANES {
+                out[i] = T::round(weight * a[i].f32());
                 lanes[i] += a[i].f32() * b[i].f32();
             }
         }
-        for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+        for (((lane, a), b), out) in lanes.iter_mut().zip(a_tail).zip(b_tail).zip(out_tail) {
+            *out = T::round(weight * a.f32());
             *lane += a.f32() * b.f32();
         }
         lanes.iter().sum()
