@@ -30,8 +30,8 @@ pub struct Inspect {
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
     /// What backward computes again instead of keeping: none, paper or all.
-    #[arg(long, default_value_t, value_name = "R")]
-    recompute: Recompute,
+    #[arg(long, default_value = "paper", value_name = "R")]
+    recompute: String,
 }
 
 /// Rows in flight are counted in i32.
@@ -115,7 +115,8 @@ impl Inspect {
         }
         let p = Parameters::of(c);
         let layout = Layout::new(c, Scope::whole(c));
-        let passes = Passes { precision, recompute: self.recompute, sequences: self.batch, tokens: seq };
+        let recompute: Recompute = self.recompute.parse().map_err(anyhow::Error::msg)?;
+        let passes = Passes { precision, recompute, sequences: self.batch, tokens: seq };
         let m = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(c, passes));
         Ok(Report {
             model: self.model.clone(),
@@ -137,7 +138,7 @@ impl Inspect {
                 batch: self.batch,
                 seq,
                 dtype: self.dtype.clone(),
-                recompute: self.recompute.to_string(),
+                recompute: self.recompute.clone(),
                 masters: m.masters,
                 compute_weights: m.compute,
                 gradients: m.gradients,

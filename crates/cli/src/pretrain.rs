@@ -229,8 +229,7 @@ fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
 fn fits(run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
-    let passes =
-        Passes { precision: c.precision, recompute: c.recompute, sequences: c.micro_batch, tokens: c.seq };
+    let passes = Passes { precision: c.precision, recompute: c.recompute, sequences: c.micro_batch, tokens: c.seq };
     let training = TrainingMemory::of(&layout, c.precision, DType::F32, Activations::of(model, passes));
     let average = if c.ema_decay > 0.0 { training.masters } else { 0 };
     // What a checkpoint is written from beside training.

@@ -56,7 +56,12 @@ impl HeadOutput {
     pub fn bytes(&self) -> usize {
         let given = self.given_logp.as_ref().map_or(0, Buf::bytes);
         let top = self.top.as_ref().map_or(0, |(ids, logp)| ids.bytes() + logp.bytes());
-        self.hidden.as_ref().map_or(0, |h| h.bytes()) + self.lse.bytes() + self.logp.bytes() + self.entropy.bytes() + given + top
+        self.hidden.as_ref().map_or(0, |h| h.bytes())
+            + self.lse.bytes()
+            + self.logp.bytes()
+            + self.entropy.bytes()
+            + given
+            + top
     }
 
     /// Drops the normed states, which whoever calls has to give back before backward.

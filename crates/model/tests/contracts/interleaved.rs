@@ -135,8 +135,7 @@ impl BackwardWalk<'_> {
             }
             Behind::Mlp { dy, experts } => {
                 let (saved, dispatched) = (kept.mlp.take().unwrap(), kept.dispatch.as_mut().unwrap());
-                let (dx, experts) =
-                    mlp::backward_input(ctx, model, params, dispatched, saved, &dy, experts, &mut jobs);
+                let (dx, experts) = mlp::backward_input(ctx, model, params, dispatched, saved, &dy, experts, &mut jobs);
                 Behind::Dispatch(Gradient { dy, dx, experts })
             }
             Behind::Dispatch(g) => {
