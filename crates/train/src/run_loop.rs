@@ -70,6 +70,8 @@ impl Loop<'_> {
             let done = self.saver.poll()?;
             self.tell(&done);
         }
+        // What comes after the last step needs none of its activations' memory.
+        ctx.device.release();
         let done = self.saver.wait()?;
         self.tell(&done);
         if let (Some(r), Some(path), true) = (recorder, &c.record_batches, finished) {

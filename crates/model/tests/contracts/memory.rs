@@ -71,7 +71,7 @@ fn bytes_kept_are_bytes_held() {
     each_case(|ctx, case, config, precision| {
         let mut model = Model::whole(ctx, config.clone());
         let params = weights(ctx, &model, precision);
-        let batch = batch(ctx, config, &[&LENGTHS[..], &[256, 256, 256]].concat(), 1);
+        let batch = batch(ctx, config, &[&LENGTHS[..], &[256; 6]].concat(), 1);
         for recompute in Recompute::EACH {
             model.recompute = recompute;
             kept_is_held(ctx, &format!("{case}, {recompute}"), &model, &params, &batch);
