@@ -35,7 +35,7 @@ def held(hadal: str, recompute: str, data: Path, out: Path) -> int:
     args = [hadal, "pretrain", "--preset", "mini", "--batch", "8", "--seq", "512", "--steps", "2", "--no-demo",
             "--tokenizer", str(data / "tokenizer.json"), "--out", str(out)]
     sets = {"data.cache": data, "train.dtype": "bf16", "train.recompute": recompute, "train.save_beside": "false",
-            "train.eval_tokens": 512}
+            "train.eval_tokens": 512, "train.eval_every": 2, "train.checkpoint_every": 2}
     args += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
     run = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(run.pid, 0)

@@ -1,5 +1,6 @@
 //! The binary: one file per verb. This crate alone prints; libraries report through values and observers.
 
+mod bench;
 mod convert;
 mod demo;
 mod generate;
@@ -15,7 +16,7 @@ mod tokenizer;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::{Ctx, Device, Isa};
 use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
@@ -65,6 +66,8 @@ enum Verb {
     Convert(convert::Convert),
     /// Train, use and inspect tokenizers.
     Tokenizer(tokenizer::TokenizerVerb),
+    /// Measure how fast this machine computes: products, attention, other operations, whole steps.
+    Bench(bench::Bench),
 }
 
 impl Verb {
@@ -77,6 +80,7 @@ impl Verb {
             Self::Inspect(_) => ("inspect", false, false),
             Self::Convert(_) => ("convert", true, false),
             Self::Tokenizer(v) => v.uses(),
+            Self::Bench(v) => v.uses(),
         }
     }
 }
@@ -94,6 +98,9 @@ impl Global {
     }
 
     fn ctx(&self) -> anyhow::Result<Ctx> {
+        if let Some(notice) = Isa::notice() {
+            eprintln!("{notice}");
+        }
         Ok(Device::cpu(self.threads)?.ctx())
     }
 }
@@ -120,6 +127,7 @@ fn main() -> ExitCode {
         Verb::Inspect(v) => done(v.run(&cli.global, &out)),
         Verb::Convert(v) => done(v.run(&cli.global, &out)),
         Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
+        Verb::Bench(v) => done(v.run(&cli.global, &out)),
     });
     result.unwrap_or_else(|e| {
         out.error(&format!("{e:#}"));

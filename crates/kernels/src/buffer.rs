@@ -33,6 +33,7 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for half::bf16 {}
     impl Sealed for i32 {}
+    impl Sealed for u32 {}
 }
 
 /// A plain element type: any bit pattern is valid, zero bytes are zero.
@@ -40,6 +41,7 @@ pub trait Pod: sealed::Sealed + Copy + Send + Sync + 'static {}
 impl Pod for f32 {}
 impl Pod for bf16 {}
 impl Pod for i32 {}
+impl Pod for u32 {}
 
 /// An activation type: f32 or bf16. Arithmetic is in f32, one rounding on store.
 pub trait Elem: Pod {
@@ -53,6 +55,8 @@ pub trait Elem: Pod {
     fn of(v: View<'_>) -> &[Self];
     /// As `of`, to write.
     fn of_mut(v: ViewMut<'_>) -> &mut [Self];
+    /// A view of these elements.
+    fn view(x: &[Self]) -> View<'_>;
 }
 
 impl Elem for f32 {
@@ -70,6 +74,9 @@ impl Elem for f32 {
     }
     fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
         v.f32()
+    }
+    fn view(x: &[Self]) -> View<'_> {
+        View::F32(x)
     }
 }
 
@@ -93,6 +100,9 @@ impl Elem for bf16 {
     }
     fn of_mut(v: ViewMut<'_>) -> &mut [Self] {
         v.bf16()
+    }
+    fn view(x: &[Self]) -> View<'_> {
+        View::Bf16(x)
     }
 }
 

@@ -26,7 +26,7 @@ pub enum DeviceError {
         why: String,
     },
     /// `HADAL_ISA` names no level of vector instructions.
-    #[error("HADAL_ISA={0}: expected portable, avx2 or avx512")]
+    #[error("HADAL_ISA={0}: expected portable, avx2, avx512, avx512bf16 or amx")]
     UnknownIsa(String),
     /// `HADAL_ISA` names a level that this CPU lacks; the second is the widest it has.
     #[error("HADAL_ISA={0}: this CPU has no more than {1}")]
@@ -53,7 +53,7 @@ pub struct Cpu {
 }
 
 impl Device {
-    /// A CPU device with `threads` workers (None takes all cores), on the widest vector instructions there are or
+    /// A CPU device with `threads` workers (None takes all cores), on the fastest vector instructions there are or
     /// those that the environment variable `HADAL_ISA` names.
     pub fn cpu(threads: Option<usize>) -> Result<Self, DeviceError> {
         Self::cpu_with(threads, Isa::from_env()?)

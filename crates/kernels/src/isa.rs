@@ -4,19 +4,19 @@
 //!
 //! Two ways to compile one source for every level. [`vectorised`] takes plain loops, fuses and reorders nothing, and
 //! gives the same bits on all. A [`Job`] is written in explicit vectors ([`Lanes`]) and fuses its multiply-adds where
-//! the level does, so that its bits may differ from level to level, but never within one.
-//!
-//! The microkernels of the `gemm` crate detect what the CPU has by themselves and cannot be held to a level; our own
-//! will take their place. All else obeys.
+//! the level does, so that its bits may differ from level to level, but never within one. AMX's tiles ([`Tiles`]) are
+//! a world of their own.
 
 mod lanes;
 mod moves;
+mod tiles;
 
 use crate::DeviceError;
 use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, fma};
 pub(crate) use moves::{SQUARE, prefetch, transpose};
+pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
 
 /// A level of vector instructions. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,11 +27,15 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// And AVX-512 BF16: products of bf16 take pairs of k at a time.
+    Avx512Bf16,
+    /// And AMX with BF16: products of bf16 on tiles.
+    Amx,
 }
 
 impl Level {
     /// All there are, the narrowest first.
-    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// As `HADAL_ISA` spells it.
     pub fn name(self) -> &'static str {
@@ -39,55 +43,91 @@ impl Level {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 }
 
 /// A level that this CPU has: that one exists is what makes it sound to run code compiled for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Isa(Level);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa {
+    level: Level,
+    /// AMX's instructions are played by ordinary code: for tests where the CPU has none.
+    emulated: bool,
+}
+
+/// What was found out about this CPU, once.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    /// The highest level there is.
+    has: Level,
+    /// The level used where none is named: vdpbf16ps is half as fast as f32 on Intel's first CPUs with it.
+    best: Level,
+    /// The CPU has AMX, but the kernel does not let this process use it.
+    refused: bool,
+}
+
+fn found() -> Found {
+    static FOUND: OnceLock<Found> = OnceLock::new();
+    *FOUND.get_or_init(detect)
+}
 
 impl Isa {
     /// The level, if this CPU has it.
     pub fn new(level: Level) -> Option<Self> {
-        (level <= Self::widest().0).then_some(Self(level))
+        (level <= found().has).then_some(Self { level, emulated: false })
     }
 
-    /// The widest level this CPU has.
-    pub fn widest() -> Self {
-        static WIDEST: OnceLock<Isa> = OnceLock::new();
-        *WIDEST.get_or_init(|| Self(detect()))
+    /// The level that is fastest on this CPU.
+    pub fn best() -> Self {
+        Self { level: found().best, emulated: false }
     }
 
-    /// The level that the environment variable `HADAL_ISA` names, the widest if it is not set. It is read once.
+    /// The level that the environment variable `HADAL_ISA` names, the fastest if it is not set. It is read once.
     pub fn from_env() -> Result<Self, DeviceError> {
         static NAMED: OnceLock<Result<Isa, DeviceError>> = OnceLock::new();
         NAMED
             .get_or_init(|| match std::env::var_os("HADAL_ISA") {
                 Some(name) => Self::named(&name.to_string_lossy()),
-                None => Ok(Self::widest()),
+                None => Ok(Self::best()),
             })
             .clone()
+    }
+
+    /// What a user should know about the choice, if anything: that the kernel keeps AMX from this process.
+    pub fn notice() -> Option<String> {
+        let f = found();
+        let has = f.best.name();
+        f.refused.then(|| format!("this CPU has AMX, but the kernel refuses its use; going on with {has}"))
     }
 
     fn named(name: &str) -> Result<Self, DeviceError> {
         let level = Level::ALL.into_iter().find(|l| l.name() == name);
         let level = level.ok_or_else(|| DeviceError::UnknownIsa(name.into()))?;
-        Self::new(level).ok_or_else(|| DeviceError::MissingIsa(level.name(), Self::widest().0.name()))
+        Self::new(level).ok_or_else(|| DeviceError::MissingIsa(level.name(), found().has.name()))
+    }
+
+    /// AMX whose instructions are emulated, on a CPU that has all the rest.
+    #[cfg(test)]
+    pub(crate) fn emulated_amx() -> Option<Self> {
+        (found().has >= Level::Avx512Bf16).then_some(Self { level: Level::Amx, emulated: true })
     }
 
     /// Which one it is.
     #[inline(always)]
     pub fn level(self) -> Level {
-        self.0
+        self.level
     }
 
     /// Does the job, compiled for this level.
     #[inline(always)]
     pub(crate) fn run<J: Job>(self, job: J) {
         #[cfg(target_arch = "x86_64")]
-        match self.0 {
+        match self.level {
             // SAFETY: this CPU has the level.
+            Level::Amx | Level::Avx512Bf16 => return unsafe { lanes::x86::run_avx512bf16(job) },
+            // SAFETY: as above.
             Level::Avx512 => return unsafe { lanes::x86::run_avx512(job) },
             // SAFETY: as above.
             Level::Avx2 => return unsafe { lanes::x86::run_avx2(job) },
@@ -95,25 +135,40 @@ impl Isa {
         }
         job.run::<lanes::Portable>();
     }
+
+    /// Does the job on AMX's tiles; this level must be AMX.
+    pub(crate) fn run_tiles(self, job: impl tiles::TileJob) {
+        assert_eq!(self.level, Level::Amx, "tiles on {}", self.level.name());
+        tiles::run(self.emulated, job);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-fn detect() -> Level {
+fn detect() -> Found {
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (avx2, avx512) {
-        (true, true) => Level::Avx512,
-        (true, false) => Level::Avx2,
-        (false, _) => Level::Portable,
-    }
+    let bf16 = is_x86_feature_detected!("avx512bf16");
+    let vectors = match (avx2, avx512, bf16) {
+        (true, true, true) => Level::Avx512Bf16,
+        (true, true, false) => Level::Avx512,
+        (true, false, _) => Level::Avx2,
+        (false, ..) => Level::Portable,
+    };
+    let amx = if vectors == Level::Avx512Bf16 { tiles::permission() } else { tiles::Permission::NoAmx };
+    let (has, best) = match (amx, vectors) {
+        (tiles::Permission::Granted, _) => (Level::Amx, Level::Amx),
+        (_, Level::Avx512Bf16) if !lanes::x86::is_amd() => (vectors, Level::Avx512),
+        _ => (vectors, vectors),
+    };
+    Found { has, best, refused: amx == tiles::Permission::Refused }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn detect() -> Level {
-    Level::Portable
+fn detect() -> Found {
+    Found { has: Level::Portable, best: Level::Portable, refused: false }
 }
 
 /// Defines a function whose body is compiled once for every level; a call runs the one of the level it is given, its
@@ -134,21 +189,23 @@ macro_rules! vectorised {
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
-                    body($isa, $($arg),*)
+                    body$(::<$elem>)?($isa, $($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2$(<$elem: $bound>)?($isa: Isa, $($arg: $ty),*) $(-> $ret)? {
-                    body($isa, $($arg),*)
+                    body$(::<$elem>)?($isa, $($arg),*)
                 }
-                match $isa.level() {
+                let level = $isa.level();
+                if level >= $crate::isa::Level::Avx512 {
                     // SAFETY: an Isa is a level that this CPU has.
-                    $crate::isa::Level::Avx512 => return unsafe { avx512($isa, $($arg),*) },
+                    return unsafe { avx512$(::<$elem>)?($isa, $($arg),*) };
+                }
+                if level >= $crate::isa::Level::Avx2 {
                     // SAFETY: as above.
-                    $crate::isa::Level::Avx2 => return unsafe { avx2($isa, $($arg),*) },
-                    $crate::isa::Level::Portable => {}
+                    return unsafe { avx2$(::<$elem>)?($isa, $($arg),*) };
                 }
             }
-            body($isa, $($arg),*)
+            body$(::<$elem>)?($isa, $($arg),*)
         }
     };
 }
@@ -169,9 +226,9 @@ mod tests {
                 Some(isa) => assert_eq!((isa.level(), found.unwrap()), (level, isa)),
                 None => {
                     let e = found.unwrap_err().to_string();
-                    let has = Isa::widest().level().name();
-                    assert_eq!(e, format!("HADAL_ISA={}: this CPU has no more than {has}", level.name()));
-                    assert!(level > Isa::widest().level());
+                    let has = super::found().has;
+                    assert_eq!(e, format!("HADAL_ISA={}: this CPU has no more than {}", level.name(), has.name()));
+                    assert!(level > has);
                 }
             }
         }
@@ -192,7 +249,7 @@ mod tests {
             let Device::Cpu(cpu) = Device::cpu_with(Some(1), isa).unwrap();
             let mut found = None;
             cpu.isa().run(Which(&mut found));
-            assert_eq!(found, Some(isa.level()));
+            assert_eq!(found, Some(isa.level().min(Level::Avx512Bf16)));
         }
     }
 
@@ -200,7 +257,7 @@ mod tests {
     fn an_unknown_name_is_refused() {
         for name in ["sse9", "", "AVX2"] {
             let e = Isa::named(name).unwrap_err().to_string();
-            assert_eq!(e, format!("HADAL_ISA={name}: expected portable, avx2 or avx512"));
+            assert_eq!(e, format!("HADAL_ISA={name}: expected portable, avx2, avx512, avx512bf16 or amx"));
         }
     }
 }

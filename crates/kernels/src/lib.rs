@@ -11,6 +11,8 @@ mod isa;
 mod math;
 mod memory;
 pub mod ops;
+mod panel;
+pub mod peak;
 #[cfg(test)]
 mod testing;
 

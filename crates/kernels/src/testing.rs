@@ -14,7 +14,11 @@ pub fn isas() -> Vec<Isa> {
         }
         isa
     };
-    Level::ALL.into_iter().filter_map(isa).collect()
+    let mut isas: Vec<Isa> = Level::ALL.into_iter().filter_map(isa).collect();
+    if Isa::new(Level::Amx).is_none() {
+        isas.extend(Isa::emulated_amx());
+    }
+    isas
 }
 
 /// Reports on stderr, past the harness that keeps what passing tests print, that the calling test or a part of it did

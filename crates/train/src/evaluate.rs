@@ -66,7 +66,7 @@ fn log_likelihood(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> f
 }
 
 /// A window of T + 1 tokens as T inputs and their targets.
-pub(crate) fn sequence(window: &[u32]) -> Sequence {
+pub fn sequence(window: &[u32]) -> Sequence {
     let ids: Vec<i32> = window.iter().map(|&t| t as i32).collect();
     Sequence { tokens: ids[..ids.len() - 1].to_vec(), targets: ids[1..].to_vec() }
 }

@@ -17,11 +17,12 @@ mod step;
 
 pub use config::saved::{self, Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
-pub use evaluate::{Evaluation, Held, evaluate};
+pub use evaluate::{Evaluation, Held, evaluate, sequence};
 pub use examine::{Drafts, Examination, examine};
 pub use metrics::Metrics;
 pub use optimizer::{AdamW, Load, Optimizer};
 pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};
+pub use record::Recorder;
 pub use schedule::Schedule;
 pub use step::{Objective, StepReport, Trainer};
 

@@ -1,6 +1,7 @@
 //! The tokens of every step in one file, so that another trainer can take the same ones in the same order.
 
 use crate::TrainError;
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
@@ -17,29 +18,34 @@ pub(crate) fn check(path: &Path) -> Result<(), TrainError> {
 }
 
 /// Collects windows `[steps, batch, seq + 1]`.
-pub(crate) struct Recorder {
+pub struct Recorder {
     shape: [usize; 3],
     tokens: Vec<u8>,
 }
 
 impl Recorder {
+    /// Nothing yet, of steps of `batch` windows of `seq + 1` tokens.
     pub fn new(batch: usize, seq: usize) -> Self {
         Self { shape: [0, batch, seq + 1], tokens: Vec::new() }
     }
 
+    /// The windows of the next step.
     pub fn add(&mut self, windows: &[Vec<u32>]) {
         self.shape[0] += 1;
         self.tokens.extend(windows.iter().flatten().flat_map(|&t| (t as i32).to_le_bytes()));
     }
 
-    /// One i32 tensor `tokens`.
-    pub fn write(&self, path: &Path) -> Result<(), TrainError> {
-        let io = |e: safetensors::SafeTensorError| TrainError::Io {
+    /// A safetensors file with one i32 tensor `tokens`.
+    pub fn bytes(&self) -> Result<Vec<u8>, SafeTensorError> {
+        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens)?;
+        safetensors::serialize([("tokens", view)], None)
+    }
+
+    pub(crate) fn write(&self, path: &Path) -> Result<(), TrainError> {
+        let io = |e: SafeTensorError| TrainError::Io {
             path: path.display().to_string(),
             what: format!("cannot write: {e}"),
         };
-        let view = TensorView::new(Dtype::I32, self.shape.to_vec(), &self.tokens).map_err(io)?;
-        let bytes = safetensors::serialize([("tokens", view)], None).map_err(io)?;
-        Ok(hadal_files::Disk::new().replace(path, &bytes)?)
+        Ok(hadal_files::Disk::new().replace(path, &self.bytes().map_err(io)?)?)
     }
 }

@@ -70,8 +70,6 @@ impl Loop<'_> {
             let done = self.saver.poll()?;
             self.tell(&done);
         }
-        // What comes after the last step needs none of its activations' memory.
-        ctx.device.release();
         let done = self.saver.wait()?;
         self.tell(&done);
         if let (Some(r), Some(path), true) = (recorder, &c.record_batches, finished) {
@@ -165,6 +163,8 @@ impl Loop<'_> {
             return Err(TrainError::Diverged { step: self.progress.step, what: "weight", found: x.into() });
         }
         self.metrics.sync()?;
+        // Writing needs memory of its own, and after the last step nothing else does.
+        ctx.device.release();
         let (m, v) = self.trainer.optimizer().moments();
         let arenas = Arenas { master, m, v, ema: self.trainer.average() };
         let updates = self.trainer.optimizer().updates();

@@ -3,6 +3,7 @@
 mod bad_arguments;
 mod bad_data;
 mod bad_models;
+mod bench;
 mod convert;
 mod data;
 mod demo;

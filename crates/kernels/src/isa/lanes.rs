@@ -22,6 +22,13 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn store(self, p: *mut f32);
     /// self * b + c.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// Whether there is [`Lanes::dot`].
+    const PAIRS: bool = false;
+    /// With each lane of self and b holding two bf16: c plus the products of both, the second's (in the high half)
+    /// added first, each addition rounded.
+    unsafe fn dot(self, _b: Self, _c: Self) -> Self {
+        unreachable!("asked for only where PAIRS says so")
+    }
 }
 
 /// Work that is compiled once per level. `run` must be `#[inline(always)]`, as must all it calls.
@@ -75,6 +82,11 @@ pub(super) mod x86 {
         job.run::<Avx512>();
     }
 
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn run_avx512bf16<J: Job>(job: J) {
+        job.run::<Avx512Bf16>();
+    }
+
     #[target_feature(enable = "avx2,fma")]
     pub fn run_avx2<J: Job>(job: J) {
         job.run::<Avx2>();
@@ -108,6 +120,52 @@ pub(super) mod x86 {
             // SAFETY: the caller is compiled for AVX512F.
             Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
         }
+    }
+
+    /// [`Avx512`] on a CPU that also multiplies pairs of bf16.
+    #[derive(Clone, Copy)]
+    pub struct Avx512Bf16(Avx512);
+
+    // SAFETY: reached only through `run_avx512bf16`.
+    unsafe impl Lanes for Avx512Bf16 {
+        const LEVEL: Level = Level::Avx512Bf16;
+        const N: usize = 16;
+        const FMA: bool = true;
+        const PAIRS: bool = true;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: passed on from the caller, here and below.
+            Self(unsafe { Avx512::splat(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { Avx512::load(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { self.0.store(p) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { self.0.mul_add(b.0, c.0) })
+        }
+        #[inline(always)]
+        unsafe fn dot(self, b: Self, c: Self) -> Self {
+            // SAFETY: the caller is compiled for AVX512-BF16; the casts only name the bits anew.
+            let pairs = |x: Avx512| unsafe { std::mem::transmute::<__m512, __m512bh>(x.0) };
+            // SAFETY: as above.
+            Self(Avx512(unsafe { _mm512_dpbf16_ps(c.0.0, pairs(self.0), pairs(b.0)) }))
+        }
+    }
+
+    /// AMD's vdpbf16ps does twice the work of an f32 multiply-add in the same time; Intel's before AMX does less.
+    pub fn is_amd() -> bool {
+        let v = __cpuid(0);
+        let name = [v.ebx, v.edx, v.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"AuthenticAMD"
     }
 
     #[derive(Clone, Copy)]

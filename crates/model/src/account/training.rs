@@ -6,7 +6,7 @@ use hadal_kernels::DType;
 
 /// What a process holds beside a model and its activations: program and libraries, tokens and tokenizer, the workers'
 /// panels. Measured, and of little weight (`runs/memory`).
-const PROCESS: usize = 24 << 20;
+const PROCESS: usize = 48 << 20;
 
 /// Bytes that training holds on one rank at the fullest moment of a step, by part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

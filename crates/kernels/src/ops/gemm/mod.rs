@@ -9,12 +9,12 @@
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
-pub(super) mod pack;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::panel::Operand;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// A row-major matrix in a view: element (r, c) at `r * ld + c`.
@@ -69,8 +69,8 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     assert!(fits(ra, ca, g.a.ld, g.a.data.len()), "A [{ra}, {ca}] with ld {} in {}", g.a.ld, g.a.data.len());
     assert!(fits(rb, cb, g.b.ld, g.b.data.len()), "B [{rb}, {cb}] with ld {} in {}", g.b.ld, g.b.data.len());
     assert!(fits(m, n, g.c.ld, g.c.data.len()), "C [{m}, {n}] with ld {} in {}", g.c.ld, g.c.data.len());
-    let a = pack::Operand { data: g.a.data, ld: g.a.ld, k_contiguous: !g.ta };
-    let b = pack::Operand { data: g.b.data, ld: g.b.ld, k_contiguous: g.tb };
+    let a = Operand { data: g.a.data, ld: g.a.ld, k_contiguous: !g.ta };
+    let b = Operand { data: g.b.data, ld: g.b.ld, k_contiguous: g.tb };
     match &ctx.device {
         Device::Cpu(cpu) => {
             let product = cpu::Product { m, n, k, a, b, c: 0, ldc: g.c.ld };

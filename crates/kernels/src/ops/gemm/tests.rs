@@ -1,6 +1,6 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -170,18 +170,22 @@ fn strides_are_respected() {
 
 #[test]
 fn same_bits_for_every_thread_count() {
-    let contexts = contexts();
-    for shape in [(300, 200, 257), (16, 300, 600), (241, 65, 100)] {
-        for (ta, tb) in TRANSPOSES {
-            let case = Case::new(shape, (F32, Bf16), ta, tb);
-            let run = |ctx: &Ctx| {
-                let mut c = buf(F32, &normals(4, case.m * case.n, 1.0));
-                case.run(ctx, &mut c, true);
-                c
-            };
-            let first = run(&contexts[0]);
-            for ctx in &contexts[1..] {
-                assert_same_bits("threads", &first, &run(ctx));
+    for isa in isas() {
+        let contexts = thread_counts(isa);
+        for (shape, dtypes) in
+            [((300, 200, 257), (F32, Bf16)), ((16, 300, 600), (Bf16, Bf16)), ((241, 65, 100), (Bf16, Bf16))]
+        {
+            for (ta, tb) in TRANSPOSES {
+                let case = Case::new(shape, dtypes, ta, tb);
+                let run = |ctx: &Ctx| {
+                    let mut c = buf(F32, &normals(4, case.m * case.n, 1.0));
+                    case.run(ctx, &mut c, true);
+                    c
+                };
+                let first = run(&contexts[0]);
+                for ctx in &contexts[1..] {
+                    assert_same_bits("threads", &first, &run(ctx));
+                }
             }
         }
     }
@@ -190,7 +194,12 @@ fn same_bits_for_every_thread_count() {
 /// Every row alone, and in batches of 2 to 130 rows that begin anywhere, has the bits it has among all.
 #[test]
 fn a_row_does_not_depend_on_the_batch() {
-    let ctx = ctx();
+    for ctx in levels() {
+        rows_alone_and_in_company(&ctx);
+    }
+}
+
+fn rows_alone_and_in_company(ctx: &Ctx) {
     const M: usize = 130;
     let columns_and_depths =
         [(1, 1), (1, 300), (3, 2), (5, 3), (16, 16), (15, 257), (17, 40), (64, 256), (65, 258), (100, 513), (300, 77)];
@@ -215,11 +224,11 @@ fn a_row_does_not_depend_on_the_batch() {
                         c: MatMut { data: c.view_mut(), ld: n },
                         accumulate: false,
                     };
-                    gemm(&ctx, g);
+                    gemm(ctx, g);
                     c
                 };
                 let all = rows(0, M);
-                for m in 1..=M {
+                for m in (1..=17).chain([31, 33, 48, 64, 100, M - 1, M]) {
                     let firsts = if m == 1 { (0..M).collect() } else { vec![(m * 37) % (M - m + 1)] };
                     for first in firsts {
                         let part = rows(first, m);
@@ -236,18 +245,18 @@ fn a_row_does_not_depend_on_the_batch() {
 /// Also where the batch is large enough for the largest tiles, which the microkernels block otherwise.
 #[test]
 fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
-    let ctx = ctx();
+    let ctx = &ctx();
     for (m, n, k, d) in [(2048, 512, 300, F32), (2048, 512, 300, Bf16), (1200, 700, 601, F32)] {
         for tb in [false, true] {
             let all = Case::new((m, n, k), (d, d), false, tb);
             let mut c = ctx.zeros(F32, m * n);
-            all.run(&ctx, &mut c, false);
+            all.run(ctx, &mut c, false);
             let few = [(0, 1), (m - 1, 1), (m / 2, 7), (m / 3, 12), (239, 40), (200, 100)];
             for (first, rows) in few {
                 let x = &all.a.view().to_f32()[first * k..(first + rows) * k];
                 let part = Case { m: rows, n, k, a: buf(d, x), b: all.b.clone(), ta: false, tb };
                 let mut found = ctx.zeros(F32, rows * n);
-                part.run(&ctx, &mut found, false);
+                part.run(ctx, &mut found, false);
                 let expected = buf(F32, &c.view().f32()[first * n..(first + rows) * n]);
                 assert_same_bits(&format!("{rows} rows from {first} of {m}, {n}, {k}, tb {tb}"), &found, &expected);
             }

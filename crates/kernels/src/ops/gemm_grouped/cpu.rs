@@ -1,7 +1,7 @@
 //! One product per expert, all in one list, so that the cores share them tile by tile whatever the split of the rows.
 
 use crate::ops::gemm::cpu::{Product, run};
-use crate::ops::gemm::pack::Operand;
+use crate::panel::Operand;
 use crate::{Cpu, View, ViewMut, Weight};
 use std::ops::Range;
 

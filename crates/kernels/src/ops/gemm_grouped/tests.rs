@@ -1,7 +1,7 @@
 use super::*;
 use crate::ops::gemm;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -112,15 +112,17 @@ fn rows_beyond_the_last_offset_stay_untouched() {
 
 #[test]
 fn same_bits_for_every_thread_count() {
-    let contexts = contexts();
-    for counts in COUNTS {
-        let case = Case::new(counts, 65, 300, Bf16);
-        let first = case.run(&contexts[0]);
-        for ctx in &contexts[1..] {
-            let other = case.run(ctx);
-            assert_same_bits("y", &first.0, &other.0);
-            assert_same_bits("dx", &first.1, &other.1);
-            assert_same_bits("dw", &first.2, &other.2);
+    for isa in isas() {
+        let contexts = thread_counts(isa);
+        for counts in COUNTS {
+            let case = Case::new(counts, 65, 300, Bf16);
+            let first = case.run(&contexts[0]);
+            for ctx in &contexts[1..] {
+                let other = case.run(ctx);
+                assert_same_bits("y", &first.0, &other.0);
+                assert_same_bits("dx", &first.1, &other.1);
+                assert_same_bits("dw", &first.2, &other.2);
+            }
         }
     }
 }

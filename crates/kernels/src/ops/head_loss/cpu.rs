@@ -7,7 +7,7 @@ use crate::isa::{Isa, vectorised};
 use crate::math::exp;
 use crate::ops::by_dtype;
 use crate::ops::gemm::{Gemm, Mat, MatMut, gemm};
-use crate::{AlignedVec, Cpu, Ctx, DType, Elem, View, ViewMut, Weight};
+use crate::{AlignedVec, Cpu, Ctx, DType, Elem, View, ViewMut, Weight, bf16};
 use std::ops::Range;
 
 /// Ids of one slice: wide enough for the matrix products, narrow enough that N x SLICE stays small beside N x D.
@@ -71,8 +71,16 @@ pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
     let (mut d_hidden, mut d_weight) = (b.d_hidden, b.d_weight);
     // A d_hidden of f32 takes the sums itself; a narrower one is rounded from them once, at the end.
     let narrow = d_hidden.as_ref().is_some_and(|h| h.dtype() != DType::F32);
+<<<<<<< HEAD
     let mut sums = cpu.empty::<f32>(if narrow { rows.len() * d } else { 0 });
     let mut dz = Slice::new(cpu, rows.len(), v);
+=======
+    let mut sums = AlignedVec::<f32>::zeros(if narrow { rows.len() * d } else { 0 });
+    let mut dz = Slice::new(rows.len(), v);
+    if x.hidden.dtype() == DType::Bf16 && x.weight.data.dtype() == DType::Bf16 {
+        dz.narrow = Some(AlignedVec::zeros(dz.z.len()));
+    }
+>>>>>>> main
     for ids in slices(v) {
         dz.compute(ctx, &x, ids.clone());
         dz.differentiate(cpu, &rows, given, 1.0 / x.temperature);
@@ -104,6 +112,8 @@ fn position(id: i32, ids: &Range<usize>) -> Option<usize> {
 /// The logits (or their gradients) of all tokens over one slice of the vocabulary.
 struct Slice {
     z: AlignedVec<f32>,
+    /// The gradients rounded, where the other operand of their products is bf16 too: those are faster then.
+    narrow: Option<AlignedVec<bf16>>,
     ids: Range<usize>,
     ld: usize,
     n: usize,
@@ -113,7 +123,11 @@ impl Slice {
     /// Room for `n` rows over any slice of `v` ids.
     fn new(cpu: &Cpu, n: usize, v: usize) -> Self {
         let ld = SLICE.min(v);
+<<<<<<< HEAD
         Self { z: cpu.empty(n * ld), ids: 0..0, ld, n }
+=======
+        Self { z: AlignedVec::zeros(n * ld), narrow: None, ids: 0..0, ld, n }
+>>>>>>> main
     }
 
     /// Row `r`, as wide as the slice.
@@ -160,6 +174,16 @@ impl Slice {
                 }
             }
         });
+        if let Some(narrow) = &mut self.narrow {
+            let z = &self.z;
+            cpu.chunks_mut(narrow, ROWS * ld, |block, to| round(cpu.isa(), &z[block * ROWS * ld..], to));
+        }
+    }
+
+    /// The gradients, as their products take them.
+    fn gradients(&self) -> Mat<'_> {
+        let data = self.narrow.as_ref().map_or(View::F32(&self.z), |narrow| View::Bf16(narrow));
+        Mat { data, ld: self.ld }
     }
 
     /// `c[N, D]` = dz `W[ids]`, added to what the slices before left there.
@@ -171,7 +195,7 @@ impl Slice {
                 m: self.n,
                 n: d,
                 k: self.ids.len(),
-                a: Mat { data: View::F32(&self.z), ld: self.ld },
+                a: self.gradients(),
                 ta: false,
                 b: Mat { data: rows_of(&x.weight, &self.ids), ld: d },
                 tb: false,
@@ -190,7 +214,7 @@ impl Slice {
                 m: self.ids.len(),
                 n: d,
                 k: self.n,
-                a: Mat { data: View::F32(&self.z), ld: self.ld },
+                a: self.gradients(),
                 ta: true,
                 b: Mat { data: x.hidden, ld: d },
                 tb: false,
@@ -247,6 +271,12 @@ impl Row {
     /// lse - sum p z, with the maximum cancelled by hand.
     fn entropy(&self) -> f64 {
         self.sum.ln() - self.dot / self.sum
+    }
+}
+
+vectorised! {
+    fn round(isa: Isa, from: &[f32], to: &mut [bf16]) {
+        to.iter_mut().zip(from).for_each(|(o, x)| *o = Elem::round(*x));
     }
 }
 

@@ -2,7 +2,7 @@
 //! z = hidden W^T / temperature; logp = `z[target]` - lse; entropy = lse - sum_j p_j z_j; plus, on request, the
 //! log-probabilities at G given ids per token and the K most likely ids. Softmax and sums are f32 (f64 where sums are
 //! long), in a fixed order that does not depend on the batch. A target of -1 means none: logp is 0 and gets no
-//! gradient.
+//! gradient. Where hidden and W are bf16, the gradients of z are rounded to bf16 for their products with them.
 //!
 //! The backward pass takes the gradient of each output, so that a loss is a weighted sum chosen by the caller: dz_j =
 //! d_logp (1`[j = target]` - p_j) - d_entropy p_j (z_j - lse + entropy) + sum_g d_given_g (1`[j = given_g]` - p_j).

@@ -1,6 +1,6 @@
 use super::{Backward, Inputs, Outputs, backward, cpu::SLICE, forward, reference};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
 };
 use crate::{Buf, Ctx, DType, Weight};
 use hadal_numerics::{Purpose, Rng, Tolerance};
@@ -181,7 +181,8 @@ fn agrees_with_the_reference() {
             want_dw.iter_mut().zip(widen(&before)).for_each(|(w, b)| *w += b);
             let [dh, dw] = c.backward(&ctx, dtype, &before, [true, true]);
             assert_close("d_hidden", &dh, &want_dh, op_tolerance(dtype));
-            assert_close("d_weight", &dw, &want_dw, tol);
+            // In bf16 the gradients of the logits are rounded before their products.
+            assert_close("d_weight", &dw, &want_dw, op_tolerance(dtype));
         });
     }
 }
@@ -190,16 +191,18 @@ fn agrees_with_the_reference() {
 fn same_bits_on_any_number_of_threads_and_whichever_gradient_is_asked_for() {
     each_case(|dtype, c| {
         let before = buf(DType::F32, &normals(20, c.v * c.d, 1.0));
-        let outputs = c.forward(&ctx(), c.v.min(3));
-        let [dh, dw] = c.backward(&ctx(), dtype, &before, [true, true]);
-        for ctx in contexts() {
-            let found = c.forward(&ctx, c.v.min(3));
-            assert_eq!(found[4].view().i32(), outputs[4].view().i32());
-            for i in [0, 1, 2, 3, 5] {
-                assert_same_bits("forward", &found[i], &outputs[i]);
+        for contexts in isas().into_iter().map(thread_counts) {
+            let outputs = c.forward(&contexts[0], c.v.min(3));
+            let [dh, dw] = c.backward(&contexts[0], dtype, &before, [true, true]);
+            for ctx in &contexts {
+                let found = c.forward(ctx, c.v.min(3));
+                assert_eq!(found[4].view().i32(), outputs[4].view().i32());
+                for i in [0, 1, 2, 3, 5] {
+                    assert_same_bits("forward", &found[i], &outputs[i]);
+                }
+                assert_same_bits("d_hidden alone", &c.backward(ctx, dtype, &before, [true, false])[0], &dh);
+                assert_same_bits("d_weight alone", &c.backward(ctx, dtype, &before, [false, true])[1], &dw);
             }
-            assert_same_bits("d_hidden alone", &c.backward(&ctx, dtype, &before, [true, false])[0], &dh);
-            assert_same_bits("d_weight alone", &c.backward(&ctx, dtype, &before, [false, true])[1], &dw);
         }
     });
 }
@@ -302,14 +305,15 @@ fn a_training_step_of_a_small_model() {
     let uniform = (v as f32).ln();
     assert!(entropy.view().f32().iter().all(|h| (h - uniform).abs() < 0.02));
     assert!(logp.view().f32().iter().all(|l| *l == 0.0 || (l + uniform).abs() < 1.0));
-    // Gradients of logp over all ids add up to zero in each column of the weight's.
+    // Gradients of logp over all ids add up to zero in each column of the weight's, but for their rounding to bf16: those
+    // of a token, of which the sizes add up to twice that of d_logp, change by 2^-9 of themselves at most.
     c.d_entropy = buf(DType::F32, &vec![0.0; n]);
     let [_, dw] = c.backward(&ctx(), DType::Bf16, &buf(DType::F32, &vec![0.0; v * d]), [true, true]);
-    let dw = dw.view().f32();
-    let scale = (dw.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / d as f64).sqrt();
+    let (dw, hidden, d_logp) = (dw.view().f32(), widen(&c.hidden), widen(&c.d_logp));
     for i in 0..d {
         let sum: f64 = (0..v).map(|j| f64::from(dw[j * d + i])).sum();
-        assert!(sum.abs() < 1e-4 * scale, "column {i}: {sum:e}, its norm is about {scale:e}");
+        let size: f64 = (0..n).map(|r| (d_logp[r] * hidden[r * d + i]).abs()).sum();
+        assert!(sum.abs() < 2.0 / 512.0 * size, "column {i}: {sum:e} of {size:e}");
     }
 }
 

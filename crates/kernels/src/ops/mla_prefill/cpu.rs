@@ -1,11 +1,12 @@
-//! Forward on the CPU: one task per sequence, query tile and head. A task keeps its queries transposed, so that scores
-//! come out as `[keys][queries]`: keys are then only widened, never transposed, and the softmax runs along contiguous
-//! queries without a horizontal sum.
+//! Forward on the CPU: one task per sequence, query tile and head. Scores of a tile are keys (rows) times queries
+//! (lanes), and the output is kept turned, `[v][queries]`: values (rows) times probabilities (lanes). With operands of
+//! bf16 the probabilities are rounded to bf16 for that product, their sum is not.
 
-use super::tile::{self, Product, Softmax, TILE, cut, padded};
-use super::{Problem, Shape};
+use super::Problem;
+use super::panels::{Panels, by_element, by_token, gather_keys, room, round_scaled, scale_columns, turn, values_at};
+use super::tile::{self, Softmax, TILE, cut};
 use crate::isa::{Job, Lanes};
-use crate::{Cpu, Elem};
+use crate::{Cpu, Elem, View};
 use std::marker::PhantomData;
 
 /// 64 queries (or fewer, at the end) of one sequence.
@@ -33,7 +34,7 @@ impl QueryTile {
 }
 
 /// The query tiles of sequence s, in order.
-pub fn query_tiles<T>(x: &Problem<'_, T>, s: usize) -> impl Iterator<Item = QueryTile> + use<T> {
+pub fn query_tiles(x: &Problem<'_>, s: usize) -> impl Iterator<Item = QueryTile> + use<> {
     let (q0, q1) = (x.cu_q[s] as usize, x.cu_q[s + 1] as usize);
     let (k0, k1) = (x.cu_k[s] as usize, x.cu_k[s + 1] as usize);
     (q0..q1).step_by(TILE).map(move |q| {
@@ -72,139 +73,94 @@ impl<'a, T> Disjoint<'a, T> {
     }
 }
 
-/// Padded widths of a head's query-key part and of its value part.
-pub fn padded_widths(s: &Shape) -> (usize, usize) {
-    (padded(s.nope + s.rope), padded(s.v))
-}
-
-/// Widens n rows of `width` that lie `stride` apart into rows of `ld`, filled up with zeros.
-#[inline(always)]
-pub fn gather<T: Elem>(from: &[T], stride: usize, width: usize, n: usize, ld: usize, to: &mut [f32]) {
-    for (i, row) in to.chunks_exact_mut(ld).enumerate().take(n) {
-        tile::widen(&from[i * stride..i * stride + width], &mut row[..width]);
-        row[width..].fill(0.0);
-    }
-}
-
-/// Gathers n keys and values of head h from key `at` on: key rows `[nope | rope]`, value rows.
-#[inline(always)]
-pub fn gather_keys<T: Elem>(x: &Problem<'_, T>, h: usize, at: usize, n: usize, key: &mut [f32], value: &mut [f32]) {
-    let s = &x.shape;
-    let (dp, wp) = padded_widths(s);
-    let row = s.nope + s.v;
-    for j in 0..n {
-        let up = &x.kv_up[((at + j) * s.heads + h) * row..][..row];
-        let key = &mut key[j * dp..(j + 1) * dp];
-        tile::widen(&up[..s.nope], &mut key[..s.nope]);
-        tile::widen(&x.k_pe[(at + j) * s.k_pe_stride..][..s.rope], &mut key[s.nope..s.nope + s.rope]);
-        key[s.nope + s.rope..].fill(0.0);
-        let value = &mut value[j * wp..(j + 1) * wp];
-        tile::widen(&up[s.nope..], &mut value[..s.v]);
-        value[s.v..].fill(0.0);
-    }
-}
-
 /// See [`super::forward`].
-pub fn forward<T: Elem>(cpu: &Cpu, x: &Problem<'_, T>, out: &mut [T], lse: &mut [f32]) {
+pub fn forward<T: Elem>(cpu: &Cpu, x: &Problem<'_>, out: &mut [T], lse: &mut [f32]) {
     let heads = x.shape.heads;
     let mut tiles: Vec<_> = (0..x.cu_q.len() - 1).flat_map(|s| query_tiles(x, s)).collect();
     // The longest first, so that none is left over at the end; the order of tasks changes no bit.
     tiles.sort_by_key(|t| std::cmp::Reverse(t.keys));
     let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
+    let panels = Panels::new(cpu, T::DTYPE);
     cpu.for_each(tiles.len() * heads, |i| {
-        cpu.isa().run(Forward { x, tile: tiles[i / heads], head: i % heads, out: &out, lse: &lse });
+        Forward { x, panels, tile: tiles[i / heads], head: i % heads, out: &out, lse: &lse }.run();
     });
 }
 
 /// One task: a query tile of one head.
 struct Forward<'a, T> {
-    x: &'a Problem<'a, T>,
+    x: &'a Problem<'a>,
+    panels: Panels,
     tile: QueryTile,
     head: usize,
     out: &'a Disjoint<'a, T>,
     lse: &'a Disjoint<'a, f32>,
 }
 
-impl<T: Elem> Job for Forward<'_, T> {
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let (dp, wp) = padded_widths(&self.x.shape);
-        let len = TILE * (2 * dp + 2 * wp + TILE);
-        tile::with_scratch(
-            len,
-            #[inline(always)]
-            |scratch| self.walk::<V>(scratch),
-        );
-    }
-}
-
 impl<T: Elem> Forward<'_, T> {
-    #[inline(always)]
-    fn walk<V: Lanes>(&self, mut scratch: &mut [f32]) {
-        let (x, t, s) = (self.x, self.tile, &self.x.shape);
-        let (d, (dp, wp)) = (s.nope + s.rope, padded_widths(s));
-        let columns = padded(t.nq);
-        let query = cut(&mut scratch, TILE * dp);
-        let key = cut(&mut scratch, TILE * dp);
-        let value = cut(&mut scratch, TILE * wp);
-        let sum = cut(&mut scratch, TILE * wp);
+    fn run(&self) {
+        let (s, p) = (&self.x.shape, &self.panels);
+        let d = s.nope + s.rope;
+        let lanes = p.lanes_len(TILE, d) + p.lanes_len(TILE, TILE);
+        let rows = p.rows_len(TILE, d).max(p.rows_len(s.v, TILE));
+        tile::with_scratch(lanes + rows + TILE * (TILE + 2 * room(s.v)), |scratch| self.walk(scratch));
+    }
+
+    fn walk(&self, mut scratch: &mut [f32]) {
+        let (x, t, s, p) = (self.x, self.tile, &self.x.shape, &self.panels);
+        let d = s.nope + s.rope;
+        let query = bytemuck::cast_slice_mut(cut(&mut scratch, p.lanes_len(TILE, d)));
+        let weights = bytemuck::cast_slice_mut(cut(&mut scratch, p.lanes_len(TILE, TILE)));
+        let rows_len = p.rows_len(TILE, d).max(p.rows_len(s.v, TILE));
+        let rows: &mut [u32] = bytemuck::cast_slice_mut(cut(&mut scratch, rows_len));
         let scores = cut(&mut scratch, TILE * TILE);
-        // The key tile is free until the walk begins: the queries pass through it on their way to being transposed.
-        gather(&x.q[(t.q * s.heads + self.head) * d..], s.heads * d, d, t.nq, dp, key);
-        tile::transpose(key, t.nq, dp, query);
+        let sum = cut(&mut scratch, room(s.v) * TILE);
+        let turned = cut(&mut scratch, room(s.v) * TILE);
+        let mut keys = vec![T::round(0.0); TILE * d];
+        p.lanes(by_token(x.q, (t.q * s.heads + self.head) * d, s.heads * d), t.nq, TILE, d, query);
         let mut softmax = Softmax::new();
-        sum[..t.nq * wp].fill(0.0);
+        sum.fill(0.0);
         for base in (0..t.keys).step_by(TILE) {
             let nk = (t.keys - base).min(TILE);
-            gather_keys(x, self.head, t.k + base, nk, key, value);
-            scores_of::<V>(nk, columns, d, key, dp, query, scores);
-            softmax.tile::<V>(&mut scores[..nk * TILE], columns, s.scale, &t.visible(base));
-            for (q, row) in sum.chunks_exact_mut(wp).enumerate().take(t.nq) {
-                row.iter_mut().for_each(|o| *o *= softmax.alpha[q]);
-            }
-            Product {
-                m: t.nq,
-                n: wp,
-                k: nk,
-                a: scores,
-                a_row: 1,
-                a_col: TILE,
-                b: value,
-                b_row: wp,
-                c_row: wp,
-                add: true,
-            }
-            .write::<V>(sum);
+            gather_keys(x, self.head, t.k + base, nk, &mut keys);
+            p.rows(by_token(T::view(&keys), 0, d), nk, d, rows);
+            p.multiply((query, TILE), (rows, nk), d, scores, false);
+            let scores = &mut scores[..nk * TILE];
+            p.isa.run(Weigh { softmax: &mut softmax, scores, scale: s.scale, visible: &t.visible(base) });
+            scale_columns(p.isa, sum, &softmax.alpha);
+            p.lanes(by_element(View::F32(scores), 0, TILE), TILE, TILE, nk, weights);
+            let (at, ld) = values_at(s, self.head, t.k + base);
+            p.rows(by_element(x.kv_up, at, ld), s.v, nk, rows);
+            p.multiply((weights, TILE), (rows, s.v), nk, sum, true);
         }
-        self.finish(&softmax, sum, wp);
+        turn(p.isa, sum, s.v, turned);
+        self.finish(&softmax, turned);
     }
 
-    #[inline(always)]
-    fn finish(&self, softmax: &Softmax, sum: &[f32], wp: usize) {
+    fn finish(&self, softmax: &Softmax, turned: &[f32]) {
         let (t, s) = (self.tile, &self.x.shape);
-        for (q, row) in sum.chunks_exact(wp.max(1)).enumerate().take(t.nq) {
+        for (q, row) in turned.chunks_exact(room(s.v)).enumerate().take(t.nq) {
             let at = (t.q + q) * s.heads + self.head;
             let (factor, lse) = softmax.finish(q);
             // SAFETY: a query and head belong to one task.
             unsafe {
-                tile::round_scaled(&row[..s.v], factor, self.out.part(at * s.v, s.v));
+                round_scaled(self.panels.isa, &row[..s.v], factor, self.out.part(at * s.v, s.v));
                 self.lse.part(at, 1)[0] = lse;
             }
         }
     }
 }
 
-/// `scores[key][query]` = key . query, over `d` elements, for the first `nk` keys and `columns` queries.
-#[inline(always)]
-pub fn scores_of<V: Lanes>(
-    nk: usize,
-    columns: usize,
-    d: usize,
-    key: &[f32],
-    ld: usize,
-    query: &[f32],
-    scores: &mut [f32],
-) {
-    Product { m: nk, n: columns, k: d, a: key, a_row: ld, a_col: 1, b: query, b_row: TILE, c_row: TILE, add: false }
-        .write::<V>(scores);
+/// One tile's step of the online softmax.
+struct Weigh<'a> {
+    softmax: &'a mut Softmax,
+    scores: &'a mut [f32],
+    scale: f32,
+    visible: &'a [i32; TILE],
+}
+
+impl Job for Weigh<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        self.softmax.tile::<V>(self.scores, TILE, self.scale, self.visible);
+    }
 }

@@ -1,11 +1,14 @@
 //! Attention of MLA in its multi-head form, for training and prefill: tiled (no T x T buffer), varlen, causal,
 //! unequal head dims. Query head = `[P nope | R rope]`, key head = `[P from kv_up | R shared k_pe]`, value head = W.
-//! score = (q . k) * scale in f32, softmax in f32; probabilities and products are summed in f32, outputs rounded once.
+//! score = (q . k) * scale in f32, softmax in f32; all is summed in f32, outputs are rounded once. With inputs of bf16,
+//! levels that multiply bf16 round the probabilities, and in backward the gradients of the scores, before the products
+//! with values, keys and queries, as FlashAttention does.
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
 //! others, to the bit.
 
 mod backward;
 mod cpu;
+mod panels;
 #[cfg(test)]
 pub(super) mod reference;
 #[cfg(test)]
@@ -97,26 +100,19 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     }
 }
 
-/// The inputs of one call, typed.
-struct Problem<'a, T> {
+/// The inputs of one call.
+struct Problem<'a> {
     shape: Shape,
-    q: &'a [T],
-    kv_up: &'a [T],
-    k_pe: &'a [T],
+    q: View<'a>,
+    kv_up: View<'a>,
+    k_pe: View<'a>,
     cu_q: &'a [i32],
     cu_k: &'a [i32],
 }
 
-impl<'a, T: Elem> Problem<'a, T> {
+impl<'a> Problem<'a> {
     fn new(shape: Shape, x: &Inputs<'a>) -> Self {
-        Self {
-            shape,
-            q: T::of(x.q),
-            kv_up: T::of(x.kv_up),
-            k_pe: T::of(x.k_pe),
-            cu_q: x.cu_q.i32(),
-            cu_k: x.cu_k.i32(),
-        }
+        Self { shape, q: x.q, kv_up: x.kv_up, k_pe: x.k_pe, cu_q: x.cu_q.i32(), cu_k: x.cu_k.i32() }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Tile arithmetic shared by prefill and decode: a register-blocked f32 product over small dense tiles, and the online
-//! softmax on a tile. One algorithm; the level of vector instructions enters as thin types (`isa::Lanes`).
+//! What prefill and decode share: the online softmax on a tile, scratch; and decode's register-blocked f32 product over
+//! small dense tiles.
 //!
 //! Every element of a product is one sum over k in ascending order, whatever the block it is computed in. A row's bits
 //! therefore depend neither on how many rows stand beside it nor on where it lies in its tile: batch invariance and
@@ -64,13 +64,13 @@ impl Product<'_> {
     /// The product, in the register blocks that suit the level.
     #[inline(always)]
     unsafe fn blocks<V: Lanes>(&self, c: &mut [f32]) {
-        let step = if V::LEVEL == Level::Avx512 { 32 } else { 16 };
+        let step = if V::LEVEL >= Level::Avx512 { 32 } else { 16 };
         let wide = self.n / step * step;
         for j in (0..wide).step_by(step) {
             // SAFETY: passed on from the caller; a step is as wide as its level's block.
             unsafe {
                 match V::LEVEL {
-                    Level::Avx512 => self.columns::<V, 8, 2>(c, j),
+                    Level::Avx512 | Level::Avx512Bf16 | Level::Amx => self.columns::<V, 8, 2>(c, j),
                     Level::Avx2 => self.columns::<V, 4, 2>(c, j),
                     Level::Portable => self.columns::<V, 2, 4>(c, j),
                 }
@@ -210,36 +210,6 @@ pub fn round_scaled<T: Elem>(from: &[f32], factor: f32, to: &mut [T]) {
     assert_eq!(from.len(), to.len());
     for (o, x) in to.iter_mut().zip(from) {
         *o = T::round(x * factor);
-    }
-}
-
-/// a . b in 16 partial sums, added in order.
-#[inline(always)]
-pub fn dot<T: Elem>(a: &[T], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (a_full, a_rest) = a.as_chunks::<16>();
-    let (b_full, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a_full.iter().zip(b_full) {
-        for i in 0..16 {
-            sums[i] += a[i].f32() * b[i];
-        }
-    }
-    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[i] += a.f32() * b;
-    }
-    sums.iter().sum()
-}
-
-/// `out[c][r]` = `rows[r][c]` for r < `n` rows of `ld` elements; out's rows are [`TILE`] long, and its columns from n
-/// up to the padded n become 0.
-#[inline(always)]
-pub fn transpose(rows: &[f32], n: usize, ld: usize, out: &mut [f32]) {
-    let (out, _) = out.as_chunks_mut::<TILE>();
-    for (c, o) in out.iter_mut().enumerate().take(ld) {
-        for r in 0..n {
-            o[r] = rows[r * ld + c];
-        }
-        o[n..padded(n)].fill(0.0);
     }
 }
 

@@ -1,0 +1,199 @@
+"""Runs hadal and its rivals in turns on this machine (ours, rival, ours, ...), and prints one JSON object a case in the form
+of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds hadal and restricts instruction sets.
+
+    python pairs.py HADAL gemm|attention [--case SUBSTRING] [--pairs 5] [--seconds 0.5]
+    python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 3]
+                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4]
+
+Every setting of a rival is run once beside ours and recorded; the fastest is the rival, and runs in as many pairs as asked
+for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
+and the exit code then 1.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import rival
+
+SETTINGS = ["/".join(s) for s in itertools.product(
+    ("eager", "compiled"), ("bf16", "fp32"), ("grouped_mm", "batched_mm", "eager"))]
+# Threads of torch spin for a moment after their work.
+PAUSE = 0.3
+
+
+class Failed(Exception):
+    pass
+
+
+def lines(command: list[str]) -> list[dict]:
+    time.sleep(PAUSE)
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Failed(last.removeprefix("error: "))
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+
+
+def put(row: dict, record: bool) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
+    if record:
+        folder = Path("bench/record") / row["machine"]
+        folder.mkdir(parents=True, exist_ok=True)
+        date = datetime.datetime.now(datetime.timezone.utc).date()
+        with open(folder / f"{date}.jsonl", "a") as file:
+            file.write(line + "\n")
+
+
+def paired(ours: list[dict], name: str, theirs: list[float], best: bool) -> dict:
+    """One row out of pairs: medians, and the least and largest ratio of a pair."""
+    found = [row["ours"] for row in ours]
+    row = dict(ours[0])
+    row["ours"], row["rival"] = statistics.median(found), statistics.median(theirs)
+    row["rival_name"], row["ratio"] = name, row["ours"] / row["rival"]
+    if row["share_of_peak"] is not None:
+        row["share_of_peak"] = statistics.median(r["share_of_peak"] for r in ours)
+    row["spread"] = [min(found), max(found)]
+    ratios = [a / b for a, b in zip(found, theirs)]
+    row["ratio_spread"], row["pairs"], row["best"] = [min(ratios), max(ratios)], len(ours), best
+    return row
+
+
+def kernels(args) -> bool:
+    """Products or attention: torch in this process, hadal in one of its own."""
+    import torch
+    rival.threads(args.threads)
+    base = [args.hadal, "bench", args.kind, "--json"]
+    chosen = ["--case", args.case] if args.case else []
+    of = f"torch {torch.__version__.split('+')[0]}"
+    settings, make = {"gemm": (rival.gemm_settings, rival.gemm),
+                      "attention": (rival.attention_settings, rival.attention)}[args.kind]
+    for case in lines([*base, "--list", *chosen]):
+        run = [*base, "--case", case["case"], "--seconds", str(args.seconds), *threads(args)]
+
+        def pair(work):
+            ours = lines(run)[-1]
+            return ours, case["work"] / rival.measure(work, args.seconds, 5) / 1e9
+
+        tried, names = {}, settings(case)
+        for setting in names if len(names) > 1 else []:
+            ours, tried[setting] = pair(make(case, setting))
+            put(paired([ours], f"{of} {setting}", [tried[setting]], False), args.record)
+        setting = max(names, key=lambda name: tried.get(name, 0.0))
+        work = make(case, setting)
+        ours, theirs = zip(*(pair(work) for _ in range(args.pairs)))
+        put(paired(list(ours), f"{of} {setting}", list(theirs), True), args.record)
+    return True
+
+
+def threads(args) -> list[str]:
+    return ["--threads", str(args.threads)] if args.threads else []
+
+
+def close(ours: dict, theirs: dict) -> bool:
+    def off(key):
+        return abs(ours[key] - theirs[key]) / theirs[key]
+    return off("first_loss") <= 0.005 and off("mean_loss") <= 0.01
+
+
+class Training:
+    """Runs of both sides on one export."""
+
+    def __init__(self, args, directory: str):
+        self.args, self.directory = args, directory
+
+    def ours(self, steps: int) -> dict:
+        command = [self.args.hadal, "bench", "train", "--json", "--from", self.directory]
+        return lines([*command, "--dtype", self.args.dtype, "--steps", str(steps), *threads(self.args)])[-1]
+
+    def theirs(self, setting: str, steps: int) -> dict:
+        mode, dtype, experts = setting.split("/")
+        command = [sys.executable, rival.__file__, self.directory, "--dtype", dtype, "--experts", experts]
+        command += ["--compile"] if mode == "compiled" else []
+        return lines([*command, "--steps", str(steps), *threads(self.args)])[-1]
+
+    def row(self, setting: str, ours: list[dict], theirs: list[dict], best: bool) -> dict:
+        of = f"transformers {theirs[0]['transformers']}, torch {theirs[0]['torch'].split('+')[0]}, {setting}"
+        row = paired(ours, of, [t["tokens_per_s"] for t in theirs], best)
+        for key in ("first_loss", "mean_loss", "peak_bytes", "state_bytes"):
+            row[f"rival_{key}"] = statistics.median(t[key] for t in theirs)
+        row["void"] = not all(close(a, b) for a, b in zip(ours, theirs))
+        return row
+
+
+def memory(row: dict, ours: list[dict], lowest: dict) -> dict:
+    """The row of peak memory: ours beside the lower of the rival's eager and compiled."""
+    peak = [r["peak_bytes"] for r in ours]
+    row = dict(row, case=row["case"] + " peak memory", unit="bytes", ours=statistics.median(peak), share_of_peak=None,
+               rival=lowest["rival_peak_bytes"], rival_name=lowest["rival_name"], spread=[min(peak), max(peak)])
+    row["ratio"] = row["ours"] / row["rival"]
+    row["ratio_spread"] = [p / row["rival"] for p in row["spread"]]
+    return row
+
+
+def train(args) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = f"{folder}/export"
+        # Compiled once for all runs, and never by a run that was killed.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        lines([args.hadal, "bench", "train", "--export", directory, "--preset", args.preset, "--batch", str(args.batch),
+               "--seq", str(args.seq), "--steps", str(args.steps), "--json"])
+        job, rows = Training(args, directory), {}
+        for setting in args.settings.split(","):
+            try:
+                ours, theirs = job.ours(args.scan_steps), job.theirs(setting, args.scan_steps)
+            except Failed as e:
+                print(f"{setting}: {e}", file=sys.stderr)
+                continue
+            rows[setting] = job.row(setting, [ours], [theirs], False)
+            put(rows[setting], args.record)
+        if not rows:
+            raise Failed("no setting of the rival ran")
+        best = max(rows, key=lambda s: rows[s]["rival"])
+        pairs = [(job.ours(args.steps), job.theirs(best, args.steps)) for _ in range(args.pairs)]
+        ours, theirs = (list(side) for side in zip(*pairs))
+        row = job.row(best, ours, theirs, True)
+        put(row, args.record)
+        # The same numbers and experts, eager or compiled, whichever needs less.
+        alike = [r for s, r in rows.items() if s.split("/")[1:] == best.split("/")[1:] and s != best] + [row]
+        last = memory(row, ours, min(alike, key=lambda r: r["rival_peak_bytes"]))
+        put(last, args.record)
+        return not any(r["void"] for r in [*rows.values(), row])
+
+
+def main() -> int:
+    args = argparse.ArgumentParser()
+    args.add_argument("hadal")
+    args.add_argument("kind", choices=["gemm", "attention", "train"])
+    args.add_argument("--case")
+    args.add_argument("--pairs", type=int)
+    args.add_argument("--seconds", type=float, default=0.5)
+    args.add_argument("--threads", type=int)
+    args.add_argument("--record", action="store_true")
+    args.add_argument("--preset", default="mini")
+    args.add_argument("--batch", type=int, default=8)
+    args.add_argument("--seq", type=int, default=512)
+    args.add_argument("--dtype", default="bf16")
+    args.add_argument("--steps", type=int, default=20)
+    args.add_argument("--scan-steps", type=int, default=4)
+    args.add_argument("--settings", default=",".join(SETTINGS))
+    args = args.parse_args()
+    args.pairs = args.pairs or (3 if args.kind == "train" else 5)
+    try:
+        return 0 if (train if args.kind == "train" else kernels)(args) else 1
+    except Failed as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+//! One case of a bench: its name, its sizes, how much work it is, and how to make it ready.
+
+use super::measure::{Budget, Work, median, spread};
+use super::peaks::Peaks;
+use super::row::Row;
+use hadal_kernels::{Ctx, Device, Isa};
+use serde_json::{Value, json};
+
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Floating-point operations, a multiply-add being two.
+    Gflops,
+    /// Bytes that must be read and written at least.
+    Gbytes,
+}
+
+impl Unit {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gflops => "GFLOP/s",
+            Self::Gbytes => "GB/s",
+        }
+    }
+}
+
+/// What a case's speed is a share of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Against {
+    /// Nothing.
+    Nothing,
+    /// The fastest loop over registers that multiplies BF16, widened or not.
+    Bf16,
+    /// The fastest loop over registers that multiplies FP32.
+    F32,
+    /// A plain copy of memory.
+    Copy,
+    /// The rival, which is a plain copy.
+    Rival,
+}
+
+/// The name of a case, with the instruction set if the device has not the widest that there is.
+pub fn restricted(ctx: &Ctx, name: &str) -> String {
+    let Device::Cpu(cpu) = &ctx.device;
+    let level = cpu.isa().level();
+    if level != Isa::best().level() { format!("{name} ({})", level.name()) } else { name.into() }
+}
+
+/// A case made ready.
+pub struct Ready {
+    /// What is measured.
+    pub ours: Work,
+    /// What it is measured beside, in turns.
+    pub rival: Option<(&'static str, Work)>,
+}
+
+/// A case.
+pub struct Case {
+    /// Its name, sizes included.
+    pub name: String,
+    /// Its sizes, for rivals that do the same.
+    pub sizes: Value,
+    /// What is counted.
+    pub unit: Unit,
+    /// How many of them.
+    pub work: f64,
+    /// What its speed is a share of.
+    pub against: Against,
+    /// Allocates and fills what it needs.
+    pub setup: Box<dyn Fn(&Ctx) -> Ready>,
+}
+
+impl Case {
+    /// Its line in a list.
+    pub fn listed(&self, bench: &str) -> Value {
+        let mut line = json!({ "bench": bench, "case": self.name, "unit": self.unit.name(), "work": self.work });
+        if let (Value::Object(line), Value::Object(sizes)) = (&mut line, &self.sizes) {
+            line.extend(sizes.clone());
+        }
+        line
+    }
+
+    /// Runs it.
+    pub fn measure(&self, bench: &'static str, ctx: &Ctx, budget: Budget, peaks: &mut Peaks) -> Row {
+        let peak = peaks.of(ctx, self.against, budget);
+        let Ready { ours, rival } = (self.setup)(ctx);
+        let (rival_name, rival) = rival.unzip();
+        let mut works: Vec<Work> = [Some(ours), rival].into_iter().flatten().collect();
+        let times = budget.interleaved(&mut works);
+        let rate = |seconds: f64| self.work / seconds / 1e9;
+        let (ours, rival) = (rate(median(&times[0])), times.get(1).map(|t| rate(median(t))));
+        let [fastest, slowest] = spread(&times[0]);
+        let ratio = rival.map(|r| ours / r);
+        // A loop over registers has its instruction set in its name.
+        let name = if self.against == Against::Nothing { self.name.clone() } else { restricted(ctx, &self.name) };
+        Row {
+            rival_name: rival_name.map(String::from),
+            rival,
+            ratio,
+            share_of_peak: if self.against == Against::Rival { ratio } else { peak.map(|p| ours / p) },
+            spread: [rate(slowest), rate(fastest)],
+            ..Row::new(bench, name, self.unit.name(), ours)
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Numbers to compute with: what they are does not matter to speed, as long as they are ordinary ones.
+
+use hadal_kernels::{Buf, Ctx, DType, Device, Elem, bf16};
+use hadal_numerics::{Purpose, Rng};
+
+/// Numbers drawn; what is longer repeats them.
+const DRAWN: usize = 1 << 14;
+
+/// `len` normally distributed numbers of a float dtype.
+pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
+    let rng = Rng::new(0, Purpose::Test, stream);
+    let block: Vec<f32> = (0..DRAWN.min(len) as u64).map(|i| rng.normal(i)).collect();
+    let mut buf = ctx.zeros(dtype, len);
+    let Device::Cpu(cpu) = &ctx.device;
+    match &mut buf {
+        Buf::F32(to) => cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()])),
+        Buf::Bf16(to) => {
+            let block: Vec<bf16> = block.iter().map(|&x| <bf16 as Elem>::round(x)).collect();
+            cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()]));
+        }
+        Buf::I32(_) => panic!("expected a float dtype"),
+    }
+    buf
+}
+
+/// `len` integers below `n`.
+pub fn drawn(n: usize, len: usize, stream: u64) -> impl Iterator<Item = i32> {
+    let rng = Rng::new(0, Purpose::Test, stream);
+    (0..len as u64).map(move |i| rng.below(i, n as u64) as i32)
+}
+
+/// As [`drawn`], on the device.
+pub fn below(ctx: &Ctx, n: usize, len: usize, stream: u64) -> Buf {
+    ctx.from_i32(&drawn(n, len, stream).collect::<Vec<_>>())
+}
+
+/// The choice of `top_k` different experts of `experts` by each of `n` tokens, i32 `[n, top_k]`: even, neighbours in
+/// turns.
+pub fn choices(ctx: &Ctx, experts: usize, top_k: usize, n: usize) -> Buf {
+    let stride = (experts / top_k).max(1);
+    let chosen = |slot: usize| ((slot / top_k * 7 + slot % top_k * stride) % experts) as i32;
+    ctx.from_i32(&(0..n * top_k).map(chosen).collect::<Vec<_>>())
+}
+
+/// Offsets of experts' rows from their counts, i32 `[E + 1]`.
+pub fn offsets(ctx: &Ctx, counts: &[usize]) -> Buf {
+    let mut at = 0;
+    let ends = counts.iter().map(|c| {
+        at += *c as i32;
+        at
+    });
+    ctx.from_i32(&std::iter::once(0).chain(ends).collect::<Vec<_>>())
+}

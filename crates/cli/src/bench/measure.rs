@@ -1,0 +1,102 @@
+//! Time: medians of interleaved runs.
+
+use std::time::Instant;
+
+/// Work that can be done again and again.
+pub type Work = Box<dyn FnMut()>;
+
+/// How much to measure.
+#[derive(Clone, Copy)]
+pub struct Budget {
+    repeats: usize,
+    seconds: f64,
+}
+
+/// A timed run takes at least so long: shorter work is done several times in it, so that the clock does not count.
+const SHORTEST: f64 = 1e-3;
+
+impl Budget {
+    /// At least `repeats` timed runs, and more until `seconds` have passed.
+    pub fn new(repeats: usize, seconds: f64) -> anyhow::Result<Self> {
+        anyhow::ensure!(repeats > 0, "--repeats 0: expected at least 1");
+        anyhow::ensure!((0.0..=3600.0).contains(&seconds), "--seconds {seconds}: expected a number from 0 to 3600");
+        Ok(Self { repeats, seconds })
+    }
+
+    /// Seconds that one doing of each work took, run by run: each twice to warm up, then in turns.
+    pub fn interleaved(&self, works: &mut [Work]) -> Vec<Vec<f64>> {
+        let short = self.seconds.min(SHORTEST);
+        let times_of = |work: &mut Work| {
+            work();
+            (short / timed(work, 1)).ceil().clamp(1.0, 1e6) as usize
+        };
+        let times: Vec<usize> = works.iter_mut().map(times_of).collect();
+        let mut all = vec![Vec::new(); works.len()];
+        let begin = Instant::now();
+        while all[0].len() < self.repeats || begin.elapsed().as_secs_f64() < self.seconds {
+            for ((work, &times), all) in works.iter_mut().zip(&times).zip(&mut all) {
+                all.push(timed(work, times));
+            }
+        }
+        all
+    }
+}
+
+/// Seconds of one of `times` doings.
+fn timed(work: &mut Work, times: usize) -> f64 {
+    let begin = Instant::now();
+    (0..times).for_each(|_| work());
+    // A clock that stood still would make a rate infinite, which JSON has no number for.
+    begin.elapsed().as_secs_f64().max(1e-9) / times as f64
+}
+
+/// The middle one; of an even number the mean of the middle two.
+pub fn median(xs: &[f64]) -> f64 {
+    let mut xs = xs.to_vec();
+    xs.sort_by(f64::total_cmp);
+    let mid = xs.len() / 2;
+    match xs.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => xs[mid],
+        _ => (xs[mid - 1] + xs[mid]) / 2.0,
+    }
+}
+
+/// The least and the largest.
+pub fn spread(xs: &[f64]) -> [f64; 2] {
+    [xs.iter().copied().fold(f64::INFINITY, f64::min), xs.iter().copied().fold(f64::NEG_INFINITY, f64::max)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(spread(&[3.0, 1.0, 2.0]), [1.0, 3.0]);
+    }
+
+    #[test]
+    fn runs_take_turns() {
+        let log = Rc::new(Cell::new(0u64));
+        let work = |digit: u64| -> Work {
+            let log = log.clone();
+            Box::new(move || log.set(log.get() * 10 + digit))
+        };
+        let times = Budget::new(3, 0.0).unwrap().interleaved(&mut [work(1), work(2)]);
+        assert_eq!(log.get(), 1_122_121_212);
+        assert!(times.len() == 2 && times.iter().all(|t| t.len() == 3 && t.iter().all(|&s| s > 0.0)));
+    }
+
+    #[test]
+    fn budgets_that_cannot_be_are_refused() {
+        assert!(Budget::new(0, 1.0).is_err());
+        for seconds in [-1.0, f64::NAN, f64::INFINITY] {
+            assert!(Budget::new(1, seconds).is_err(), "{seconds}");
+        }
+    }
+}

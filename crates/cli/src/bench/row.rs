@@ -1,0 +1,180 @@
+//! A result: a line for people, an object for machines, a line in the record.
+
+use crate::BUILD;
+use crate::output::Output;
+use anyhow::Context;
+use serde::Serialize;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// One result. A rate: more is better.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Kind of bench.
+    pub bench: &'static str,
+    /// Which case of it.
+    pub case: String,
+    /// Of `ours`, `rival` and `spread`.
+    pub unit: &'static str,
+    /// Median.
+    pub ours: f64,
+    /// What it ran beside.
+    pub rival_name: Option<String>,
+    /// Median.
+    pub rival: Option<f64>,
+    /// ours / rival.
+    pub ratio: Option<f64>,
+    /// ours over what the machine can do at most.
+    pub share_of_peak: Option<f64>,
+    /// The commit this was built from.
+    pub commit: &'static str,
+    /// See [`machine`].
+    pub machine: String,
+    /// The slowest and the fastest of ours.
+    pub spread: [f64; 2],
+    /// What only training tells.
+    #[serde(flatten)]
+    pub training: Option<Training>,
+}
+
+/// What training tells beside its speed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Training {
+    /// Cross-entropy of the first step, before any update.
+    pub first_loss: f64,
+    /// Mean over all steps.
+    pub mean_loss: f64,
+    /// Resident bytes at most during the steps, less `state_bytes` and what the process held before there was a model;
+    /// null where the system does not tell.
+    pub peak_bytes: Option<u64>,
+    /// Parameters, gradients and state of the optimiser.
+    pub state_bytes: u64,
+}
+
+impl Row {
+    /// A result without a rival.
+    pub fn new(bench: &'static str, case: String, unit: &'static str, ours: f64) -> Self {
+        Self {
+            bench,
+            case,
+            unit,
+            ours,
+            rival_name: None,
+            rival: None,
+            ratio: None,
+            share_of_peak: None,
+            commit: BUILD.commit,
+            machine: machine(),
+            spread: [ours; 2],
+            training: None,
+        }
+    }
+
+    fn text(&self) -> String {
+        let [least, most] = self.spread;
+        let mut s = format!("{:<66} {:>9.1} {:<8} {least:>9.1} ..{most:>9.1}", self.case, self.ours, self.unit);
+        if let (Some(name), Some(rival), Some(ratio)) = (&self.rival_name, self.rival, self.ratio) {
+            s += &format!("  {ratio:>5.2} x {rival:.1} of {name}");
+        }
+        if let Some(share) = self.share_of_peak.filter(|s| Some(*s) != self.ratio) {
+            s += &format!("  {:>5.1} % of peak", 100.0 * share);
+        }
+        if let Some(t) = &self.training {
+            let peak = t.peak_bytes.map_or("unknown".into(), |n| crate::inspect::scaled(n as f64, "B"));
+            let state = crate::inspect::scaled(t.state_bytes as f64, "B");
+            s += &format!("\n  loss {:.4} at first, {:.4} on average", t.first_loss, t.mean_loss);
+            s += &format!("; peak memory {peak} beside {state} of state");
+        }
+        s + "\n"
+    }
+}
+
+/// Where results go.
+pub struct Sink<'a> {
+    out: &'a Output,
+    record: bool,
+}
+
+impl<'a> Sink<'a> {
+    /// To stdout, and into the record if asked for.
+    pub fn new(out: &'a Output, record: bool) -> Self {
+        Self { out, record }
+    }
+
+    /// Prints and records a result.
+    pub fn put(&mut self, row: Row) -> anyhow::Result<()> {
+        self.out.text(&row.text());
+        self.out.object(&row);
+        if self.record { append(&row) } else { Ok(()) }
+    }
+}
+
+/// Appends to the record of this machine and day.
+fn append(row: &Row) -> anyhow::Result<()> {
+    let dir = PathBuf::from("bench/record").join(&row.machine);
+    let path = dir.join(format!("{}.jsonl", today()));
+    let line = format!("{}\n", serde_json::to_string(row)?);
+    let written = std::fs::create_dir_all(&dir)
+        .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(&path))
+        .and_then(|mut file| file.write_all(line.as_bytes()));
+    written.with_context(|| format!("{}: cannot append a result", path.display()))
+}
+
+/// The CPU's name as the system spells it, in small letters, digits and dashes, and the number of cores.
+pub fn machine() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, name)| name));
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    format!("{}-{cores}", slug(name.unwrap_or(std::env::consts::ARCH)))
+}
+
+fn slug(name: &str) -> String {
+    let kept = name.to_ascii_lowercase().replace("(r)", " ").replace("(tm)", " ");
+    let words: Vec<&str> = kept.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect();
+    words.join("-")
+}
+
+/// The date in UTC.
+fn today() -> String {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    date(seconds / 86400)
+}
+
+/// The date so many days after 1970-01-01, by counting years of 365.2425 days from a 1 March.
+fn date(days: u64) -> String {
+    let days = days + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    format!("{:04}-{month:02}-{day:02}", era * 400 + year + u64::from(month <= 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_have_plain_names() {
+        assert_eq!(slug("Intel(R) Xeon(R) Platinum 8488C"), "intel-xeon-platinum-8488c");
+        assert_eq!(slug(" AMD EPYC 9R14 96-Core Processor"), "amd-epyc-9r14-96-core-processor");
+        assert!(machine().chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'));
+    }
+
+    #[test]
+    fn days_have_dates() {
+        for (days, expected) in [
+            (0, "1970-01-01"),
+            (58, "1970-02-28"),
+            (59, "1970-03-01"),
+            (11_016, "2000-02-29"),
+            (19_723, "2024-01-01"),
+            (20_088, "2024-12-31"),
+        ] {
+            assert_eq!(date(days), expected);
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! `bench train`: the real step (forward, backward, clip, AdamW on FP32 masters, bias update), without MTP, on real
+//! token ids. With `--export` it writes weights, tokens and the optimiser's constants instead, so that another trainer
+//! can do the same steps; with `--from` it takes them.
+
+use super::case::{Against, restricted};
+use super::measure::{Budget, median, spread};
+use super::peaks::Peaks;
+use super::resident;
+use super::row::{Row, Sink, Training};
+use super::tokens::Tokens;
+use crate::output::Output;
+use crate::{Global, memory, open};
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use hadal_kernels::{Ctx, DType};
+use hadal_model::account::{Flops, TrainingMemory};
+use hadal_model::{
+    Checkpoint, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, Sequence, preset_sequence,
+    save_checkpoint,
+};
+use hadal_train::{AdamW, Objective, Recorder, Settings, TrainConfig, Trainer, precision, sequence};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Options of `bench train`.
+#[derive(Args)]
+pub struct Train {
+    /// Model: nano, mini, 1b, v2-lite, moonlight-16b, v3.
+    #[arg(long, value_name = "P", required_unless_present = "from", conflicts_with = "from")]
+    preset: Option<String>,
+    /// Weights, tokens and constants that `--export` has written.
+    #[arg(long, value_name = "DIR")]
+    from: Option<PathBuf>,
+    /// Sequences a step `[default: 8]`.
+    #[arg(long, value_name = "B", conflicts_with = "from")]
+    batch: Option<usize>,
+    /// Tokens a sequence `[default: the preset's]`.
+    #[arg(long, value_name = "T", conflicts_with = "from")]
+    seq: Option<usize>,
+    /// Steps; the first is not timed if there are others `[default: 20, or all that there are tokens for]`.
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Numbers to compute in: bf16 or fp32.
+    #[arg(long, default_value = "bf16", value_name = "D")]
+    dtype: String,
+    /// Where to compute: cpu.
+    #[arg(long, default_value = "cpu", value_name = "DEV")]
+    device: String,
+    /// Write the model (FP32), its tokens and the optimiser's constants to a new directory, and train nothing.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "record"])]
+    export: Option<PathBuf>,
+    /// Append the result to `bench/record/<machine>/<date>.jsonl`.
+    #[arg(long)]
+    record: bool,
+}
+
+/// Learning rate of every step: high enough to learn, low enough that two trainers' losses stay close.
+const RATE: f64 = 3e-4;
+/// Files of an export beside the model's.
+const TOKENS: &str = "tokens.safetensors";
+const CONSTANTS: &str = "bench.json";
+
+/// What another trainer must know to do the same step.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Constants {
+    lr: f64,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    weight_decay: f32,
+    clip: f32,
+    balance_alpha: f32,
+    bias_gamma: f32,
+}
+
+impl Constants {
+    fn of(c: &TrainConfig) -> Self {
+        let AdamW { beta1, beta2, eps, weight_decay, clip } = c.adamw;
+        let Objective { balance_alpha, bias_gamma, .. } = c.objective;
+        Self { lr: c.schedule.peak, beta1, beta2, eps, weight_decay, clip, balance_alpha, bias_gamma }
+    }
+
+    fn adamw(&self) -> AdamW {
+        let Self { beta1, beta2, eps, weight_decay, clip, .. } = *self;
+        AdamW { beta1, beta2, eps, weight_decay, clip }
+    }
+
+    fn objective(&self) -> Objective {
+        Objective { mtp_lambda: 0.0, balance_alpha: self.balance_alpha, bias_gamma: self.bias_gamma }
+    }
+}
+
+/// What is to be trained, before there are weights.
+struct Job {
+    name: String,
+    config: ModelConfig,
+    constants: Constants,
+    tokens: Tokens,
+    steps: usize,
+}
+
+impl Train {
+    /// Measures, or exports.
+    pub fn run(&self, ctx: &Ctx, global: &Global, out: &Output) -> anyhow::Result<()> {
+        ensure!(self.device == "cpu", "--device {}: expected cpu, the only device there is so far", self.device);
+        let precision = precision(&self.dtype)?;
+        // What the process holds before the model is built: nothing of what follows is to hide in it.
+        let before = resident::now();
+        let job = match (&self.from, &self.preset) {
+            (Some(dir), _) => {
+                ensure!(global.seed.is_none(), "--seed has no effect with --from");
+                self.read(dir, precision, out)?
+            }
+            (None, Some(preset)) => self.make(preset, precision, global.seed.unwrap_or(0))?,
+            (None, None) => bail!("--preset: expected the name of a preset, found none"),
+        };
+        let model = Model::whole(ctx, job.config.clone());
+        let params = match &self.from {
+            Some(dir) => Checkpoint::open(dir)?.load(ctx, &model.config, model.layout.clone(), precision)?.0,
+            None => Params::init(ctx, &model.config, model.layout.clone(), precision, global.seed.unwrap_or(0)),
+        };
+        if let Some(dir) = &self.export {
+            return job.export(dir, &params, out);
+        }
+        let mut row = job.measure(ctx, model, params, before)?;
+        let Tokens { batch, seq, .. } = job.tokens;
+        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, self.device));
+        row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
+        Sink::new(out, self.record).put(row)
+    }
+
+    /// From a preset's name.
+    fn make(&self, preset: &str, precision: Precision, seed: u64) -> anyhow::Result<Job> {
+        let mut config = ModelConfig::preset(preset)?;
+        config.num_nextn_predict_layers = 0;
+        let steps = self.steps.unwrap_or(20);
+        let settings = Settings {
+            steps: Some(steps as u64),
+            batch: Some(self.batch.unwrap_or(8)),
+            seq: self.seq.or(preset_sequence(preset)),
+            lr: Some(RATE),
+            warmup: Some(0),
+            constant: Some(steps as u64),
+            ..Settings::default()
+        };
+        let resolved = TrainConfig::resolve(settings, &config)?;
+        fits(&config, precision)?;
+        let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
+        Ok(Job { name: preset.into(), config, constants: Constants::of(&resolved), tokens, steps })
+    }
+
+    /// From a directory that [`Job::export`] wrote.
+    fn read(&self, dir: &Path, precision: Precision, out: &Output) -> anyhow::Result<Job> {
+        let config = open::config(dir, out)?;
+        fits(&config, precision)?;
+        let path = dir.join(CONSTANTS);
+        let cannot = || format!("{}: expected what hadal bench train --export writes", path.display());
+        let exported: Exported =
+            serde_json::from_slice(&std::fs::read(&path).with_context(cannot)?).with_context(cannot)?;
+        let path = dir.join(TOKENS);
+        let tokens = Tokens::read(&path, config.vocab_size)?;
+        let (found, most) = (tokens.seq, config.max_position_embeddings);
+        ensure!(found <= most, "{}: expected sequences of at most {most} tokens, found {found}", path.display());
+        let steps = self.steps.unwrap_or(tokens.steps);
+        let found = tokens.steps;
+        ensure!(
+            (1..=found).contains(&steps),
+            "--steps {steps}: expected 1 to {found}, as many as {} has",
+            path.display()
+        );
+        Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
+    }
+}
+
+/// An error if this machine's memory cannot hold the model in training.
+fn fits(config: &ModelConfig, precision: Precision) -> anyhow::Result<()> {
+    let layout = Layout::new(config, Scope::whole(config));
+    memory::fits("the model in training", TrainingMemory::of(&layout, precision, DType::F32, 0).total())
+}
+
+/// The file beside model and tokens.
+#[derive(Serialize, Deserialize)]
+struct Exported {
+    name: String,
+    constants: Constants,
+}
+
+impl Job {
+    fn export(&self, dir: &Path, params: &Params, out: &Output) -> anyhow::Result<()> {
+        let mut recorder = Recorder::new(self.tokens.batch, self.tokens.seq);
+        (0..self.steps).for_each(|step| recorder.add(&self.tokens.windows(step)));
+        let tokens = recorder.bytes().with_context(|| dir.join(TOKENS).display().to_string())?;
+        let exported = serde_json::to_vec_pretty(&Exported { name: self.name.clone(), constants: self.constants })?;
+        let extra = [(TOKENS, &tokens[..]), (CONSTANTS, &exported[..])];
+        save_checkpoint(dir, &self.config, params, SaveOptions::new(DType::F32), &extra)?;
+        out.text(&format!("{} with tokens of {} steps in {}\n", self.name, self.steps, dir.display()));
+        out.object(&serde_json::json!({ "export": dir, "steps": self.steps }));
+        Ok(())
+    }
+
+    fn measure(&self, ctx: &Ctx, model: Model, params: Params, before: Option<u64>) -> anyhow::Result<Row> {
+        let mut trainer = Trainer::new(ctx, model, params, self.constants.adamw(), self.constants.objective());
+        let moments = 2 * trainer.params.master.bytes();
+        let state = (trainer.params.bytes() + trainer.grads().arena.bytes() + moments) as u64;
+        let forgotten = resident::forget();
+        let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+        for step in 0..self.steps {
+            let begin = Instant::now();
+            let sequences: Vec<Sequence> = self.tokens.windows(step).iter().map(|w| sequence(w)).collect();
+            let ctx = Ctx { step: step as u64, ..ctx.clone() };
+            let report = trainer.step(&ctx, &[sequences], self.constants.lr);
+            seconds.push(begin.elapsed().as_secs_f64());
+            let loss = report.losses.main;
+            ensure!(loss.is_finite(), "step {}: expected a finite loss, found {loss}", step + 1);
+            losses.push(loss);
+        }
+        let most = forgotten.and_then(|()| resident::most()).zip(before);
+        // The first step touches memory for the first time.
+        let timed = if seconds.len() > 1 { &seconds[1..] } else { &seconds[..] };
+        let rate = |s: f64| (self.tokens.batch * self.tokens.seq) as f64 / s;
+        let [fastest, slowest] = spread(timed);
+        Ok(Row {
+            spread: [rate(slowest), rate(fastest)],
+            training: Some(Training {
+                first_loss: losses[0],
+                mean_loss: losses.iter().sum::<f64>() / losses.len() as f64,
+                peak_bytes: most.map(|(most, before)| most.saturating_sub(before + state)),
+                state_bytes: state,
+            }),
+            ..Row::new("train", self.name.clone(), "tokens/s", rate(median(timed)))
+        })
+    }
+
+    /// Of the operations that the model needs, recomputed ones not counted.
+    fn share_of_peak(&self, ctx: &Ctx, precision: Precision, tokens_per_s: f64) -> anyhow::Result<Option<f64>> {
+        let against = if precision == Precision::Bf16 { Against::Bf16 } else { Against::F32 };
+        let peak = Peaks::default().of(ctx, against, Budget::new(5, 0.2)?);
+        let needed = Flops::training(&self.config, self.tokens.seq).total() * tokens_per_s;
+        Ok(peak.map(|p| needed / 1e9 / p))
+    }
+}

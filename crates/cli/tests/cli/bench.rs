@@ -1,0 +1,199 @@
+//! Benches: every kind runs its smallest cases once and prints results of one form; wrong options are one line.
+
+use crate::support::{Place, Ran, hadal, number, refused, succeeds};
+use serde_json::Value;
+use std::process::Command;
+
+/// Keys of every result, in their order.
+const KEYS: [&str; 11] =
+    ["bench", "case", "unit", "ours", "rival_name", "rival", "ratio", "share_of_peak", "commit", "machine", "spread"];
+/// Keys that training adds.
+const OF_TRAINING: [&str; 4] = ["first_loss", "mean_loss", "peak_bytes", "state_bytes"];
+
+/// Runs a kind's cases that have `case` in their names as shortly as possible.
+fn bench(kind: &str, case: &str) -> Vec<Value> {
+    let rows = succeeds(&["bench", kind, "--case", case, "--repeats", "1", "--seconds", "0", "--json"]).objects();
+    rows.iter().for_each(|row| is_result(row, kind, &KEYS));
+    rows
+}
+
+fn is_result(row: &Value, kind: &str, keys: &[&str]) {
+    let found: Vec<&str> = row.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(found, keys);
+    assert_eq!(row["bench"], kind);
+    let [least, most] = [0, 1].map(|i| row["spread"][i].as_f64().unwrap());
+    let ours = number(row, "ours");
+    assert!(ours > 0.0 && ours.is_finite() && least <= ours && ours <= most, "{row}");
+    for key in ["case", "unit", "commit", "machine"] {
+        assert!(!row[key].as_str().unwrap().is_empty(), "{key} in {row}");
+    }
+    if row["rival"].is_null() {
+        assert!(row["rival_name"].is_null() && row["ratio"].is_null(), "{row}");
+    } else {
+        let ratio = ours / number(row, "rival");
+        assert!(row["rival_name"].is_string() && (number(row, "ratio") / ratio - 1.0).abs() < 1e-9, "{row}");
+    }
+}
+
+fn names(rows: &[Value]) -> Vec<&str> {
+    rows.iter().map(|r| r["case"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn products_are_measured_against_registers() {
+    let rows = bench("gemm", "nano/router");
+    let expected = [
+        "nano/router/forward 16x16x256",
+        "nano/router/input gradient 16x256x16",
+        "nano/router/weight gradient 16x256x16",
+    ];
+    assert_eq!(names(&rows), expected);
+    assert!(rows.iter().all(|r| r["unit"] == "GFLOP/s" && number(r, "share_of_peak") > 0.0));
+    // A whole name is that case alone.
+    assert_eq!(bench("gemm", "nano/o_proj/forward 16x256x128").len(), 1);
+    let rows = bench("gemm", "nano/o_proj/rows 1x");
+    assert!(rows.len() == 1 && rows[0]["unit"] == "GB/s" && number(&rows[0], "share_of_peak") > 0.0);
+}
+
+#[test]
+fn experts_are_measured_beside_a_dense_product() {
+    let rows = bench("grouped_gemm", "nano/down_proj");
+    assert_eq!(rows.len(), 6, "{:?}", names(&rows));
+    assert!(rows.iter().all(|r| r["rival_name"] == "hadal gemm" && number(r, "rival") > 0.0));
+}
+
+#[test]
+fn attention_and_peak_are_measured() {
+    let rows = bench("attention", "nano");
+    let shape = "4 heads, 48/32";
+    let expected = ["forward", "backward", "forward and backward"].map(|d| format!("nano/2x24/{d} {shape}"));
+    assert_eq!(names(&rows), expected);
+    let rows = bench("peak", "fma");
+    assert_eq!(rows[0]["case"], "portable fma");
+}
+
+#[test]
+fn memory_ops_are_measured_beside_a_copy() {
+    let rows = bench("memory_ops", "nano");
+    assert_eq!(rows.len(), 18, "{:?}", names(&rows));
+    for row in &rows {
+        assert!(row["rival_name"] == "plain copy" && row["unit"] == "GB/s", "{row}");
+        assert_eq!(row["ratio"], row["share_of_peak"]);
+    }
+}
+
+/// What a rival is told of a case is what the case's name says.
+#[test]
+fn cases_are_listed_with_their_sizes() {
+    let listed = |kind: &str| succeeds(&["bench", kind, "--list", "--json"]).objects();
+    let gemm = listed("gemm");
+    for case in &gemm {
+        let [m, n, k] = ["m", "n", "k"].map(|key| case[key].as_u64().unwrap());
+        let name = case["case"].as_str().unwrap();
+        assert!(name.ends_with(&format!("{m}x{n}x{k}")) && !name.contains("nano"), "{case}");
+        assert!(["nn", "nt", "tn"].contains(&case["layout"].as_str().unwrap()), "{case}");
+    }
+    let has = |name: &str| gemm.iter().any(|c| c["case"] == name);
+    assert!(has("square/tn 2048x2048x2048") && has("mini/o_proj/forward 4096x512x512"));
+    assert!(has("v2-lite/dense down_proj/weight gradient 2048x10944x512") && has("v2-lite/q_proj/rows 16x3072x2048"));
+    let grouped = listed("grouped_gemm");
+    assert_eq!(grouped.len(), 24);
+    for case in &grouped {
+        let rows: u64 = case["counts"].as_array().unwrap().iter().map(|c| c.as_u64().unwrap()).sum();
+        assert_eq!(rows, case["rows"].as_u64().unwrap());
+    }
+    let attention = listed("attention");
+    assert_eq!(attention[0]["case"], "v2-lite/1x2048/forward 16 heads, 192/128");
+    assert_eq!(attention[0]["lengths"], serde_json::json!([2048]));
+    assert!(succeeds(&["bench", "memory_ops", "--list"]).stdout.lines().any(|l| l.starts_with("mini/adamw ")));
+}
+
+/// A real step, and the same from what was exported for a rival.
+#[test]
+fn training_is_measured_and_exported() {
+    let place = Place::new();
+    let made = ["bench", "train", "--preset", "nano", "--batch", "2", "--seq", "16", "--steps", "2", "--json"];
+    let keys = [&KEYS[..], &OF_TRAINING].concat();
+    let result = |ran: Ran| {
+        let row = ran.objects().pop().unwrap();
+        is_result(&row, "train", &keys);
+        row
+    };
+    let row = result(succeeds(&[&made[..], &["--dtype", "fp32"]].concat()));
+    assert_eq!((&row["case"], &row["unit"]), (&Value::from("nano 2x16 fp32 cpu"), &Value::from("tokens/s")));
+    let (first, mean) = (number(&row, "first_loss"), number(&row, "mean_loss"));
+    // Of 4096 ids, before anything is learnt.
+    assert!((first - 4096f64.ln()).abs() < 0.1 && mean < first + 0.1, "{row}");
+    // Masters, gradients and two moments of 11.7 million numbers.
+    assert_eq!(row["state_bytes"].as_u64().unwrap() / 1_000_000, 187);
+    if cfg!(target_os = "linux") {
+        assert!(number(&row, "peak_bytes") < 1e9, "{row}");
+    }
+    let export = place.arg("export");
+    succeeds(&[&made[..], &["--export", &export]].concat());
+    let again = result(succeeds(&["bench", "train", "--from", &export, "--dtype", "fp32", "--json"]));
+    for key in ["case", "first_loss", "mean_loss", "state_bytes"] {
+        assert_eq!(again[key], row[key], "{key}");
+    }
+    refused(&["bench", "train", "--from", &export, "--steps", "3"], &["--steps 3", "1 to 2", "tokens.safetensors"]);
+    refused(&["bench", "train", "--from", &export, "--seed", "1"], &["--seed has no effect"]);
+    refused(&[&made[..10], &["--export", &export]].concat(), &["export", "not empty"]);
+    std::fs::remove_file(place.path("export/bench.json")).unwrap();
+    refused(&["bench", "train", "--from", &export], &["bench.json", "--export writes", "No such file"]);
+}
+
+#[test]
+fn results_are_recorded() {
+    let place = Place::new();
+    let run = || {
+        let options = ["--case", "nano/o_proj/forward", "--repeats", "1", "--seconds", "0", "--json", "--record"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hadal"));
+        let ran = command.args(["bench", "gemm"]).args(options).current_dir(place.path("")).output().unwrap();
+        assert!(ran.status.success(), "{ran:?}");
+        String::from_utf8(ran.stdout).unwrap()
+    };
+    let printed = [run(), run()];
+    let row: Value = serde_json::from_str(&printed[0]).unwrap();
+    let folder = place.path("bench/record").join(row["machine"].as_str().unwrap());
+    let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    // Two, if midnight lay between both runs.
+    let text: String = files.iter().map(|f| std::fs::read_to_string(f).unwrap()).collect();
+    assert!(files.iter().all(|f| f.extension().is_some_and(|e| e == "jsonl")) && text.lines().count() == 2);
+    assert!(printed.iter().all(|line| text.contains(line.as_str())));
+}
+
+#[test]
+fn wrong_options_are_one_line() {
+    for kind in ["gemm", "grouped_gemm", "attention", "memory_ops", "peak"] {
+        let parts = ["--case xyz", &format!("hadal bench {kind} --list"), "found none"];
+        refused(&["bench", kind, "--case", "xyz"], &parts);
+    }
+    refused(&["bench", "gemm", "--repeats", "0"], &["--repeats 0", "at least 1"]);
+    for seconds in ["-1", "nan", "inf"] {
+        refused(&["bench", "gemm", &format!("--seconds={seconds}")], &["--seconds", "from 0 to 3600"]);
+    }
+    let cores = std::thread::available_parallelism().unwrap().get();
+    for found in [0, cores + 1] {
+        let found = found.to_string();
+        refused(&["bench", "gemm", "--threads", &found], &["--threads", &found, &format!("at most the {cores} cores")]);
+    }
+    refused(&["bench", "gemm", "--seed", "1"], &["--seed has no effect on hadal bench gemm"]);
+    let train =
+        |more: &[&str], parts: &[&str]| refused(&[&["bench", "train", "--preset", "nano"], more].concat(), parts);
+    train(&["--device", "cuda"], &["--device cuda", "expected cpu"]);
+    train(&["--dtype", "fp8"], &["dtype \"fp8\"", "expected bf16 or fp32"]);
+    train(&["--steps", "0"], &["steps = 0", "at least 1"]);
+    train(&["--batch", "0"], &["batch = 0", "at least 1"]);
+    train(&["--seq", "1025"], &["seq = 1025", "max_position_embeddings = 1024"]);
+    refused(&["bench", "train", "--preset", "v4"], &["preset", "nano, mini", "found \"v4\""]);
+    refused(&["bench", "train", "--from", "nowhere"], &["nowhere", "config.json"]);
+    assert_eq!(hadal(&["bench", "train"]).code, Some(2));
+    let unknown = hadal(&["bench", "speed"]);
+    assert!(unknown.code == Some(2) && unknown.stderr.contains("'speed'"), "{unknown:?}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_step_that_no_memory_holds_is_refused() {
+    refused(&["bench", "train", "--preset", "v3"], &["does not fit", "of memory, found", "TB"]);
+}

@@ -1,0 +1,100 @@
+//! What every matrix product on the cores is made of: panels, and microkernels that multiply them.
+//!
+//! A panel is a part of an operand, laid out as the kernels read it. It consists of cells of 32 bits: an f32 (widened
+//! if need be), or two bf16 at consecutive k, the first in the low half. Zeros fill up the cells that k does not fill.
+//! Of one operand the kernels read *lanes*, vectors over the outer index at each cell, in groups: `[group][cell][lane]`.
+//! Of the other they read *rows*, `[row][ROW_CELLS]`, one cell at a time or as the rows of a tile.
+
+mod kernel;
+mod pack;
+
+use crate::View;
+use crate::isa::{Isa, Level, SQUARE, TILE_COLUMNS};
+pub(crate) use kernel::{Multiply, ROWS_OF_TILES, group_width};
+pub(crate) use pack::{lanes, rows};
+
+/// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand<'a> {
+    pub data: View<'a>,
+    pub ld: usize,
+    pub k_contiguous: bool,
+}
+
+/// Which part of an operand: outer indices from `first`, k from `k0`, and how many of each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub first: usize,
+    pub count: usize,
+    pub k0: usize,
+    pub kc: usize,
+    /// Cells along k, at least those that hold kc.
+    pub cells: usize,
+}
+
+/// Most cells of a panel along k: a group of lanes and a block of rows then share the first-level cache.
+pub(crate) const CELLS: usize = 128;
+/// Cells from one row of a panel to the next; not a power of two, which would map rows to the same lines of a cache.
+pub(crate) const ROW_CELLS: usize = CELLS + SQUARE;
+
+/// What a cell holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cell {
+    /// One f32.
+    Single,
+    /// Two bf16; an operand of f32 is rounded.
+    Pair,
+}
+
+impl Cell {
+    /// Steps of k in a cell.
+    pub fn depth(self) -> usize {
+        match self {
+            Self::Single => 1,
+            Self::Pair => 2,
+        }
+    }
+}
+
+/// What multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// Vectors, a cell at a time.
+    Vectors(Cell),
+    /// AMX's tiles; cells are pairs.
+    Tiles,
+}
+
+impl Unit {
+    /// The best that the level has for operands of bf16, or for others.
+    pub fn of(isa: Isa, bf16: bool) -> Self {
+        match isa.level() {
+            Level::Amx if bf16 => Self::Tiles,
+            Level::Avx512Bf16 if bf16 => Self::Vectors(Cell::Pair),
+            _ => Self::Vectors(Cell::Single),
+        }
+    }
+
+    /// What the cells of its panels hold.
+    pub fn cell(self) -> Cell {
+        match self {
+            Self::Vectors(cell) => cell,
+            Self::Tiles => Cell::Pair,
+        }
+    }
+
+    /// Cells of a panel over kc steps of k.
+    pub fn cells(self, kc: usize) -> usize {
+        let held = kc.div_ceil(self.cell().depth());
+        if self == Self::Tiles { held.next_multiple_of(TILE_COLUMNS) } else { held }
+    }
+
+    /// Cuts k into pieces of a panel's length at most: (first, length), of about equal length so that none is a mere
+    /// rest.
+    pub fn pieces(self, k: usize) -> impl Iterator<Item = (usize, usize)> {
+        let depth = self.cell().depth();
+        let cells = k.div_ceil(depth);
+        let step = cells.div_ceil(cells.div_ceil(CELLS).max(1)).max(1).next_multiple_of(SQUARE) * depth;
+        (0..k).step_by(step).map(move |k0| (k0, step.min(k - k0)))
+    }
+}
