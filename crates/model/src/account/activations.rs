@@ -295,7 +295,9 @@ impl Walk<'_> {
         }
         self.take(h);
         let sums = if self.p.precision == Precision::Bf16 { n * self.c.hidden_size * WIDE } else { 0 };
-        self.briefly(sums + n * SLICE.min(self.c.vocab_size) * WIDE + n * HEAD_ROW);
+        // Gradients of logits are rounded for their products where the other operands are.
+        let narrow = if sums > 0 { self.act() } else { 0 };
+        self.briefly(sums + n * SLICE.min(self.c.vocab_size) * (WIDE + narrow) + n * HEAD_ROW);
         self.give(h + HEAD_VECTORS * n * WIDE);
         self.take(h);
         self.norm_weight(h);
