@@ -9,8 +9,6 @@ use crate::{Cpu, Elem};
 const BLOCK: usize = 16_384;
 /// Columns summed at a time: the f32 sums stay in the first-level cache.
 const TILE: usize = 512;
-/// Independent sums of a dot product.
-const LANES: usize = 16;
 
 fn block_rows(dim: usize) -> usize {
     (BLOCK / dim).max(1)
@@ -120,56 +118,5 @@ vectorised! {
 vectorised! {
     fn round<T: Elem>(isa: Isa, sums: &[f32], out: &mut [T]) {
         out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = T::round(sum));
-    }
-}
-
-vectorised! {
-    fn weigh<T: Elem>(isa: Isa, out: &mut [T], weight: f32, x: &[T]) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(weight * x.f32()));
-    }
-}
-
-/// `d_rows[r]` = `weights[slot]` * `dy[n]`; `d_weights[slot]` = `dy[n]` . `rows[r]`. The dot products are taken in the
-/// order of rows, then put in their slots.
-pub fn combine_backward<T: Elem>(
-    cpu: &Cpu,
-    dy: &[T],
-    dim: usize,
-    top_k: usize,
-    slot_of_row: &[i32],
-    weights: &[f32],
-    rows: &[T],
-    d_rows: &mut [T],
-    d_weights: &mut [f32],
-) {
-    let block = block_rows(dim);
-    let mut dots = vec![0.0f32; slot_of_row.len()];
-    cpu.chunks2_mut((d_rows, block * dim), (&mut dots, block), |b, d_rows, dots| {
-        for (i, (d_row, out)) in d_rows.chunks_exact_mut(dim).zip(dots).enumerate() {
-            let r = b * block + i;
-            let slot = slot_of_row[r] as usize;
-            let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
-            weigh(cpu.isa(), d_row, weight, dy);
-            *out = dot(cpu.isa(), dy, &rows[r * dim..][..dim]);
-        }
-    });
-    for (&slot, dot) in slot_of_row.iter().zip(dots) {
-        d_weights[slot as usize] = dot;
-    }
-}
-
-vectorised! {
-    fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
-            for i in 0..LANES {
-                lanes[i] += a[i].f32() * b[i].f32();
-            }
-        }
-        for (lane, (a, b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
-            *lane += a.f32() * b.f32();
-        }
-        lanes.iter().sum()
     }
 }
