@@ -3,8 +3,8 @@
 
 use crate::buffer::Pod;
 use crate::memory::Memory;
-use crate::{AlignedVec, Buf, DType, Isa};
-use std::sync::Arc;
+use crate::{AlignedVec, Buf, DType, Isa, Profile};
+use std::sync::{Arc, OnceLock};
 
 /// Why a device cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -50,6 +50,7 @@ pub struct Cpu {
     threads: usize,
     isa: Isa,
     memory: Arc<Memory>,
+    pub(crate) profile: OnceLock<Profile>,
 }
 
 impl Device {
@@ -71,7 +72,7 @@ impl Device {
             .thread_name(|i| format!("hadal-{i}"))
             .build()
             .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
-        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory: Arc::default() })))
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory: Arc::default(), profile: OnceLock::new() })))
     }
 
     /// Hands memory that waits to be used again back to the system: when what needed it is over.
@@ -101,6 +102,11 @@ impl Cpu {
     /// `len` elements of whatever value, for an operation's own sums: see [`Ctx::empty`].
     pub fn empty<T: Pod>(&self, len: usize) -> AlignedVec<T> {
         AlignedVec::of(&self.memory, len)
+    }
+
+    /// The time that this device spends in each op, kept from the first call on.
+    pub fn profile(&self) -> &Profile {
+        self.profile.get_or_init(Profile::default)
     }
 
     /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.

@@ -13,6 +13,7 @@ mod memory;
 pub mod ops;
 mod panel;
 pub mod peak;
+mod profile;
 #[cfg(test)]
 mod testing;
 
@@ -20,3 +21,4 @@ pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
+pub use profile::Profile;

@@ -2,6 +2,7 @@
 //! which cases there are, how long they run, what a result is.
 
 mod attention;
+mod by_op;
 mod case;
 mod gemm;
 mod grouped_gemm;

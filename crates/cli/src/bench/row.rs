@@ -4,6 +4,7 @@ use crate::BUILD;
 use crate::output::Output;
 use anyhow::Context;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -50,6 +51,25 @@ pub struct Training {
     pub peak_bytes: Option<u64>,
     /// Parameters, gradients and state of the optimiser.
     pub state_bytes: u64,
+    /// Seconds of a step by op, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by_op: Option<BTreeMap<&'static str, f64>>,
+}
+
+impl Training {
+    fn text(&self) -> String {
+        let peak = self.peak_bytes.map_or("unknown".into(), |n| crate::inspect::scaled(n as f64, "B"));
+        let state = crate::inspect::scaled(self.state_bytes as f64, "B");
+        let mut s = format!("\n  loss {:.4} at first, {:.4} on average", self.first_loss, self.mean_loss);
+        s += &format!("; peak memory {peak} beside {state} of state");
+        let mut ops: Vec<_> = self.by_op.iter().flatten().collect();
+        ops.sort_by(|a, b| b.1.total_cmp(a.1));
+        let all: f64 = ops.iter().map(|(_, seconds)| **seconds).sum();
+        for (op, seconds) in ops {
+            s += &format!("\n  {op:<30} {:>9.2} ms {:>5.1} %", 1e3 * seconds, 100.0 * seconds / all);
+        }
+        s
+    }
 }
 
 impl Row {
@@ -81,10 +101,7 @@ impl Row {
             s += &format!("  {:>5.1} % of peak", 100.0 * share);
         }
         if let Some(t) = &self.training {
-            let peak = t.peak_bytes.map_or("unknown".into(), |n| crate::inspect::scaled(n as f64, "B"));
-            let state = crate::inspect::scaled(t.state_bytes as f64, "B");
-            s += &format!("\n  loss {:.4} at first, {:.4} on average", t.first_loss, t.mean_loss);
-            s += &format!("; peak memory {peak} beside {state} of state");
+            s += &t.text();
         }
         s + "\n"
     }

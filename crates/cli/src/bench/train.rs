@@ -2,6 +2,7 @@
 //! token ids. With `--export` it writes weights, tokens and the optimiser's constants instead, so that another trainer
 //! can do the same steps; with `--from` it takes them.
 
+use super::by_op::ByOp;
 use super::case::{Against, restricted};
 use super::measure::{Budget, median, spread};
 use super::peaks::Peaks;
@@ -50,6 +51,9 @@ pub struct Train {
     /// Write the model (FP32), its tokens and the optimiser's constants to a new directory, and train nothing.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "record"])]
     export: Option<PathBuf>,
+    /// Tell how much of a step's time each op takes.
+    #[arg(long, conflicts_with = "export")]
+    by_op: bool,
     /// Append the result to `bench/record/<machine>/<date>.jsonl`.
     #[arg(long)]
     record: bool,
@@ -124,7 +128,7 @@ impl Train {
         if let Some(dir) = &self.export {
             return job.export(dir, &params, out);
         }
-        let mut row = job.measure(ctx, model, params, before)?;
+        let mut row = job.measure(ctx, model, params, before, self.by_op)?;
         let Tokens { batch, seq, .. } = job.tokens;
         row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, self.device));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
@@ -201,18 +205,27 @@ impl Job {
         Ok(())
     }
 
-    fn measure(&self, ctx: &Ctx, model: Model, params: Params, before: Option<u64>) -> anyhow::Result<Row> {
+    fn measure(
+        &self,
+        ctx: &Ctx,
+        model: Model,
+        params: Params,
+        before: Option<u64>,
+        by_op: bool,
+    ) -> anyhow::Result<Row> {
         let mut trainer = Trainer::new(ctx, model, params, self.constants.adamw(), self.constants.objective());
         let moments = 2 * trainer.params.master.bytes();
         let state = (trainer.params.bytes() + trainer.grads().arena.bytes() + moments) as u64;
         let forgotten = resident::forget();
         let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+        let mut by_op = by_op.then(|| ByOp::new(ctx));
         for step in 0..self.steps {
             let begin = Instant::now();
             let sequences: Vec<Sequence> = self.tokens.windows(step).iter().map(|w| sequence(w)).collect();
             let ctx = Ctx { step: step as u64, ..ctx.clone() };
             let report = trainer.step(&ctx, &[sequences], self.constants.lr);
             seconds.push(begin.elapsed().as_secs_f64());
+            by_op.iter_mut().for_each(|b| b.add(seconds[step]));
             let loss = report.losses.main;
             ensure!(loss.is_finite(), "step {}: expected a finite loss, found {loss}", step + 1);
             losses.push(loss);
@@ -229,6 +242,7 @@ impl Job {
                 mean_loss: losses.iter().sum::<f64>() / losses.len() as f64,
                 peak_bytes: most.map(|(most, before)| most.saturating_sub(before + state)),
                 state_bytes: state,
+                by_op: by_op.map(|b| b.medians()),
             }),
             ..Row::new("train", self.name.clone(), "tokens/s", rate(median(timed)))
         })

@@ -129,6 +129,7 @@ fn training_is_measured_and_exported() {
     if cfg!(target_os = "linux") {
         assert!(number(&row, "peak_bytes") < 1e9, "{row}");
     }
+    timed_by_op(&made, &keys);
     let export = place.arg("export");
     succeeds(&[&made[..], &["--export", &export]].concat());
     let again = result(succeeds(&["bench", "train", "--from", &export, "--dtype", "fp32", "--json"]));
@@ -140,6 +141,19 @@ fn training_is_measured_and_exported() {
     refused(&[&made[..10], &["--export", &export]].concat(), &["export", "not empty"]);
     std::fs::remove_file(place.path("export/bench.json")).unwrap();
     refused(&["bench", "train", "--from", &export], &["bench.json", "--export writes", "No such file"]);
+}
+
+/// The ops of a step take no more time than the step.
+fn timed_by_op(made: &[&str], keys: &[&str]) {
+    let row = succeeds(&[made, &["--by-op"]].concat()).objects().pop().unwrap();
+    is_result(&row, "train", &[keys, &["by_op"]].concat());
+    let by_op = row["by_op"].as_object().unwrap();
+    for op in ["gemm forward", "gemm_grouped backward weight", "mla_prefill backward", "adamw", "outside ops"] {
+        assert!(by_op[op].as_f64().unwrap() > 0.0, "{op} in {row}");
+    }
+    let all: f64 = by_op.values().map(|s| s.as_f64().unwrap()).sum();
+    let step = 32.0 / number(&row, "ours");
+    assert!((all / step - 1.0).abs() < 1e-6, "{all} s in ops, {step} s a step: {row}");
 }
 
 #[test]

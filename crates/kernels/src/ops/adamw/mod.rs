@@ -58,6 +58,7 @@ pub struct AdamW<'a> {
 
 /// One update.
 pub fn step(ctx: &Ctx, a: AdamW<'_>) {
+    let _timer = ctx.timer("adamw");
     let p = a.master.len();
     assert!(
         a.grad.len() == p && a.m.len() == p && a.v.len() == p && a.compute.as_ref().is_none_or(|c| c.len() == p),

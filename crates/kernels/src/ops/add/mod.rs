@@ -11,6 +11,7 @@ use crate::{Ctx, Device, View, ViewMut};
 
 /// out = a + b (any float dtypes of equal length).
 pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("add");
     assert!(a.len() == out.len() && b.len() == out.len(), "{} + {} to {}", a.len(), b.len(), out.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(b.dtype(), B => by_dtype!(out.dtype(), T => {
@@ -21,6 +22,7 @@ pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
 
 /// out += a.
 pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "adding {} elements to {}", a.len(), out.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
@@ -31,6 +33,7 @@ pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
 
 /// out = a in out's dtype.
 pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "converting {} elements to {}", a.len(), out.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
@@ -42,6 +45,7 @@ pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
 /// out += weight * (a - out): the running average of what `a` holds from call to call (V3 report 3.2.3 keeps one of the
 /// weights).
 pub fn blend(ctx: &Ctx, weight: f32, a: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "blending {} elements into {}", a.len(), out.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {

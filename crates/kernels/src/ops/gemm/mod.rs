@@ -60,6 +60,7 @@ pub struct Gemm<'a> {
 
 /// C (+)= op(A) op(B). See the module's contract.
 pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
+    let _timer = ctx.timer("gemm");
     let (m, n, k) = (g.m, g.n, g.k);
     let fits = |rows: usize, cols: usize, ld: usize, len: usize| {
         rows == 0 || cols == 0 || (ld >= cols && len >= (rows - 1) * ld + cols)
@@ -81,6 +82,7 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
 
 /// `y[N, out]` = `x[N, in]` W^T (W `[out, in]`).
 pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
+    let _timer = ctx.timer("gemm forward");
     let n = rows_of(x.len(), w.cols, "x");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
     assert_eq!(y.len(), n * w.rows, "y of x [{n}, {}] and W [{}, {}]", w.cols, w.rows, w.cols);
@@ -102,6 +104,7 @@ pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
 
 /// `dx[N, in]` (+)= `dy[N, out]` W.
 pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
+    let _timer = ctx.timer("gemm backward input");
     let n = rows_of(dy.len(), w.rows, "dy");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
     assert_eq!(dx.len(), n * w.cols, "dx of dy [{n}, {}] and W [{}, {}]", w.rows, w.rows, w.cols);
@@ -123,6 +126,7 @@ pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMu
 
 /// `dW[rows, cols]` += `dy[N, rows]`^T `x[N, cols]`; dW is f32, and may be columns of a wider matrix.
 pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: MatMut<'_>) {
+    let _timer = ctx.timer("gemm backward weight");
     let n = rows_of(x.len(), cols, "x");
     assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");
     gemm(

@@ -14,6 +14,7 @@ use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// `y[row, out]` = `x[row, in]` W_e^T for the rows of each expert e. x `[cap, in]`, y `[cap, out]`, W `[E, out, in]`.
 pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
+    let _timer = ctx.timer("gemm_grouped forward");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
         Device::Cpu(cpu) => cpu::forward(cpu, x, offsets.i32(), w, y),
@@ -22,6 +23,7 @@ pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: Vie
 
 /// `dx[row, in]` = `dy[row, out]` W_e (overwrites the rows below `offsets[E]`).
 pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
+    let _timer = ctx.timer("gemm_grouped backward input");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
         Device::Cpu(cpu) => cpu::backward_input(cpu, dy, offsets.i32(), w, dx),
@@ -38,6 +40,7 @@ pub fn grouped_backward_weight(
     cols: usize,
     dw: ViewMut<'_>,
 ) {
+    let _timer = ctx.timer("gemm_grouped backward weight");
     assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
     match &ctx.device {
         Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw),

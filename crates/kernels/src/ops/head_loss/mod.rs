@@ -47,6 +47,7 @@ pub struct Outputs<'a> {
 
 /// Log-probabilities, entropy and top-k without ever forming all logits.
 pub fn forward(ctx: &Ctx, x: Inputs<'_>, out: Outputs<'_>) {
+    let _timer = ctx.timer("head_loss forward");
     let n = x.check();
     let v = x.weight.rows;
     for (name, len) in [("lse", out.lse.len()), ("logp", out.logp.len()), ("entropy", out.entropy.len())] {
@@ -89,6 +90,7 @@ pub struct Backward<'a> {
 
 /// Gradients of hidden and weight; logits are recomputed slice by slice.
 pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
+    let _timer = ctx.timer("head_loss backward");
     let n = x.check();
     let (v, d) = (x.weight.rows, x.weight.cols);
     for (name, len) in [("lse", b.lse.len()), ("d_logp", b.d_logp.len())] {

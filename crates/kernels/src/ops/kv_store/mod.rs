@@ -30,6 +30,7 @@ pub struct Store<'a> {
 
 /// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
+    let _timer = ctx.timer("kv_store");
     let (n, c, r) = (a.slots.len(), a.latent, a.rope);
     assert_eq!(a.c_kv.len(), n * c, "c_kv of {n} tokens x {c}");
     assert!(a.k_pe_stride >= r, "k_pe: rows of {r}, {} apart", a.k_pe_stride);

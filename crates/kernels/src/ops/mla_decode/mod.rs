@@ -44,6 +44,7 @@ pub struct Decode<'a> {
 
 /// out = softmax(q . cache^T * scale) `cache[.., ..C]`.
 pub fn forward(ctx: &Ctx, a: Decode<'_>) {
+    let _timer = ctx.timer("mla_decode");
     check(&a);
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(a.q.dtype(), T => cpu::forward::<T>(cpu, a)),

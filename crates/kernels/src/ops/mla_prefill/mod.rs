@@ -53,6 +53,7 @@ pub struct Inputs<'a> {
 /// out `[Nq, H, W]` and lse f32 `[Nq, H]` (natural log of the sum of exp of the scaled scores). A query that sees no
 /// key gets zeros and -inf.
 pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: ViewMut<'_>) {
+    let _timer = ctx.timer("mla_prefill forward");
     let (nq, _) = check(&shape, &x);
     let (h, w) = (shape.heads, shape.v);
     assert_eq!(out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
@@ -85,6 +86,7 @@ pub struct Backward<'a> {
 
 /// Gradients of q, kv_up and k_pe; deterministic.
 pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
+    let _timer = ctx.timer("mla_prefill backward");
     let (nq, nk) = check(&shape, &x);
     let Shape { heads: h, nope: p, rope: r, v: w, .. } = shape;
     assert_eq!(b.out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");

@@ -21,6 +21,7 @@ pub fn plan(
     row_of_slot: ViewMut<'_>,
     slot_of_row: ViewMut<'_>,
 ) {
+    let _timer = ctx.timer("moe_permute plan");
     let slots = indices.len();
     assert!(
         offsets.len() == experts + 1 && row_of_slot.len() == slots && slot_of_row.len() == slots,
@@ -37,6 +38,7 @@ pub fn plan(
 
 /// `rows[r, D]` = `x[slot_of_row[r] / K]`.
 pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: View<'_>, rows: ViewMut<'_>) {
+    let _timer = ctx.timer("moe_permute permute");
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(rows.dtype(), T => {
@@ -55,6 +57,7 @@ pub fn permute_backward(
     dx: ViewMut<'_>,
     accumulate: bool,
 ) {
+    let _timer = ctx.timer("moe_permute permute backward");
     check(row_of_slot.len(), top_k, dim, d_rows.len(), dx.len());
     match &ctx.device {
         Device::Cpu(cpu) => by_dtype!(dx.dtype(), T => {
@@ -87,6 +90,7 @@ pub struct Combine<'a> {
 
 /// See [`Combine`].
 pub fn combine(ctx: &Ctx, a: Combine<'_>) {
+    let _timer = ctx.timer("moe_permute combine");
     check(a.row_of_slot.len(), a.top_k, a.dim, a.rows.len(), a.y.len());
     let (y, slots) = (a.y.len(), a.row_of_slot.len());
     assert!(

@@ -30,6 +30,7 @@ pub struct Forward<'a> {
 
 /// y = RMSNorm(x) * w. N = rstd.len().
 pub fn forward(ctx: &Ctx, a: Forward<'_>) {
+    let _timer = ctx.timer("rmsnorm forward");
     let (n, d) = (a.rstd.len(), a.weight.len());
     assert_rows("x", n, d, a.x_stride, a.x.len());
     assert_eq!(a.y.len(), n * d, "y [{n}, {d}]");
@@ -61,6 +62,7 @@ pub struct BackwardInput<'a> {
 
 /// dx (+)= gradient of the norm's input.
 pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
+    let _timer = ctx.timer("rmsnorm backward input");
     let (n, d) = (a.rstd.len(), a.weight.len());
     assert_rows("x", n, d, a.x_stride, a.x.len());
     assert_rows("dx", n, d, a.dx_stride, a.dx.len());
@@ -73,6 +75,7 @@ pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
 /// `dw[D]` (f32) += sum over n of `dy[n]` * `x[n]` * `rstd[n]`, in a fixed order; the sum is complete before it is
 /// added.
 pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, dw: ViewMut<'_>) {
+    let _timer = ctx.timer("rmsnorm backward weight");
     let (n, d) = (rstd.len(), dw.len());
     assert_rows("x", n, d, x_stride, x.len());
     assert_eq!(dy.len(), n * d, "dy [{n}, {d}]");

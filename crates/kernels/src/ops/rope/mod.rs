@@ -37,6 +37,7 @@ pub struct Rope<'a> {
 
 /// Rotates x by position. The backward pass is the same call with `inverse` on the gradient.
 pub fn apply(ctx: &Ctx, a: Rope<'_>) {
+    let _timer = ctx.timer("rope");
     let (n, width) = (a.positions.len(), 2 * a.inv_freq.len());
     if n > 0 && a.heads > 0 {
         let end = a.offset + (a.heads - 1) * a.head_stride + width;

@@ -76,6 +76,7 @@ pub struct Forward<'a> {
 
 /// Scores, choice and weights of each token.
 pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
+    let _timer = ctx.timer("router forward");
     c.check();
     let n = c.tokens(a.logits.len());
     assert!(
@@ -117,6 +118,7 @@ pub struct Backward<'a> {
 
 /// Gradient of the logits. The choice itself has none.
 pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
+    let _timer = ctx.timer("router backward");
     c.check();
     let n = c.tokens(a.scores.len());
     assert!(

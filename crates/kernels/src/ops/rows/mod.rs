@@ -11,6 +11,7 @@ use crate::{Ctx, Device, View, ViewMut};
 
 /// `out[n, D]` = `x[index[n]]`; index i32 `[n]` within x's rows.
 pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("rows");
     assert_eq!(out.len(), index.len() * dim, "gather of {} rows of {dim}", index.len());
     match &ctx.device {
         Device::Cpu(cpu) => {
@@ -22,6 +23,7 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
 /// `x[index[n]]` += `d[n]`. No index occurs twice (a contract breach, asserted in debug builds), so the order of n does
 /// not matter.
 pub fn scatter_add(ctx: &Ctx, d: View<'_>, dim: usize, index: View<'_>, x: ViewMut<'_>) {
+    let _timer = ctx.timer("rows");
     assert_eq!(d.len(), index.len() * dim, "scatter of {} rows of {dim}", index.len());
     debug_assert!(distinct(index.i32()), "scatter to {:?}: an index occurs twice", index.i32());
     match &ctx.device {
@@ -44,6 +46,7 @@ pub fn copy_strided(
     rows: usize,
     width: usize,
 ) {
+    let _timer = ctx.timer("rows");
     assert!(width <= from_stride && width <= to_stride, "rows of {width} overlap at {from_stride}, {to_stride}");
     match &ctx.device {
         Device::Cpu(cpu) => super::by_dtype!(from.dtype(), T => cpu::copy_strided::<T>(

@@ -35,6 +35,7 @@ pub struct Params {
 /// tokens i32 `[S]` and the log-probability f32 `[S]` (of the untruncated distribution at that temperature; at
 /// temperature 0, at temperature 1) of each, from logits f32 `[S, V]`, one `Params` a row.
 pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_>, logp: ViewMut<'_>) {
+    let _timer = ctx.timer("sample");
     let (s, l) = (params.len(), logits.len());
     let sizes = (tokens.len(), logp.len());
     assert_eq!(sizes, (s, s), "sample: tokens and logp of {sizes:?} elements for S = {s} rows");

@@ -33,6 +33,7 @@ pub struct SeqBalance<'a> {
 
 /// The loss of each sequence and the weighted gradient of its scores, in one pass.
 pub fn forward_backward(ctx: &Ctx, a: SeqBalance<'_>) {
+    let _timer = ctx.timer("seq_balance");
     let (experts, sequences) = (a.experts, a.seq_weights.len());
     assert!(0 < a.top_k && a.top_k <= experts, "seq_balance: top {} of {experts} experts", a.top_k);
     assert!(
