@@ -4,8 +4,8 @@
 
 use hadal_fuzz::{Dice, json, one_line, put, words};
 use hadal_kernels::DType;
-use hadal_model::account::{self, Flops, Parameters, TrainingMemory};
-use hadal_model::{Layout, ModelConfig, Params, Precision, Scope};
+use hadal_model::account::{self, Activations, Flops, Parameters, Passes, TrainingMemory};
+use hadal_model::{Layout, ModelConfig, Params, Precision, Recompute, Scope};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use std::sync::LazyLock;
 
@@ -35,8 +35,10 @@ fn use_it(c: &ModelConfig) {
     assert!(Flops::training(c, positions).total().is_finite());
     let _ = account::cache_bytes_per_token(c, DType::Bf16);
     assert!(account::mha_cache_bytes_per_token(c, DType::Bf16) > 0);
-    let saved = account::saved_activations(c, Precision::Bf16, 8, positions);
-    assert!(TrainingMemory::of(&layout, Precision::Bf16, DType::F32, saved).total() > layout.len);
+    let passes =
+        Passes { precision: Precision::Bf16, recompute: Recompute::None, sequences: 8, tokens: positions };
+    let activations = Activations::of(c, passes);
+    assert!(TrainingMemory::of(&layout, Precision::Bf16, DType::F32, activations).total() > layout.len);
     assert!(Params::inference_bytes(&layout, Precision::Bf16) >= 2 * layout.len);
     assert!(c.inv_freq().iter().all(|x| x.is_finite()), "rotary frequencies");
     assert!(c.rope_factor().is_finite() && c.softmax_scale().is_finite(), "factors of rope and softmax");

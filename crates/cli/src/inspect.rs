@@ -4,8 +4,8 @@ use crate::output::Output;
 use crate::{Global, open};
 use clap::Args;
 use hadal_kernels::DType;
-use hadal_model::account::{self, Flops, Parameters, TrainingMemory};
-use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Quantization, Scope};
+use hadal_model::account::{self, Activations, Flops, Parameters, Passes, TrainingMemory};
+use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Quantization, Recompute, Scope};
 use serde::Serialize;
 use std::path::Path;
 
@@ -14,7 +14,8 @@ use std::path::Path;
 #[command(after_help = "Examples:
   hadal inspect v3
   hadal inspect first-run --json
-  hadal inspect mini --batch 8 --seq 512")]
+  hadal inspect mini --batch 8 --seq 512
+  hadal inspect 1b --batch 8 --seq 2048 --recompute all")]
 pub struct Inspect {
     /// Model directory, or a preset: nano, mini, 1b, v2-lite, moonlight-16b, v3.
     #[arg(value_name = "MODEL|PRESET")]
@@ -28,6 +29,9 @@ pub struct Inspect {
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
+    /// What backward computes again instead of keeping: none, paper or all.
+    #[arg(long, default_value = "paper", value_name = "R")]
+    recompute: String,
 }
 
 /// Rows in flight are counted in i32.
@@ -60,11 +64,14 @@ struct Memory {
     batch: usize,
     seq: usize,
     dtype: String,
+    recompute: String,
     masters: usize,
     compute_weights: usize,
     gradients: usize,
     moments: usize,
     saved_activations: usize,
+    working_set: usize,
+    process: usize,
     total: usize,
 }
 
@@ -108,8 +115,9 @@ impl Inspect {
         }
         let p = Parameters::of(c);
         let layout = Layout::new(c, Scope::whole(c));
-        let saved = account::saved_activations(c, precision, self.batch, seq);
-        let m = TrainingMemory::of(&layout, precision, DType::F32, saved);
+        let recompute: Recompute = self.recompute.parse().map_err(anyhow::Error::msg)?;
+        let passes = Passes { precision, recompute, sequences: self.batch, tokens: seq };
+        let m = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(c, passes));
         Ok(Report {
             model: self.model.clone(),
             family: format!("{:?}", c.family),
@@ -130,11 +138,14 @@ impl Inspect {
                 batch: self.batch,
                 seq,
                 dtype: self.dtype.clone(),
+                recompute: self.recompute.clone(),
                 masters: m.masters,
                 compute_weights: m.compute,
                 gradients: m.gradients,
                 moments: m.moments,
-                saved_activations: m.activations,
+                saved_activations: m.activations.saved,
+                working_set: m.activations.working,
+                process: m.process,
                 total: m.total(),
             },
         })
@@ -178,13 +189,16 @@ impl Report {
             "  plain multi-head attention instead",
             format!("{} B ({ratio:.1} x)", self.mha_cache_bytes_per_token),
         );
-        s += &line(&format!("training memory, {} x {} tokens, {}", m.batch, m.seq, m.dtype), bytes(m.total));
+        let what = format!("training memory, {} x {} tokens, {}", m.batch, m.seq, m.dtype);
+        s += &line(&what, format!("{} at most, recompute = {}", bytes(m.total), m.recompute));
         for (name, n) in [
             ("  FP32 masters", m.masters),
             ("  compute weights", m.compute_weights),
             ("  FP32 gradients", m.gradients),
             ("  AdamW moments", m.moments),
             ("  activations saved for backward", m.saved_activations),
+            ("  what backward works on, at its fullest", m.working_set),
+            ("  the process itself, about", m.process),
         ] {
             s += &line(name, bytes(n));
         }

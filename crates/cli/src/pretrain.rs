@@ -8,7 +8,7 @@ use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use hadal_kernels::DType;
-use hadal_model::account::{self, TrainingMemory};
+use hadal_model::account::{Activations, Passes, TrainingMemory};
 use hadal_model::{Layout, Scope};
 use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start, TrainError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -229,8 +229,8 @@ fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
 fn fits(run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
-    let saved = account::saved_activations(model, c.precision, c.micro_batch, c.seq);
-    let training = TrainingMemory::of(&layout, c.precision, DType::F32, saved);
+    let passes = Passes { precision: c.precision, recompute: c.recompute, sequences: c.micro_batch, tokens: c.seq };
+    let training = TrainingMemory::of(&layout, c.precision, DType::F32, Activations::of(model, passes));
     let average = if c.ema_decay > 0.0 { training.masters } else { 0 };
     // What a checkpoint is written from beside training.
     let copy = if c.save_beside { training.masters + training.moments + average } else { 0 };

@@ -84,7 +84,7 @@ impl InProcess {
     /// Received parts in expert order: `[local expert][source]`.
     fn assemble(&self, ctx: &Ctx, parts: &[Buf], received: &[Vec<usize>], dtype: DType, dim: usize) -> Buf {
         let total: usize = received.iter().flatten().sum();
-        let mut out = ctx.zeros(dtype, total * dim);
+        let mut out = ctx.empty(dtype, total * dim);
         let mut at = 0;
         let mut read = vec![0; parts.len()];
         for LocalExpert(e) in self.experts().local() {
@@ -103,7 +103,7 @@ impl InProcess {
         let mut at = 0;
         for (to, counts) in counts.enumerate() {
             let n = counts.iter().sum::<usize>() * dim;
-            let mut part = ctx.zeros(rows.dtype(), n);
+            let mut part = ctx.empty(rows.dtype(), n);
             copy(rows.view().slice(at..at + n), part.view_mut());
             self.send(to, Message::Rows { counts, rows: part });
             at += n;

@@ -1,10 +1,11 @@
 //! Typed memory on one device, and the borrowed views that ops take. The set of element types is closed.
 //! A device other than the CPU adds a variant here and nowhere else.
 
+use crate::memory::{Block, Memory};
 use hadal_numerics::bf16;
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
-use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Element type of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,37 +106,35 @@ impl Elem for bf16 {
     }
 }
 
-/// Zeroed memory aligned to 256 bytes, the alignment of every tensor in an arena.
+/// Memory aligned to 256 bytes, the alignment of every tensor in an arena.
 pub struct AlignedVec<T: Pod> {
-    ptr: NonNull<T>,
+    block: Block,
     len: usize,
+    /// Where the block goes when it is dropped; None for the system.
+    home: Option<Arc<Memory>>,
+    elements: PhantomData<T>,
 }
-
-const ALIGN: usize = 256;
 
 impl<T: Pod> AlignedVec<T> {
     /// `len` zeros.
     pub fn zeros(len: usize) -> Self {
-        if len == 0 {
-            return Self { ptr: NonNull::dangling(), len };
-        }
-        let layout = Self::layout(len);
-        // SAFETY: the layout has a non-zero size.
-        let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw.cast::<T>()) else { handle_alloc_error(layout) };
-        Self { ptr, len }
+        Self { block: Block::zeros(Self::size(len)), len, home: None, elements: PhantomData }
     }
 
-    fn layout(len: usize) -> Layout {
-        Layout::array::<T>(len).and_then(|l| l.align_to(ALIGN)).expect("a buffer's size fits the address space")
+    /// `len` elements of whatever value, from memory to which they return.
+    pub(crate) fn of(home: &Arc<Memory>, len: usize) -> Self {
+        Self { block: home.take(Self::size(len)), len, home: Some(home.clone()), elements: PhantomData }
+    }
+
+    fn size(len: usize) -> usize {
+        len.checked_mul(size_of::<T>()).expect("a buffer's size fits the address space")
     }
 }
 
 impl<T: Pod> Drop for AlignedVec<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: allocated by `zeros` with the same layout.
-            unsafe { dealloc(self.ptr.as_ptr().cast(), Self::layout(self.len)) }
+        if let Some(home) = &self.home {
+            home.give(std::mem::replace(&mut self.block, Block::EMPTY));
         }
     }
 }
@@ -143,26 +142,21 @@ impl<T: Pod> Drop for AlignedVec<T> {
 impl<T: Pod> Deref for AlignedVec<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: ptr is valid for len initialised elements (zeroed; any bits are valid for Pod), or dangling with len 0.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+        // SAFETY: the block has at least len elements' bytes, aligned for any Pod, initialised (any bits are valid).
+        unsafe { std::slice::from_raw_parts(self.block.ptr().as_ptr().cast(), self.len) }
     }
 }
 
 impl<T: Pod> DerefMut for AlignedVec<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in deref, and &mut self makes the borrow unique.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.block.ptr().as_ptr().cast(), self.len) }
     }
 }
 
-// SAFETY: AlignedVec owns its memory, as a Vec does, and its elements are Send and Sync.
-unsafe impl<T: Pod> Send for AlignedVec<T> {}
-// SAFETY: as above; shared access only reads.
-unsafe impl<T: Pod> Sync for AlignedVec<T> {}
-
 impl<T: Pod> Clone for AlignedVec<T> {
     fn clone(&self) -> Self {
-        let mut out = Self::zeros(self.len);
+        let mut out = self.home.as_ref().map_or_else(|| Self::zeros(self.len), |home| Self::of(home, self.len));
         out.copy_from_slice(self);
         out
     }
@@ -189,6 +183,15 @@ impl Buf {
         }
     }
 
+    /// `len` elements of `dtype` of whatever value, from memory to which they return.
+    pub(crate) fn of(home: &Arc<Memory>, dtype: DType, len: usize) -> Self {
+        match dtype {
+            DType::F32 => Self::F32(AlignedVec::of(home, len)),
+            DType::Bf16 => Self::Bf16(AlignedVec::of(home, len)),
+            DType::I32 => Self::I32(AlignedVec::of(home, len)),
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.view().len()
@@ -207,6 +210,15 @@ impl Buf {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.len() * self.dtype().size()
+    }
+
+    /// Makes every element zero.
+    pub fn clear(&mut self) {
+        match self {
+            Self::F32(v) => v.fill(0.0),
+            Self::Bf16(v) => v.fill(bf16::ZERO),
+            Self::I32(v) => v.fill(0),
+        }
     }
 
     /// All of it, to read.

@@ -1,7 +1,9 @@
 //! The device that ops run on and the context that every op and stage takes. Nothing of a step is global: two
 //! models live in one process, and the forward of one batch may interleave with the backward of another.
 
-use crate::{Buf, DType, Isa, Profile};
+use crate::buffer::Pod;
+use crate::memory::Memory;
+use crate::{AlignedVec, Buf, DType, Isa, Profile};
 use std::sync::{Arc, OnceLock};
 
 /// Why a device cannot be had.
@@ -47,6 +49,7 @@ pub struct Cpu {
     pool: rayon::ThreadPool,
     threads: usize,
     isa: Isa,
+    memory: Arc<Memory>,
     pub(crate) profile: OnceLock<Profile>,
 }
 
@@ -69,7 +72,14 @@ impl Device {
             .thread_name(|i| format!("hadal-{i}"))
             .build()
             .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
-        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, profile: OnceLock::new() })))
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory: Arc::default(), profile: OnceLock::new() })))
+    }
+
+    /// Hands memory that waits to be used again back to the system: when what needed it is over.
+    pub fn release(&self) {
+        match self {
+            Self::Cpu(cpu) => cpu.memory.release(),
+        }
     }
 
     /// Context of step 0, micro-batch 0.
@@ -87,6 +97,11 @@ impl Cpu {
     /// The vector instructions that ops are to use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// `len` elements of whatever value, for an operation's own sums: see [`Ctx::empty`].
+    pub fn empty<T: Pod>(&self, len: usize) -> AlignedVec<T> {
+        AlignedVec::of(&self.memory, len)
     }
 
     /// The time that this device spends in each op, kept from the first call on.
@@ -155,23 +170,31 @@ pub struct Ctx {
 }
 
 impl Ctx {
-    /// `len` zeros of `dtype` on the device.
+    /// `len` zeros of `dtype` on the device, in memory of their own: for what is kept or added to.
     pub fn zeros(&self, dtype: DType, len: usize) -> Buf {
         match &self.device {
             Device::Cpu(_) => Buf::host_zeros(dtype, len),
         }
     }
 
+    /// `len` elements of `dtype` of whatever value, in memory that the device uses again: for what is written whole
+    /// before it is read. With debug assertions they are NaN or -1.
+    pub fn empty(&self, dtype: DType, len: usize) -> Buf {
+        match &self.device {
+            Device::Cpu(cpu) => Buf::of(&cpu.memory, dtype, len),
+        }
+    }
+
     /// Uploads f32 values.
     pub fn from_f32(&self, values: &[f32]) -> Buf {
-        let mut b = self.zeros(DType::F32, values.len());
+        let mut b = self.empty(DType::F32, values.len());
         b.view_mut().f32().copy_from_slice(values);
         b
     }
 
     /// Uploads i32 values.
     pub fn from_i32(&self, values: &[i32]) -> Buf {
-        let mut b = self.zeros(DType::I32, values.len());
+        let mut b = self.empty(DType::I32, values.len());
         b.view_mut().i32().copy_from_slice(values);
         b
     }
@@ -180,6 +203,28 @@ impl Ctx {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_used_again_and_reads_as_nan_in_tests() {
+        let ctx = Device::cpu(Some(1)).unwrap().ctx();
+        let at = |b: &Buf| b.view().f32().as_ptr();
+        let mut a = ctx.empty(DType::F32, 5000);
+        let first = at(&a);
+        assert!(a.view().f32().iter().all(|x| x.is_nan()));
+        a.view_mut().f32().fill(1.0);
+        let copy = a.clone();
+        assert!(at(&copy) != first && copy.view().f32() == a.view().f32());
+        drop(a);
+        let again = ctx.empty(DType::F32, 4999);
+        assert_eq!((at(&again), again.len()), (first, 4999));
+        assert!(again.view().f32().iter().all(|x| x.is_nan()));
+        assert!(ctx.empty(DType::I32, 3).view().i32().iter().all(|&x| x == -1));
+        // Another device shares nothing, and zeros are never what was used before.
+        drop(again);
+        let other = Device::cpu(Some(1)).unwrap().ctx();
+        assert_ne!(at(&other.empty(DType::F32, 5000)), first);
+        assert!(ctx.zeros(DType::F32, 5000).view().f32().iter().all(|&x| x == 0.0));
+    }
 
     #[test]
     fn thread_counts_have_bounds() {

@@ -9,6 +9,7 @@ mod buffer;
 mod device;
 mod isa;
 mod math;
+mod memory;
 pub mod ops;
 mod panel;
 pub mod peak;
@@ -16,7 +17,7 @@ mod profile;
 #[cfg(test)]
 mod testing;
 
-pub use buffer::{AlignedVec, Buf, DType, Elem, View, ViewMut, Weight};
+pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};

@@ -75,8 +75,6 @@ impl Kernel {
 
     fn alone(&self, rounds: u64) {
         match self.kind {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Fma if self.isa.level() == Level::Portable => sse2(rounds),
             Kind::Fma => self.isa.run(Fma { rounds }),
             Kind::Bf16Dot => self.isa.run(Bf16Dot { rounds }),
             Kind::Tiles => self.isa.run_tiles(OnTiles { rounds }),
@@ -107,22 +105,6 @@ impl Job for Fma {
             unsafe { x.store(out.as_mut_ptr()) };
             black_box(&out);
         }
-    }
-}
-
-/// The same without fusing, in vectors that the compiler keeps in registers; those of [`Lanes`] it takes apart here.
-#[cfg(target_arch = "x86_64")]
-fn sse2(rounds: u64) {
-    use std::arch::x86_64::*;
-    // SAFETY: every x86-64 CPU has SSE2.
-    unsafe {
-        let (mut x, a, b) = ([_mm_set1_ps(black_box(1.0)); CHAINS], _mm_set1_ps(black_box(0.5)), _mm_set1_ps(0.25));
-        for _ in 0..rounds {
-            for x in &mut x {
-                *x = _mm_add_ps(_mm_mul_ps(*x, a), b);
-            }
-        }
-        black_box(x);
     }
 }
 

@@ -34,7 +34,8 @@ pub struct Request {
 
 /// Each position's answer, and what backward needs.
 pub struct HeadOutput {
-    hidden: Shared,
+    /// None while it is left to be computed again.
+    hidden: Option<Shared>,
     request: Request,
     /// Which use of the head: 0 main, k the MTP layer of depth k.
     n: usize,
@@ -55,7 +56,22 @@ impl HeadOutput {
     pub fn bytes(&self) -> usize {
         let given = self.given_logp.as_ref().map_or(0, Buf::bytes);
         let top = self.top.as_ref().map_or(0, |(ids, logp)| ids.bytes() + logp.bytes());
-        self.hidden.bytes() + self.lse.bytes() + self.logp.bytes() + self.entropy.bytes() + given + top
+        self.hidden.as_ref().map_or(0, |h| h.bytes())
+            + self.lse.bytes()
+            + self.logp.bytes()
+            + self.entropy.bytes()
+            + given
+            + top
+    }
+
+    /// Drops the normed states, which whoever calls has to give back before backward.
+    pub(crate) fn forget(&mut self) {
+        self.hidden = None;
+    }
+
+    /// The normed states again, unless they are here.
+    pub(crate) fn restore(&mut self, hidden: impl FnOnce() -> Shared) {
+        self.hidden.get_or_insert_with(hidden);
     }
 }
 
@@ -72,8 +88,8 @@ pub struct HeadGradient {
 /// The head over normed states `[n, D]`; `n` names the use of the shared head.
 pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, request: Request, n: usize) -> HeadOutput {
     let tokens = request.targets.len();
-    let mut lse = ctx.zeros(DType::F32, tokens);
-    let (mut logp, mut entropy) = (ctx.zeros(DType::F32, tokens), ctx.zeros(DType::F32, tokens));
+    let mut lse = ctx.empty(DType::F32, tokens);
+    let (mut logp, mut entropy) = (ctx.empty(DType::F32, tokens), ctx.empty(DType::F32, tokens));
     let mut given_logp = request.given.as_ref().map(|g| ctx.zeros(DType::F32, g.len()));
     let k = request.top_k;
     let mut top = (k > 0).then(|| (ctx.zeros(DType::I32, tokens * k), ctx.zeros(DType::F32, tokens * k)));
@@ -93,22 +109,23 @@ pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, reque
     };
     head_loss::forward(ctx, inputs, outputs);
     let (lse, entropy) = (Arc::new(lse), Arc::new(entropy));
-    HeadOutput { hidden: hidden.clone(), request, n, lse, logp, entropy, given_logp, top }
+    HeadOutput { hidden: Some(hidden.clone()), request, n, lse, logp, entropy, given_logp, top }
 }
 
 fn head_id(model: &Model) -> ParamId {
     model.layout.head.unwrap_or_else(|| panic!("this part of the model has no head"))
 }
 
-/// Gradient of the normed states `[n, D]`; the head's own is queued.
+/// Gradient of the normed states `[n, D]`; the head's own goes to `jobs`.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,
     params: &Params,
     output: HeadOutput,
     g: HeadGradient,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Buf {
+    let hidden = output.hidden.unwrap_or_else(|| panic!("a head whose states were dropped and not restored"));
     let job = HeadJob {
         id: head_id(model),
         n: output.n,
@@ -120,18 +137,17 @@ pub fn backward(
         d_logp: g.d_logp,
         d_entropy: g.d_entropy,
         d_given: g.d_given,
-        hidden: output.hidden,
+        hidden,
     };
-    let mut d_hidden = ctx.zeros(job.hidden.dtype(), job.hidden.len());
-    job.backward(ctx, params, Some(d_hidden.view_mut()), None);
-    jobs.head(job);
+    let mut d_hidden = ctx.empty(job.hidden.dtype(), job.hidden.len());
+    jobs.head(ctx, params, job, d_hidden.view_mut());
     d_hidden
 }
 
 /// Logits f32 `[n, V]` of normed states `[n, D]`: for inference and for files; training never forms them.
 pub fn logits(ctx: &Ctx, model: &Model, params: &Params, hidden: &Buf) -> Buf {
     let w = params.weight(head_id(model));
-    let mut z = ctx.zeros(DType::F32, hidden.len() / w.cols * w.rows);
+    let mut z = ctx.empty(DType::F32, hidden.len() / w.cols * w.rows);
     gemm::linear(ctx, hidden.view(), &w, z.view_mut());
     z
 }

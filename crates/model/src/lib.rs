@@ -16,6 +16,7 @@ mod layout;
 pub mod mtp;
 mod params;
 pub mod pass;
+mod recompute;
 pub mod stages;
 pub mod trunk;
 mod weight_grad;
@@ -30,5 +31,6 @@ pub use layout::{
     AttentionIds, BlockIds, FeedForwardIds, Kind, Layout, MlpIds, MoeIds, MtpIds, ParamId, Published, Scope, TensorInfo,
 };
 pub use params::{Params, Precision};
+pub use recompute::Recompute;
 pub use trunk::{Input, LayerTrace, Model, Options, Routing};
 pub use weight_grad::{Shared, WeightGrads};

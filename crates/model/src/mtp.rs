@@ -15,10 +15,10 @@ pub struct Saved {
     ids: MtpIds,
     enorm: Norm,
     hnorm: Norm,
-    /// Normed embedding and hidden state `[n, D]`.
-    halves: [Shared; 2],
+    /// Normed embedding and hidden state `[n, D]`; None where they are computed again.
+    halves: Option<[Shared; 2]>,
     block: block::Saved,
-    norm: Norm,
+    pub(crate) norm: Norm,
     tokens: Shared,
     from: Shared,
     /// Elements of the previous depth's hidden states.
@@ -28,7 +28,7 @@ pub struct Saved {
 impl Saved {
     /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        let halves: usize = self.halves.iter().map(|h| h.bytes()).sum();
+        let halves: usize = self.halves.iter().flatten().map(|h| h.bytes()).sum();
         let norms = [&self.enorm, &self.hnorm, &self.norm];
         halves + self.block.bytes() + norms.iter().map(|n| n.bytes_with_input()).sum::<usize>()
     }
@@ -58,15 +58,16 @@ pub fn forward(
 ) -> Output {
     let ids = &model.layout.mtp[k - 1];
     let (d, n) = (model.config.hidden_size, depth.n);
-    let mut h = ctx.zeros(previous.dtype(), n * d);
+    let mut h = ctx.empty(previous.dtype(), n * d);
     rows::gather(ctx, previous.view(), d, depth.from.view(), h.view_mut());
     let e = trunk::embed(ctx, model, params, &depth.tokens);
     let (e, enorm) = heads::norm(ctx, model, params, ids.enorm, &e);
     let (h, hnorm) = heads::norm(ctx, model, params, ids.hnorm, &Arc::new(h));
     let halves = [e, h];
     let x = project(ctx, params, ids, &halves, d, n);
-    let (y, block) = block::forward(ctx, model, params, &ids.block, depth, x, options.gate(ids.block.layer, depth));
-    let trace = trunk::LayerTrace::of(ids.block.layer, &block);
+    let halves = model.recompute.keeps_norms().then_some(halves);
+    let gate = options.gate(ids.block.layer, depth);
+    let (y, block, trace) = block::forward(ctx, model, params, &ids.block, depth, x, gate);
     let (normed, norm) = heads::norm(ctx, model, params, ids.norm, &y);
     let feed = match model.config.mtp_hidden {
         MtpHidden::PostNorm => normed.clone(),
@@ -80,7 +81,7 @@ pub fn forward(
 /// eh_proj over `[embedding ; hidden]` without forming the concatenation: both halves summed in f32, rounded once.
 fn project(ctx: &Ctx, params: &Params, ids: &MtpIds, halves: &[Shared; 2], d: usize, n: usize) -> Shared {
     let w = params.weight(ids.eh_proj);
-    let mut sum = ctx.zeros(DType::F32, n * d);
+    let mut sum = ctx.empty(DType::F32, n * d);
     for (i, x) in halves.iter().enumerate() {
         gemm(
             ctx,
@@ -100,13 +101,13 @@ fn project(ctx: &Ctx, params: &Params, ids: &MtpIds, halves: &[Shared; 2], d: us
     if halves[0].dtype() == DType::F32 {
         return Arc::new(sum);
     }
-    let mut x = ctx.zeros(halves[0].dtype(), n * d);
+    let mut x = ctx.empty(halves[0].dtype(), n * d);
     add::convert(ctx, sum.view(), x.view_mut());
     Arc::new(x)
 }
 
 /// From the gradients of what the head read and of what the next depth continued (if there was one) to that of
-/// `previous` `[n_{k-1}, D]`; weight gradients are queued, the embedding's as use k.
+/// `previous` `[n_{k-1}, D]`; weight gradients go to `jobs`, the embedding's as use k.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,
@@ -115,15 +116,18 @@ pub fn backward(
     saved: Saved,
     d_normed: Buf,
     d_feed: Option<Buf>,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Buf {
     let d = model.config.hidden_size;
-    let dy = norm_backward(ctx, model, params, &saved.norm, d_normed, d_feed, jobs);
+    let dy = norm_backward(ctx, model, params, saved.norm, d_normed, d_feed, jobs);
     let dx = block::backward_input(ctx, model, params, saved.block, dy, jobs);
     let w = params.weight(saved.ids.eh_proj);
-    let mut out = ctx.zeros(dx.dtype(), saved.previous);
-    for (i, (half, norm)) in saved.halves.iter().zip([&saved.enorm, &saved.hnorm]).enumerate() {
-        let mut d_half = ctx.zeros(dx.dtype(), half.len());
+    let mut out = ctx.empty(dx.dtype(), saved.previous);
+    out.clear();
+    let mut halves = saved.halves.map(|halves| halves.into_iter());
+    for (i, norm) in [saved.enorm, saved.hnorm].into_iter().enumerate() {
+        let half = halves.as_mut().and_then(Iterator::next).unwrap_or_else(|| norm.again(ctx, params));
+        let mut d_half = ctx.empty(dx.dtype(), half.len());
         gemm(
             ctx,
             Gemm {
@@ -138,8 +142,9 @@ pub fn backward(
                 accumulate: false,
             },
         );
-        jobs.columns(saved.ids.eh_proj, i * d, d, half, &dx);
-        let mut d_in = ctx.zeros(dx.dtype(), half.len());
+        jobs.columns(saved.ids.eh_proj, i * d, d, &half, &dx);
+        let mut d_in = ctx.empty(dx.dtype(), half.len());
+        drop(half);
         norm.backward(ctx, params, &Arc::new(d_half), &mut d_in, false, jobs);
         match (i, model.layout.embedding) {
             (0, Some(id)) => jobs.embedding(id, k, &saved.tokens, &Arc::new(d_in)),
@@ -155,16 +160,16 @@ pub(crate) fn norm_backward(
     ctx: &Ctx,
     model: &Model,
     params: &Params,
-    norm: &Norm,
+    norm: Norm,
     mut d_normed: Buf,
     d_feed: Option<Buf>,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Shared {
     let post = model.config.mtp_hidden == MtpHidden::PostNorm;
     if let (true, Some(g)) = (post, &d_feed) {
         add::accumulate(ctx, g.view(), d_normed.view_mut());
     }
-    let mut dh = ctx.zeros(d_normed.dtype(), d_normed.len());
+    let mut dh = ctx.empty(d_normed.dtype(), d_normed.len());
     norm.backward(ctx, params, &Arc::new(d_normed), &mut dh, false, jobs);
     if let (false, Some(g)) = (post, &d_feed) {
         add::accumulate(ctx, g.view(), dh.view_mut());

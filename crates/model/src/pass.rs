@@ -70,7 +70,10 @@ fn predict(
     weight: f32,
 ) -> (HeadOutput, Shared, f64) {
     let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None, top_k: 0 };
-    let out = heads::forward(ctx, model, params, hidden, request, k);
+    let mut out = heads::forward(ctx, model, params, hidden, request, k);
+    if !model.recompute.keeps_norms() {
+        out.forget();
+    }
     let d: Vec<f32> = depth.host_targets.iter().map(|&t| if t >= 0 { -weight } else { 0.0 }).collect();
     // logp is 0 where there is no target.
     let sum: f64 = out.logp.view().f32().iter().map(|&l| f64::from(l)).sum();
@@ -141,20 +144,31 @@ pub fn tail(
 }
 
 /// Backward of a whole model: all weight gradients as jobs, in the order they must run.
-pub fn backward(ctx: &Ctx, model: &Model, params: &Params, forward: Forward) -> WeightGrads {
+pub fn backward(ctx: &Ctx, model: &Model, params: &Params, forward: Forward) -> WeightGrads<'static> {
     backward_input(ctx, model, params, forward).1
 }
 
 /// As [`backward`], with the gradient of the trunk's input `[n, D]` for an earlier stage.
-pub fn backward_input(ctx: &Ctx, model: &Model, params: &Params, f: Forward) -> (Shared, WeightGrads) {
+pub fn backward_input(ctx: &Ctx, model: &Model, params: &Params, f: Forward) -> (Shared, WeightGrads<'static>) {
     let mut jobs = WeightGrads::default();
+    (backward_into(ctx, model, params, f, &mut jobs), jobs)
+}
+
+/// As [`backward`] with jobs that the caller provides, which may run at once; returns the gradient of the trunk's input
+/// `[n, D]`.
+pub fn backward_into(ctx: &Ctx, model: &Model, params: &Params, f: Forward, jobs: &mut WeightGrads<'_>) -> Shared {
+    // What watches the routing has seen it.
+    drop(f.traces);
     let gradient = |d_logp| HeadGradient { d_logp, d_entropy: None, d_given: None };
     let mut d_feed = None;
-    for (i, (saved, head, d)) in f.mtp.into_iter().enumerate().rev() {
-        let d_normed = heads::backward(ctx, model, params, head, gradient(d), &mut jobs);
-        d_feed = Some(mtp::backward(ctx, model, params, i + 1, saved, d_normed, d_feed, &mut jobs));
+    for (i, (saved, mut head, d)) in f.mtp.into_iter().enumerate().rev() {
+        head.restore(|| saved.norm.again(ctx, params));
+        let d_normed = heads::backward(ctx, model, params, head, gradient(d), jobs);
+        d_feed = Some(mtp::backward(ctx, model, params, i + 1, saved, d_normed, d_feed, jobs));
     }
-    let d_normed = heads::backward(ctx, model, params, f.head.0, gradient(f.head.1), &mut jobs);
-    let dh = mtp::norm_backward(ctx, model, params, &f.norm, d_normed, d_feed, &mut jobs);
-    (trunk::backward(ctx, model, params, f.trunk, dh, &mut jobs), jobs)
+    let (mut head, d) = f.head;
+    head.restore(|| f.norm.again(ctx, params));
+    let d_normed = heads::backward(ctx, model, params, head, gradient(d), jobs);
+    let dh = mtp::norm_backward(ctx, model, params, f.norm, d_normed, d_feed, jobs);
+    trunk::backward(ctx, model, params, f.trunk, dh, jobs)
 }

@@ -1,10 +1,10 @@
 //! A range of blocks, with or without the embedding in front: what one pipeline stage holds.
 
 use crate::block;
-use crate::stages::dispatch::GateOptions;
+use crate::stages::dispatch::{self, GateOptions};
 use crate::weight_grad::{Shared, WeightGrads};
-use crate::{Depth, Layout, ModelConfig, Params, Scope};
-use hadal_comm::{Exchange, Identity};
+use crate::{Depth, Layout, ModelConfig, Params, Recompute, Scope};
+use hadal_comm::{Exchange, ExpertRange, Identity};
 use hadal_kernels::ops::embedding;
 use hadal_kernels::{Buf, Ctx};
 use std::sync::Arc;
@@ -17,6 +17,8 @@ pub struct Model {
     pub layout: Arc<Layout>,
     /// How tokens reach their experts.
     pub exchange: Box<dyn Exchange>,
+    /// What training's backward computes again.
+    pub recompute: Recompute,
     /// f32 `[R/2]`.
     pub(crate) inv_freq: Buf,
 }
@@ -27,7 +29,8 @@ impl Model {
     pub fn new(ctx: &Ctx, config: ModelConfig, scope: Scope, exchange: Box<dyn Exchange>) -> Self {
         let scope = Scope { experts: exchange.experts(), ..scope };
         let inv_freq = ctx.from_f32(&config.inv_freq());
-        Self { layout: Arc::new(Layout::new(&config, scope)), config, exchange, inv_freq }
+        let layout = Arc::new(Layout::new(&config, scope));
+        Self { layout, config, exchange, recompute: Recompute::default(), inv_freq }
     }
 
     /// What inference without speculation needs of a model, on one rank: no MTP layers.
@@ -35,6 +38,11 @@ impl Model {
         let scope = Scope { mtp: 0, ..Scope::whole(&config) };
         let experts = config.n_routed_experts;
         Self::new(ctx, config, scope, Box::new(Identity { experts }))
+    }
+
+    /// Whether all experts are held here, so that no rows of others come or go.
+    pub(crate) fn alone(&self) -> bool {
+        self.exchange.experts() == ExpertRange::all(self.config.n_routed_experts)
     }
 
     /// All of a model on one rank.
@@ -87,8 +95,8 @@ pub struct LayerTrace {
 }
 
 impl LayerTrace {
-    pub(crate) fn of(layer: usize, saved: &block::Saved) -> Option<Self> {
-        let g = saved.dispatch.gate.as_ref()?;
+    pub(crate) fn of(layer: usize, dispatched: &dispatch::Saved) -> Option<Self> {
+        let g = dispatched.gate.as_ref()?;
         let (indices, offsets) = (g.indices.clone(), g.offsets.clone());
         Some(Self { layer, indices, offsets, balance: g.balance.clone() })
     }
@@ -115,7 +123,7 @@ impl Saved {
 /// Embeds tokens `[n]` into `[n, D]` of the activation dtype.
 pub(crate) fn embed(ctx: &Ctx, model: &Model, params: &Params, tokens: &Buf) -> Shared {
     let Some(id) = model.layout.embedding else { panic!("this part of the model has no embedding") };
-    let mut h = ctx.zeros(params.precision.act(), tokens.len() * model.config.hidden_size);
+    let mut h = ctx.empty(params.precision.act(), tokens.len() * model.config.hidden_size);
     embedding::forward(ctx, tokens.view(), &params.weight(id), h.view_mut());
     Arc::new(h)
 }
@@ -135,22 +143,23 @@ pub fn forward(
     };
     let (mut blocks, mut traces) = (Vec::new(), Vec::new());
     for ids in &model.layout.blocks {
-        let (y, saved) = block::forward(ctx, model, params, ids, depth, h, options.gate(ids.layer, depth));
-        traces.extend(LayerTrace::of(ids.layer, &saved));
+        let (y, saved, trace) = block::forward(ctx, model, params, ids, depth, h, options.gate(ids.layer, depth));
+        traces.extend(trace);
         blocks.push(saved);
         h = y;
     }
     (h, Saved { tokens, blocks }, traces)
 }
 
-/// From the gradient of the output to that of the input `[n, D]`; the embedding's is queued (use 0) if it was here.
+/// From the gradient of the output to that of the input `[n, D]`; the embedding's (use 0) goes to `jobs` if it was
+/// here.
 pub fn backward(
     ctx: &Ctx,
     model: &Model,
     params: &Params,
     saved: Saved,
     mut dh: Shared,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Shared {
     for block in saved.blocks.into_iter().rev() {
         dh = block::backward_input(ctx, model, params, block, dh, jobs);

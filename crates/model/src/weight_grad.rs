@@ -39,40 +39,67 @@ pub(crate) struct HeadJob {
     pub d_given: Option<Shared>,
 }
 
-/// Queued weight gradients, in the order they must run.
+/// Weight gradients in the order they must run: queued, or run as they come, which is the same order.
 #[derive(Default)]
-pub struct WeightGrads {
+pub struct WeightGrads<'a> {
     jobs: Vec<Job>,
+    now: Option<Now<'a>>,
 }
 
-impl WeightGrads {
+/// Where jobs run that do not wait.
+struct Now<'a> {
+    ctx: &'a Ctx,
+    params: &'a Params,
+    grads: &'a mut Grads,
+}
+
+impl<'a> WeightGrads<'a> {
+    /// Jobs that run at once, so that what they need can go before backward goes on: the bits of a queue run later, with
+    /// the memory of one job. The weights must be those of the forward pass.
+    pub fn at_once(ctx: &'a Ctx, params: &'a Params, grads: &'a mut Grads) -> Self {
+        Self { jobs: Vec::new(), now: Some(Now { ctx, params, grads }) }
+    }
+
+    fn add(&mut self, job: Job) {
+        match &mut self.now {
+            Some(now) => job.run(now.ctx, now.params, now.grads),
+            None => self.jobs.push(job),
+        }
+    }
+
     pub(crate) fn linear(&mut self, id: ParamId, cols: usize, x: &Shared, dy: &Shared) {
         self.columns(id, 0, cols, x, dy);
     }
 
     pub(crate) fn columns(&mut self, id: ParamId, first: usize, cols: usize, x: &Shared, dy: &Shared) {
-        self.jobs.push(Job::Linear { id, first, cols, x: x.clone(), dy: dy.clone() });
+        self.add(Job::Linear { id, first, cols, x: x.clone(), dy: dy.clone() });
     }
 
     pub(crate) fn norm(&mut self, id: ParamId, x: &Shared, x_stride: usize, rstd: &Shared, dy: &Shared) {
-        self.jobs.push(Job::Norm { id, x: x.clone(), x_stride, rstd: rstd.clone(), dy: dy.clone() });
+        self.add(Job::Norm { id, x: x.clone(), x_stride, rstd: rstd.clone(), dy: dy.clone() });
     }
 
     pub(crate) fn grouped(&mut self, id: ParamId, offsets: &Shared, x: &Shared, dy: &Shared) {
-        self.jobs.push(Job::Grouped { id, offsets: offsets.clone(), x: x.clone(), dy: dy.clone() });
+        self.add(Job::Grouped { id, offsets: offsets.clone(), x: x.clone(), dy: dy.clone() });
     }
 
     pub(crate) fn embedding(&mut self, id: ParamId, n: usize, tokens: &Shared, dy: &Shared) {
-        self.jobs.push(Job::Embedding { id, n, tokens: tokens.clone(), dy: dy.clone() });
+        self.add(Job::Embedding { id, n, tokens: tokens.clone(), dy: dy.clone() });
     }
 
-    pub(crate) fn head(&mut self, job: HeadJob) {
-        self.jobs.push(Job::Head(job));
+    /// The head's gradient of its input, and its own: at once both come from logits that are computed once.
+    pub(crate) fn head(&mut self, ctx: &Ctx, params: &Params, job: HeadJob, d_hidden: ViewMut<'_>) {
+        let d_weight = self.now.as_mut().map(|now| now.grads.of_use(job.id, job.n));
+        let queued = d_weight.is_none();
+        job.backward(ctx, params, Some(d_hidden), d_weight);
+        if queued {
+            self.jobs.push(Job::Head(job));
+        }
     }
 
     /// Appends later jobs.
-    pub fn append(&mut self, mut later: WeightGrads) {
-        self.jobs.append(&mut later.jobs);
+    pub fn append(&mut self, later: WeightGrads<'_>) {
+        later.jobs.into_iter().for_each(|job| self.add(job));
     }
 
     /// Number of jobs waiting.

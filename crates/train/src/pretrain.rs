@@ -221,7 +221,8 @@ impl Begun {
         let Self { data, state, remarks } = self;
         let config = with_special_tokens(run.model.clone(), &data.tokenizer);
         let c = &run.config;
-        let model = Model::whole(ctx, config.clone());
+        let mut model = Model::whole(ctx, config.clone());
+        model.recompute = c.recompute;
         let layout = model.layout.clone();
         observer.start(&Start {
             parameters: layout.parameters(),

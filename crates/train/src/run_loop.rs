@@ -163,6 +163,8 @@ impl Loop<'_> {
             return Err(TrainError::Diverged { step: self.progress.step, what: "weight", found: x.into() });
         }
         self.metrics.sync()?;
+        // Writing needs memory of its own, and after the last step nothing else does.
+        ctx.device.release();
         let (m, v) = self.trainer.optimizer().moments();
         let arenas = Arenas { master, m, v, ema: self.trainer.average() };
         let updates = self.trainer.optimizer().updates();

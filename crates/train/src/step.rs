@@ -121,11 +121,11 @@ impl Trainer {
             losses.mtp += forward.losses.mtp;
             losses.balance += forward.losses.balance;
             load.add(&forward.traces);
-            let jobs = pass::backward(&ctx, &self.model, &self.params, forward);
             if self.defer {
-                queue.append(jobs);
+                pass::backward_into(&ctx, &self.model, &self.params, forward, &mut queue);
             } else {
-                jobs.run(&ctx, &self.params, &mut self.grads);
+                let mut jobs = WeightGrads::at_once(&ctx, &self.params, &mut self.grads);
+                pass::backward_into(&ctx, &self.model, &self.params, forward, &mut jobs);
             }
         }
         queue.run(ctx, &self.params, &mut self.grads);

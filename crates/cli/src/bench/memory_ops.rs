@@ -62,7 +62,7 @@ fn activations(preset: &str, c: &ModelConfig, n: usize) -> Vec<Case> {
             rotate(ctx, n, [heads, head, r], ctx.from_f32(&inv_freq), factor)
         }),
         case(name("swiglu forward", f), 3 * n * f * A, move |ctx| swiglu_forward(ctx, n, f)),
-        case(name("swiglu backward", f), 5 * n * f * A, move |ctx| swiglu_backward(ctx, n, f)),
+        case(name("swiglu backward", f), 6 * n * f * A, move |ctx| swiglu_backward(ctx, n, f)),
         case(name("embedding forward", d), 2 * x, move |ctx| embedding_forward(ctx, n, v, d)),
         case(name("embedding backward", d), x + 2 * distinct(v, n) * d * F, move |ctx| {
             embedding_backward(ctx, n, v, d)
@@ -76,9 +76,6 @@ fn activations(preset: &str, c: &ModelConfig, n: usize) -> Vec<Case> {
             Permuted::new(ctx, m, d, k, e).permute_backward(ctx)
         }),
         case(of_experts("combine"), rows + 3 * m * d * A, move |ctx| Permuted::new(ctx, m, d, k, e).combine(ctx)),
-        case(of_experts("combine backward"), 2 * rows + m * d * A, move |ctx| {
-            Permuted::new(ctx, m, d, k, e).combine_backward(ctx)
-        }),
     ]
 }
 
@@ -160,9 +157,12 @@ fn swiglu_forward(ctx: &Ctx, n: usize, f: usize) -> Work {
 }
 
 fn swiglu_backward(ctx: &Ctx, n: usize, f: usize) -> Work {
-    let (dy, gate_up) = (floats(ctx, ACT, n * f, 1), floats(ctx, ACT, 2 * n * f, 2));
-    let (mut out, ctx) = (ctx.zeros(ACT, 2 * n * f), ctx.clone());
-    Box::new(move || swiglu::backward(&ctx, dy.view(), gate_up.view(), f, None, out.view_mut()))
+    // In place, over and over: of zeros it leaves zeros, of anything else soon numbers that are slow to compute with.
+    let (mut dy, mut gate_up, ctx) = (ctx.zeros(ACT, n * f), ctx.zeros(ACT, 2 * n * f), ctx.clone());
+    Box::new(move || {
+        let (dy, gate_up) = (dy.view_mut(), gate_up.view_mut());
+        swiglu::backward(&ctx, swiglu::Backward { dy, gate_up, width: f, rows: None, weights: None });
+    })
 }
 
 /// The ids of the embedding's cases.
@@ -257,17 +257,6 @@ impl Permuted {
                 y: y.view_mut(),
             };
             moe_permute::combine(&ctx, a);
-        })
-    }
-
-    fn combine_backward(self, ctx: &Ctx) -> Work {
-        let Self { d, k, slot_of_row, weights, tokens, rows, .. } = self;
-        let (mut d_rows, mut d_weights) = (ctx.zeros(ACT, rows.len()), ctx.zeros(F32, weights.len()));
-        let ctx = ctx.clone();
-        Box::new(move || {
-            let (dy, slots, weights, rows) = (tokens.view(), slot_of_row.view(), weights.view(), rows.view());
-            let (d_rows, d_weights) = (d_rows.view_mut(), d_weights.view_mut());
-            moe_permute::combine_backward(&ctx, dy, d, k, slots, weights, rows, d_rows, d_weights);
         })
     }
 }

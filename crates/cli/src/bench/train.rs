@@ -14,7 +14,7 @@ use crate::{Global, memory, open};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use hadal_kernels::{Ctx, DType};
-use hadal_model::account::{Flops, TrainingMemory};
+use hadal_model::account::{Activations, Flops, TrainingMemory};
 use hadal_model::{
     Checkpoint, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, Sequence, preset_sequence,
     save_checkpoint,
@@ -181,7 +181,8 @@ impl Train {
 /// An error if this machine's memory cannot hold the model in training.
 fn fits(config: &ModelConfig, precision: Precision) -> anyhow::Result<()> {
     let layout = Layout::new(config, Scope::whole(config));
-    memory::fits("the model in training", TrainingMemory::of(&layout, precision, DType::F32, 0).total())
+    let memory = TrainingMemory::of(&layout, precision, DType::F32, Activations::default());
+    memory::fits("the model in training", memory.total())
 }
 
 /// The file beside model and tokens.

@@ -113,6 +113,6 @@ fn inspect_counts_what_a_run_wrote() {
     assert_eq!(result["mtp_parameters"], attention + 2 * d + moe + 2 * d * d + 3 * d + 4);
     assert_eq!((&result["mtp_layers"], &result["family"]), (&1.into(), &"V3".into()));
     let memory = &result["training_memory"];
-    let parts = ["masters", "compute_weights", "gradients", "moments", "saved_activations"];
+    let parts = ["masters", "compute_weights", "gradients", "moments", "saved_activations", "working_set", "process"];
     assert_eq!(parts.iter().map(|p| number(memory, p)).sum::<f64>(), number(memory, "total"));
 }

@@ -43,32 +43,89 @@ pub(crate) fn fma(fused: bool, a: f32, b: f32, c: f32) -> f32 {
     if fused { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Four floats without any extension: what remains on an old x86, and NEON on aarch64, which fuses.
+/// Four floats as every CPU of the build's target has them.
 #[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; 4]);
+pub(crate) struct Portable(four::Four);
 
 // SAFETY: nothing beyond the build's own target is needed.
 unsafe impl Lanes for Portable {
     const LEVEL: Level = Level::Portable;
     const N: usize = 4;
-    const FMA: bool = cfg!(target_arch = "aarch64");
+    const FMA: bool = four::FMA;
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
-        Self([x; 4])
+        // SAFETY: part of the build's target.
+        Self(unsafe { four::splat(x) })
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
-        // SAFETY: the caller vouches for four elements.
-        Self(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+        // SAFETY: as above, and the caller vouches for four elements.
+        Self(unsafe { four::load(p) })
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
-        // SAFETY: the caller vouches for four elements.
-        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
+        // SAFETY: as above, and the caller vouches for four elements.
+        unsafe { four::store(p, self.0) }
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        Self(std::array::from_fn(|i| fma(Self::FMA, self.0[i], b.0[i], c.0[i])))
+        // SAFETY: part of the build's target.
+        Self(unsafe { four::mul_add(self.0, b.0, c.0) })
+    }
+}
+
+// Intrinsics, because arrays of four are taken apart into scalars when many of them should stay in registers.
+
+/// SSE2.
+#[cfg(target_arch = "x86_64")]
+mod four {
+    pub use std::arch::x86_64::{
+        __m128 as Four, _mm_add_ps, _mm_loadu_ps as load, _mm_mul_ps, _mm_set1_ps as splat, _mm_storeu_ps as store,
+    };
+    pub const FMA: bool = false;
+    #[inline(always)]
+    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe { _mm_add_ps(_mm_mul_ps(a, b), c) }
+    }
+}
+
+/// NEON.
+#[cfg(target_arch = "aarch64")]
+mod four {
+    pub use std::arch::aarch64::{
+        float32x4_t as Four, vdupq_n_f32 as splat, vfmaq_f32, vld1q_f32 as load, vst1q_f32 as store,
+    };
+    pub const FMA: bool = true;
+    #[inline(always)]
+    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+}
+
+/// Whatever there is.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod four {
+    pub type Four = [f32; 4];
+    pub const FMA: bool = false;
+    #[inline(always)]
+    pub unsafe fn splat(x: f32) -> Four {
+        [x; 4]
+    }
+    #[inline(always)]
+    pub unsafe fn load(p: *const f32) -> Four {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<Four>().read_unaligned() }
+    }
+    #[inline(always)]
+    pub unsafe fn store(p: *mut f32, x: Four) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<Four>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
     }
 }
 

@@ -1,26 +1,46 @@
 //! Multi-head Latent Attention (V2 report 2.1, V3 report 2.1.1): h1 = h + o_proj(attention(RMSNorm(h))).
-//!
-//! Forward keeps everything that backward reads; what to recompute instead is a later choice, made here.
 
 use super::{Norm, linear, linear_backward};
 use crate::config::LATENT_NORM_EPS;
 use crate::weight_grad::{Shared, WeightGrads};
-use crate::{BlockIds, Depth, Model, Params};
+use crate::{AttentionIds, BlockIds, Depth, Model, Params};
 use hadal_kernels::ops::{add, mla_prefill, rope};
 use hadal_kernels::{Buf, Ctx, DType, ViewMut};
 use std::sync::Arc;
 
-/// What forward keeps.
+/// What forward keeps. Optional is what it may leave to be computed again.
 #[derive(Debug)]
 pub struct Saved {
-    ids: BlockIds,
-    h: Shared,
-    projected: Projected,
-    kv_up: Shared,
+    ids: AttentionIds,
+    places: Places,
+    /// Its input is h.
+    norm: Norm,
+    /// Of q_a's output; None without a query latent.
+    q_norm: Option<Norm>,
+    /// Its input is `[n, C + R]`: raw c_kv, then rotated k_pe.
+    kv_norm: Norm,
+    normed: Option<Shared>,
+    q_latent: Option<Shared>,
+    q: Option<Shared>,
+    c_kv: Option<Shared>,
+    kv_up: Option<Shared>,
     out: Shared,
     lse: Shared,
-    cu: Shared,
-    positions: Shared,
+}
+
+/// Where the tokens of a batch are.
+#[derive(Clone, Debug)]
+pub(crate) struct Places {
+    /// i32 `[S + 1]`.
+    pub cu: Shared,
+    /// i32 `[n]`.
+    pub positions: Shared,
+}
+
+impl Places {
+    pub(crate) fn of(depth: &Depth) -> Self {
+        Self { cu: depth.cu.clone(), positions: depth.positions.clone() }
+    }
 }
 
 /// Queries and latents of n tokens, and what their backward needs.
@@ -41,12 +61,35 @@ pub(crate) struct Projected {
 }
 
 impl Saved {
+    fn new(model: &Model, ids: &AttentionIds, places: Places, p: Projected, kv_up: Buf, [out, lse]: [Buf; 2]) -> Self {
+        let all = model.recompute.stages_keep();
+        let keep = |x: Shared| all.then_some(x);
+        let (q_norm, q_latent) = p.q_latent.unzip();
+        Self {
+            ids: ids.clone(),
+            places,
+            norm: p.norm,
+            kv_norm: p.kv_norm,
+            normed: keep(p.normed),
+            q_latent: q_latent.and_then(keep),
+            // Without a latent, the query is no up-projection but a product as large as any.
+            q: (all || q_norm.is_none()).then_some(p.q),
+            q_norm,
+            c_kv: keep(p.c_kv),
+            kv_up: keep(Arc::new(kv_up)),
+            out: Arc::new(out),
+            lse: Arc::new(lse),
+        }
+    }
+
     /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        let p = &self.projected;
-        let latent = p.q_latent.as_ref().map_or(0, |(n, q)| n.x.bytes() + n.bytes() + q.bytes());
-        let buffers = [&self.h, &p.normed, &p.q, &p.kv_a, &p.c_kv, &self.kv_up, &self.out, &self.lse];
-        buffers.iter().map(|b| b.bytes()).sum::<usize>() + latent + p.norm.bytes() + p.kv_norm.bytes()
+        let norms = [Some(&self.norm), self.q_norm.as_ref(), Some(&self.kv_norm)];
+        let optional = [&self.normed, &self.q_latent, &self.q, &self.c_kv, &self.kv_up];
+        norms.into_iter().flatten().map(Norm::bytes_with_input).sum::<usize>()
+            + optional.into_iter().flatten().map(|b| b.bytes()).sum::<usize>()
+            + self.out.bytes()
+            + self.lse.bytes()
     }
 }
 
@@ -63,29 +106,41 @@ fn shape(model: &Model) -> mla_prefill::Shape {
     }
 }
 
-/// Rotates the rotary parts of q `[n, H, P + R]` and of kv_a `[n, C + R]`, in place; back if `inverse`.
-fn rotate(ctx: &Ctx, model: &Model, positions: &Buf, q: ViewMut<'_>, kv_a: ViewMut<'_>, inverse: bool) {
+/// Rotates the rotary parts of q `[n, H, P + R]` in place; back if `inverse`.
+fn rotate_queries(ctx: &Ctx, model: &Model, positions: &Buf, q: ViewMut<'_>, inverse: bool) {
     let c = &model.config;
     let (heads, head) = (c.num_attention_heads, c.qk_head_dim());
-    let parts = [
-        (q, heads * head, c.qk_nope_head_dim, heads, head),
-        (kv_a, c.cache_width(), c.kv_lora_rank, 1, c.qk_rope_head_dim),
-    ];
-    for (x, token_stride, offset, heads, head_stride) in parts {
-        let a = rope::Rope {
-            x,
-            token_stride,
-            offset,
-            heads,
-            head_stride,
-            positions: positions.view(),
-            inv_freq: model.inv_freq.view(),
-            factor: c.rope_factor(),
-            interleaved: c.rope.interleaved,
-            inverse,
-        };
-        rope::apply(ctx, a);
-    }
+    rotate(ctx, model, positions, inverse, (q, heads * head, c.qk_nope_head_dim, heads, head));
+}
+
+/// Rotates the rotary part of kv_a `[n, C + R]` in place; back if `inverse`.
+fn rotate_keys(ctx: &Ctx, model: &Model, positions: &Buf, kv_a: ViewMut<'_>, inverse: bool) {
+    let c = &model.config;
+    rotate(ctx, model, positions, inverse, (kv_a, c.cache_width(), c.kv_lora_rank, 1, c.qk_rope_head_dim));
+}
+
+/// Rotates within x: elements from token to token, where the first head's part is, heads, elements from head to head.
+fn rotate(
+    ctx: &Ctx,
+    model: &Model,
+    positions: &Buf,
+    inverse: bool,
+    (x, token_stride, offset, heads, head_stride): (ViewMut<'_>, usize, usize, usize, usize),
+) {
+    let c = &model.config;
+    let a = rope::Rope {
+        x,
+        token_stride,
+        offset,
+        heads,
+        head_stride,
+        positions: positions.view(),
+        inv_freq: model.inv_freq.view(),
+        factor: c.rope_factor(),
+        interleaved: c.rope.interleaved,
+        inverse,
+    };
+    rope::apply(ctx, a);
 }
 
 /// RMSNorm, query and latent projections, RoPE.
@@ -113,7 +168,8 @@ pub(crate) fn project(
         (None, None) => unreachable!("a layout has q_proj or q_lora"),
     };
     let mut kv_a = linear(ctx, params, a.kv_a, &normed, n);
-    rotate(ctx, model, positions, q.view_mut(), kv_a.view_mut(), false);
+    rotate_queries(ctx, model, positions, q.view_mut(), false);
+    rotate_keys(ctx, model, positions, kv_a.view_mut(), false);
     let kv_a = Arc::new(kv_a);
     let (c_kv, kv_norm) = Norm::forward(ctx, params, a.kv_a_norm, (&kv_a, c.cache_width()), n, LATENT_NORM_EPS);
     Projected { n, norm, normed, q_latent, q: Arc::new(q), kv_norm, kv_a, c_kv }
@@ -121,106 +177,153 @@ pub(crate) fn project(
 
 /// h + o_proj(out).
 pub(crate) fn output(ctx: &Ctx, params: &Params, ids: &BlockIds, h: &Buf, out: &Buf, n: usize) -> Shared {
-    let y = linear(ctx, params, ids.attention.o_proj, out, n);
-    let mut h1 = ctx.zeros(h.dtype(), h.len());
-    add::add(ctx, h.view(), y.view(), h1.view_mut());
+    let mut h1 = linear(ctx, params, ids.attention.o_proj, out, n);
+    add::accumulate(ctx, h.view(), h1.view_mut());
     Arc::new(h1)
 }
 
 /// h `[n, D]` to h1 `[n, D]`.
 pub fn forward(ctx: &Ctx, model: &Model, params: &Params, ids: &BlockIds, depth: &Depth, h: Shared) -> (Shared, Saved) {
-    let c = &model.config;
-    let p = project(ctx, model, params, ids, &depth.positions, &h);
-    let kv_up = linear(ctx, params, ids.attention.kv_b, &p.c_kv, p.n);
-    let mut out = ctx.zeros(h.dtype(), p.n * c.num_attention_heads * c.v_head_dim);
-    let mut lse = ctx.zeros(DType::F32, p.n * c.num_attention_heads);
-    let x = inputs(model, &p, &kv_up, &depth.cu);
-    mla_prefill::forward(ctx, shape(model), x, out.view_mut(), lse.view_mut());
-    let h1 = output(ctx, params, ids, &h, &out, p.n);
-    let saved = Saved {
-        ids: ids.clone(),
-        h,
-        projected: p,
-        kv_up: Arc::new(kv_up),
-        out: Arc::new(out),
-        lse: Arc::new(lse),
-        cu: depth.cu.clone(),
-        positions: depth.positions.clone(),
-    };
-    (h1, saved)
+    forward_at(ctx, model, params, ids, Places::of(depth), h)
 }
 
-fn inputs<'a>(model: &Model, p: &'a Projected, kv_up: &'a Buf, cu: &'a Buf) -> mla_prefill::Inputs<'a> {
-    let tail = model.config.kv_lora_rank.min(p.kv_a.len())..p.kv_a.len();
+/// As [`forward`], of tokens that are at these places.
+pub(crate) fn forward_at(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    ids: &BlockIds,
+    places: Places,
+    h: Shared,
+) -> (Shared, Saved) {
+    let c = &model.config;
+    let p = project(ctx, model, params, ids, &places.positions, &h);
+    let kv_up = linear(ctx, params, ids.attention.kv_b, &p.c_kv, p.n);
+    let mut out = ctx.empty(h.dtype(), p.n * c.num_attention_heads * c.v_head_dim);
+    let mut lse = ctx.empty(DType::F32, p.n * c.num_attention_heads);
+    let x = inputs(model, &p.q, &p.kv_a, &kv_up, &places.cu);
+    mla_prefill::forward(ctx, shape(model), x, out.view_mut(), lse.view_mut());
+    let h1 = output(ctx, params, ids, &h, &out, p.n);
+    (h1, Saved::new(model, &ids.attention, places, p, kv_up, [out, lse]))
+}
+
+fn inputs<'a>(model: &Model, q: &'a Buf, kv_a: &'a Buf, kv_up: &'a Buf, cu: &'a Buf) -> mla_prefill::Inputs<'a> {
+    let tail = model.config.kv_lora_rank.min(kv_a.len())..kv_a.len();
     mla_prefill::Inputs {
-        q: p.q.view(),
+        q: q.view(),
         kv_up: kv_up.view(),
-        k_pe: p.kv_a.view().slice(tail),
+        k_pe: kv_a.view().slice(tail),
         cu_q: cu.view(),
         cu_k: cu.view(),
     }
 }
 
-/// dh1 `[n, D]` to dh `[n, D]`; weight gradients are queued.
+/// q from its normed latent.
+fn queries(ctx: &Ctx, model: &Model, params: &Params, ids: &AttentionIds, latent: &Buf, positions: &Buf) -> Shared {
+    let Some((_, _, q_b)) = ids.q_lora else { unreachable!("a query without a latent is kept") };
+    let mut q = linear(ctx, params, q_b, latent, positions.len());
+    rotate_queries(ctx, model, positions, q.view_mut(), false);
+    Arc::new(q)
+}
+
+/// What the softmax's backward reads, dropped behind it.
+struct Scores {
+    q: Shared,
+    kv_up: Shared,
+    out: Shared,
+    lse: Shared,
+    d_out: Buf,
+}
+
+/// Gradients of q and kv_up, and of kv_a whose first C columns are left to the norm.
+fn scores_backward(ctx: &Ctx, model: &Model, places: &Places, kv_a: &Buf, s: Scores) -> [Buf; 3] {
+    let act = kv_a.dtype();
+    let [mut dq, mut dkv_up, mut dkv_a] = [&s.q, &s.kv_up, kv_a].map(|x| ctx.empty(act, x.len()));
+    let tail = model.config.kv_lora_rank.min(dkv_a.len())..dkv_a.len();
+    let b = mla_prefill::Backward {
+        out: s.out.view(),
+        lse: s.lse.view(),
+        dout: s.d_out.view(),
+        dq: dq.view_mut(),
+        dkv_up: dkv_up.view_mut(),
+        dk_pe: dkv_a.view_mut().slice(tail),
+        dk_pe_stride: model.config.cache_width(),
+    };
+    mla_prefill::backward(ctx, shape(model), inputs(model, &s.q, kv_a, &s.kv_up, &places.cu), b);
+    rotate_queries(ctx, model, &places.positions, dq.view_mut(), true);
+    rotate_keys(ctx, model, &places.positions, dkv_a.view_mut(), true);
+    [dq, dkv_up, dkv_a]
+}
+
+/// dh1 `[n, D]` to dh `[n, D]`; weight gradients go to `jobs`.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,
     params: &Params,
     saved: Saved,
     dh1: Shared,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Shared {
-    let c = &model.config;
-    let ids = &saved.ids.attention;
-    let p = &saved.projected;
-    let act = saved.h.dtype();
-    let v_width = c.num_attention_heads * c.v_head_dim;
-    let mut d_out = ctx.zeros(act, saved.out.len());
+    let Saved { ids, places, norm, q_norm, kv_norm, normed, q_latent, q, c_kv, kv_up, out, lse } = saved;
+    let (act, n) = (dh1.dtype(), places.positions.len());
+    let mut d_out = ctx.empty(act, out.len());
     linear_backward(ctx, params, ids.o_proj, &dh1, &mut d_out, false);
-    jobs.linear(ids.o_proj, v_width, &saved.out, &dh1);
+    jobs.linear(ids.o_proj, params.layout.info(ids.o_proj).cols, &out, &dh1);
 
-    let (mut dq, mut dkv_up, mut dkv_a) =
-        (ctx.zeros(act, p.q.len()), ctx.zeros(act, saved.kv_up.len()), ctx.zeros(act, p.kv_a.len()));
-    let tail = c.kv_lora_rank.min(dkv_a.len())..dkv_a.len();
-    let b = mla_prefill::Backward {
-        out: saved.out.view(),
-        lse: saved.lse.view(),
-        dout: d_out.view(),
-        dq: dq.view_mut(),
-        dkv_up: dkv_up.view_mut(),
-        dk_pe: dkv_a.view_mut().slice(tail),
-        dk_pe_stride: c.cache_width(),
-    };
-    mla_prefill::backward(ctx, shape(model), inputs(model, p, &saved.kv_up, &saved.cu), b);
-    rotate(ctx, model, &saved.positions, dq.view_mut(), dkv_a.view_mut(), true);
+    let c_kv = c_kv.unwrap_or_else(|| kv_norm.again(ctx, params));
+    let q_latent = q_norm.as_ref().map(|norm| q_latent.unwrap_or_else(|| norm.again(ctx, params)));
+    let kv_up = kv_up.unwrap_or_else(|| Arc::new(linear(ctx, params, ids.kv_b, &c_kv, n)));
+    let q = q.or_else(|| Some(queries(ctx, model, params, &ids, q_latent.as_ref()?, &places.positions)));
+    let Some(q) = q else { unreachable!("a query without a latent is kept") };
+    let scores = Scores { q, kv_up, out, lse, d_out };
+    let [dq, dkv_up, mut dkv_a] = scores_backward(ctx, model, &places, kv_norm.x(), scores);
 
     // The latent's path: kv_b, the norm (into the first C columns of dkv_a), kv_a.
     let dkv_up = Arc::new(dkv_up);
-    let mut d_c = ctx.zeros(act, p.c_kv.len());
+    let mut d_c = ctx.empty(act, c_kv.len());
     linear_backward(ctx, params, ids.kv_b, &dkv_up, &mut d_c, false);
-    jobs.linear(ids.kv_b, c.kv_lora_rank, &p.c_kv, &dkv_up);
-    p.kv_norm.backward(ctx, params, &Arc::new(d_c), &mut dkv_a, false, jobs);
+    jobs.linear(ids.kv_b, params.layout.info(ids.kv_b).cols, &c_kv, &dkv_up);
+    drop((c_kv, dkv_up));
+    kv_norm.backward(ctx, params, &Arc::new(d_c), &mut dkv_a, false, jobs);
+    drop(kv_norm);
+    let normed = normed.unwrap_or_else(|| norm.again(ctx, params));
     let dkv_a = Arc::new(dkv_a);
-    let mut d_normed = ctx.zeros(act, p.normed.len());
+    let mut d_normed = ctx.empty(act, normed.len());
     linear_backward(ctx, params, ids.kv_a, &dkv_a, &mut d_normed, false);
-    jobs.linear(ids.kv_a, c.hidden_size, &p.normed, &dkv_a);
+    jobs.linear(ids.kv_a, model.config.hidden_size, &normed, &dkv_a);
+    drop(dkv_a);
 
     // The query's path joins the same normed input.
-    let dq = Arc::new(dq);
-    if let (Some((q_a, _, q_b)), Some((norm, latent))) = (ids.q_lora, &p.q_latent) {
-        let mut d_latent = ctx.zeros(act, latent.len());
-        linear_backward(ctx, params, q_b, &dq, &mut d_latent, false);
-        jobs.linear(q_b, params.layout.info(q_b).cols, latent, &dq);
-        let mut d_q_a = ctx.zeros(act, latent.len());
+    let latent = q_norm.zip(q_latent);
+    query_backward(ctx, params, &ids, latent, &Arc::new(dq), (&normed, &mut d_normed), jobs);
+    drop(normed);
+    let mut dh = Arc::unwrap_or_clone(dh1);
+    norm.backward(ctx, params, &Arc::new(d_normed), &mut dh, true, jobs);
+    Arc::new(dh)
+}
+
+/// Adds the queries' share to the gradient of the normed input.
+fn query_backward(
+    ctx: &Ctx,
+    params: &Params,
+    ids: &AttentionIds,
+    latent: Option<(Norm, Shared)>,
+    dq: &Shared,
+    (normed, d_normed): (&Shared, &mut Buf),
+    jobs: &mut WeightGrads<'_>,
+) {
+    let cols = |id| params.layout.info(id).cols;
+    if let (Some((q_a, _, q_b)), Some((norm, latent))) = (ids.q_lora, latent) {
+        let mut d_latent = ctx.empty(dq.dtype(), latent.len());
+        linear_backward(ctx, params, q_b, dq, &mut d_latent, false);
+        jobs.linear(q_b, cols(q_b), &latent, dq);
+        let mut d_q_a = ctx.empty(dq.dtype(), latent.len());
         norm.backward(ctx, params, &Arc::new(d_latent), &mut d_q_a, false, jobs);
         let d_q_a = Arc::new(d_q_a);
-        linear_backward(ctx, params, q_a, &d_q_a, &mut d_normed, true);
-        jobs.linear(q_a, c.hidden_size, &p.normed, &d_q_a);
+        linear_backward(ctx, params, q_a, &d_q_a, d_normed, true);
+        jobs.linear(q_a, cols(q_a), normed, &d_q_a);
     } else if let Some(q_proj) = ids.q_proj {
-        linear_backward(ctx, params, q_proj, &dq, &mut d_normed, true);
-        jobs.linear(q_proj, c.hidden_size, &p.normed, &dq);
+        linear_backward(ctx, params, q_proj, dq, d_normed, true);
+        jobs.linear(q_proj, cols(q_proj), normed, dq);
     }
-    let mut dh = Buf::clone(&dh1);
-    p.norm.backward(ctx, params, &Arc::new(d_normed), &mut dh, true, jobs);
-    Arc::new(dh)
 }

@@ -1,37 +1,40 @@
 //! Expert outputs back to their tokens: y = h1 + sum_k w_k E_k + shared, summed in slot order in f32 and rounded once.
+//!
+//! The gradient of a routing weight, dy . E_k, would need the experts' outputs. E_k is a product of the expert's down
+//! matrix and its inner activation a, so that it is also (down^T dy) . a: the left side is on the way of backward
+//! anyway, a comes with SwiGLU's backward, and outputs need not be kept. So the weights travel to the experts with dy,
+//! and their gradients travel back (`dispatch`).
 
 use super::dispatch;
 use super::mlp::ExpertOutput;
 use crate::Model;
 use crate::weight_grad::Shared;
-use hadal_kernels::ops::{add, moe_permute};
+use hadal_kernels::ops::{add, moe_permute, rows};
 use hadal_kernels::{Buf, Ctx, DType};
 use std::sync::Arc;
 
-/// What forward keeps: the experts' outputs on the tokens' side `[n K, D]`, for the gradient of the routing weights.
+/// What forward keeps: nothing.
 #[derive(Debug)]
-pub struct Saved {
-    rows: Option<Buf>,
-}
+pub struct Saved;
 
 impl Saved {
     /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        self.rows.as_ref().map_or(0, Buf::bytes)
+        0
     }
 }
 
 /// The block's output `[n, D]`.
 pub fn forward(ctx: &Ctx, model: &Model, dispatched: &dispatch::Saved, output: ExpertOutput) -> (Shared, Saved) {
     let d = model.config.hidden_size;
-    let h1 = &dispatched.h1;
-    let mut y = ctx.zeros(h1.dtype(), h1.len());
+    let h1 = dispatched.h1();
     let (Some(gate), Some(rows)) = (&dispatched.gate, output.rows) else {
-        let Some(mlp) = output.y else { unreachable!("a dense layer's MLP has an output") };
-        add::add(ctx, h1.view(), mlp.view(), y.view_mut());
-        return (Arc::new(y), Saved { rows: None });
+        let Some(mut y) = output.y else { unreachable!("a dense layer's MLP has an output") };
+        add::accumulate(ctx, h1.view(), y.view_mut());
+        return (Arc::new(y), Saved);
     };
     let rows = model.exchange.combine(ctx, rows, &gate.route, d);
+    let mut y = ctx.empty(h1.dtype(), h1.len());
     let a = moe_permute::Combine {
         rows: rows.view(),
         dim: d,
@@ -43,32 +46,33 @@ pub fn forward(ctx: &Ctx, model: &Model, dispatched: &dispatch::Saved, output: E
         y: y.view_mut(),
     };
     moe_permute::combine(ctx, a);
-    (Arc::new(y), Saved { rows: Some(rows) })
+    (Arc::new(y), Saved)
 }
 
-/// From dy `[n, D]`: the gradient of the experts' outputs on their side and of the routing weights f32 `[n, K]`. The
+/// On the experts' side, by row.
+#[derive(Debug)]
+pub struct ExpertGradient {
+    /// `[cap, D]`.
+    pub rows: Buf,
+    /// f32 `[cap]`.
+    pub weights: Buf,
+}
+
+/// From dy `[n, D]` to what the experts' backward reads: each row's dy, not yet times its weight, and the weights. The
 /// dense or shared output's gradient, and the residual stream's, is dy itself.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,
     dispatched: &dispatch::Saved,
-    saved: Saved,
+    _: Saved,
     dy: &Buf,
-) -> (Option<Buf>, Option<Buf>) {
-    let (Some(gate), Some(rows)) = (&dispatched.gate, saved.rows) else { return (None, None) };
-    let d = model.config.hidden_size;
-    let mut d_rows = ctx.zeros(dy.dtype(), rows.len());
-    let mut d_weights = ctx.zeros(DType::F32, gate.weights.len());
-    moe_permute::combine_backward(
-        ctx,
-        dy.view(),
-        d,
-        model.config.num_experts_per_tok,
-        gate.slot_of_row.view(),
-        gate.weights.view(),
-        rows.view(),
-        d_rows.view_mut(),
-        d_weights.view_mut(),
-    );
-    (Some(model.exchange.redispatch(ctx, d_rows, &gate.route, d)), Some(d_weights))
+) -> Option<ExpertGradient> {
+    let gate = dispatched.gate.as_ref()?;
+    let (d, k, slots) = (model.config.hidden_size, model.config.num_experts_per_tok, gate.weights.len());
+    let mut dy_rows = ctx.empty(dy.dtype(), slots * d);
+    moe_permute::permute(ctx, dy.view(), d, k, gate.slot_of_row.view(), dy_rows.view_mut());
+    let mut weights = ctx.empty(DType::F32, slots);
+    rows::gather(ctx, gate.weights.view(), 1, gate.slot_of_row.view(), weights.view_mut());
+    let rows = model.exchange.redispatch(ctx, dy_rows, &gate.route, d);
+    Some(ExpertGradient { rows, weights: model.exchange.redispatch(ctx, weights, &gate.route, 1) })
 }

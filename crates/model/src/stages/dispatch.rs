@@ -2,10 +2,11 @@
 //! to the ranks that hold their experts. A dense layer has only the norm.
 
 use super::Norm;
+use super::combine::ExpertGradient;
 use crate::weight_grad::{Shared, WeightGrads};
 use crate::{BlockIds, FeedForwardIds, Model, MoeIds, Params};
 use hadal_comm::Route;
-use hadal_kernels::ops::{gemm, moe_permute, router, seq_balance};
+use hadal_kernels::ops::{gemm, moe_permute, router, rows, seq_balance};
 use hadal_kernels::{Buf, Ctx, DType, View};
 use std::sync::Arc;
 
@@ -21,10 +22,10 @@ pub struct ExpertInput {
 /// What forward keeps.
 #[derive(Debug)]
 pub struct Saved {
-    /// The residual stream `[n, D]`.
-    pub h1: Shared,
+    /// Its input is the residual stream h1 `[n, D]`.
     norm: Norm,
-    x: Shared,
+    /// `[n, D]`; None until backward needs it where it is computed again.
+    x: Option<Shared>,
     /// The gate; None in a dense layer.
     pub gate: Option<Gate>,
 }
@@ -52,6 +53,24 @@ pub struct Gate {
 }
 
 impl Saved {
+    /// The residual stream `[n, D]`.
+    pub(crate) fn h1(&self) -> &Shared {
+        self.norm.x()
+    }
+
+    /// The normed stream `[n, D]`, kept or computed again, and from now on kept.
+    pub(crate) fn x(&mut self, ctx: &Ctx, params: &Params) -> Shared {
+        self.x.get_or_insert_with(|| self.norm.again(ctx, params)).clone()
+    }
+
+    /// The local experts' rows `[cap, D]`, gathered and sent again.
+    pub(crate) fn rows(&mut self, ctx: &Ctx, model: &Model, params: &Params) -> Shared {
+        let x = self.x(ctx, params);
+        let Some(gate) = &self.gate else { unreachable!("a dense layer has no experts") };
+        let rows = gather(ctx, model, &x, &gate.slot_of_row);
+        Arc::new(model.exchange.redispatch(ctx, rows, &gate.route, model.config.hidden_size))
+    }
+
     /// Bytes kept until backward (h1 included, the expert rows not: the MLP stage keeps them).
     pub fn bytes(&self) -> usize {
         let gate = self.gate.as_ref().map_or(0, |g| {
@@ -65,7 +84,7 @@ impl Saved {
                 + g.route.bytes()
                 + extra
         });
-        self.h1.bytes() + self.x.bytes() + self.norm.bytes() + gate
+        self.norm.bytes_with_input() + self.x.as_ref().map_or(0, |x| x.bytes()) + gate
     }
 }
 
@@ -91,13 +110,14 @@ pub fn forward(
     let n = h1.len() / d;
     let eps = model.config.rms_norm_eps as f32;
     let (x, norm) = Norm::forward(ctx, params, ids.post_attention_norm, (&h1, d), n, eps);
+    let keep = |x: Shared| model.recompute.stages_keep().then_some(x);
     let FeedForwardIds::Moe(moe) = ids.feed_forward else {
-        return (ExpertInput { x: x.clone(), rows: None }, Saved { h1, norm, x, gate: None });
+        return (ExpertInput { x: x.clone(), rows: None }, Saved { norm, x: keep(x), gate: None });
     };
     let (gate, rows) = route(ctx, model, params, moe, &x, n, options);
     let offsets = Arc::new(gate.route.offsets.clone());
     let input = ExpertInput { x: x.clone(), rows: Some((Arc::new(rows), offsets)) };
-    (input, Saved { h1, norm, x, gate: Some(gate) })
+    (input, Saved { norm, x: keep(x), gate: Some(gate) })
 }
 
 /// The gate's logits are a product in f32 whatever the activation dtype (V3 report 3.3.1 keeps the gate in high
@@ -113,10 +133,10 @@ fn route(
 ) -> (Gate, Buf) {
     let c = model.config.router();
     let (e, k, d) = (c.experts, c.top_k, model.config.hidden_size);
-    let mut logits = ctx.zeros(DType::F32, n * e);
+    let mut logits = ctx.empty(DType::F32, n * e);
     gemm::linear(ctx, x.view(), &params.weight(ids.gate), logits.view_mut());
-    let (mut scores, mut weights) = (ctx.zeros(DType::F32, n * e), ctx.zeros(DType::F32, n * k));
-    let mut indices = ctx.zeros(DType::I32, n * k);
+    let (mut scores, mut weights) = (ctx.empty(DType::F32, n * e), ctx.empty(DType::F32, n * k));
+    let mut indices = ctx.empty(DType::I32, n * k);
     let a = router::Forward {
         logits: logits.view(),
         bias: ids.bias.map(|b| params.f32(b)),
@@ -128,11 +148,10 @@ fn route(
     router::forward(ctx, &c, a);
     let (d_scores, balance) = options.balance.map(|b| balance(ctx, &c, &scores, b)).unzip();
 
-    let mut offsets = ctx.zeros(DType::I32, e + 1);
-    let (mut row_of_slot, mut slot_of_row) = (ctx.zeros(DType::I32, n * k), ctx.zeros(DType::I32, n * k));
+    let mut offsets = ctx.empty(DType::I32, e + 1);
+    let (mut row_of_slot, mut slot_of_row) = (ctx.empty(DType::I32, n * k), ctx.empty(DType::I32, n * k));
     moe_permute::plan(ctx, indices.view(), e, offsets.view_mut(), row_of_slot.view_mut(), slot_of_row.view_mut());
-    let mut rows = ctx.zeros(x.dtype(), n * k * d);
-    moe_permute::permute(ctx, x.view(), d, k, slot_of_row.view(), rows.view_mut());
+    let rows = gather(ctx, model, x, &slot_of_row);
     let (rows, route) = model.exchange.dispatch(ctx, rows, &offsets, d);
     let gate = Gate {
         ids,
@@ -149,10 +168,18 @@ fn route(
     (gate, rows)
 }
 
+/// x `[n, D]` to rows `[n K, D]` sorted by expert.
+fn gather(ctx: &Ctx, model: &Model, x: &Buf, slot_of_row: &Buf) -> Buf {
+    let d = model.config.hidden_size;
+    let mut rows = ctx.empty(x.dtype(), slot_of_row.len() * d);
+    moe_permute::permute(ctx, x.view(), d, model.config.num_experts_per_tok, slot_of_row.view(), rows.view_mut());
+    rows
+}
+
 /// (gradient of the scores, loss of each sequence).
 fn balance(ctx: &Ctx, c: &router::Config, scores: &Buf, (cu, seq_weights): (View<'_>, View<'_>)) -> (Buf, Buf) {
-    let mut loss = ctx.zeros(DType::F32, seq_weights.len());
-    let mut d_scores = ctx.zeros(DType::F32, scores.len());
+    let mut loss = ctx.empty(DType::F32, seq_weights.len());
+    let mut d_scores = ctx.empty(DType::F32, scores.len());
     let a = seq_balance::SeqBalance {
         scores: scores.view(),
         experts: c.experts,
@@ -173,40 +200,33 @@ pub struct Gradient {
     pub dy: Shared,
     /// `[n, D]`: of the normed stream through dense or shared MLP; None without shared experts.
     pub dx: Option<Buf>,
-    /// `[cap, D]`: of the expert rows, on the experts' side.
-    pub d_rows: Option<Buf>,
-    /// f32 `[n, K]`.
-    pub d_weights: Option<Buf>,
+    /// Of the expert rows and their weights, on the experts' side.
+    pub experts: Option<ExpertGradient>,
 }
 
-/// To dh1 `[n, D]`; weight gradients are queued.
+/// To dh1 `[n, D]`; weight gradients go to `jobs`.
 pub fn backward_input(
     ctx: &Ctx,
     model: &Model,
     params: &Params,
-    saved: Saved,
+    mut saved: Saved,
     g: Gradient,
-    jobs: &mut WeightGrads,
+    jobs: &mut WeightGrads<'_>,
 ) -> Shared {
     let d = model.config.hidden_size;
     let accumulate = g.dx.is_some();
-    let mut dx = g.dx.unwrap_or_else(|| ctx.zeros(saved.x.dtype(), saved.x.len()));
-    if let Some(gate) = &saved.gate {
-        let (Some(d_rows), Some(d_weights)) = (g.d_rows, g.d_weights) else {
-            unreachable!("a MoE layer's combine and MLP stages return gradients of rows and weights");
-        };
+    let mut dx = g.dx.unwrap_or_else(|| ctx.empty(saved.h1().dtype(), saved.h1().len()));
+    let x = saved.gate.is_some().then(|| saved.x(ctx, params));
+    if let (Some(gate), Some(x), Some(g)) = (saved.gate, x, g.experts) {
         let c = model.config.router();
-        let d_rows = model.exchange.combine(ctx, d_rows, &gate.route, d);
-        moe_permute::permute_backward(
-            ctx,
-            d_rows.view(),
-            d,
-            c.top_k,
-            gate.row_of_slot.view(),
-            dx.view_mut(),
-            accumulate,
-        );
-        let mut d_logits = ctx.zeros(DType::F32, gate.scores.len());
+        let row_of_slot = gate.row_of_slot.view();
+        let d_rows = model.exchange.combine(ctx, g.rows, &gate.route, d);
+        moe_permute::permute_backward(ctx, d_rows.view(), d, c.top_k, row_of_slot, dx.view_mut(), accumulate);
+        drop(d_rows);
+        let by_row = model.exchange.combine(ctx, g.weights, &gate.route, 1);
+        let mut d_weights = ctx.empty(DType::F32, by_row.len());
+        rows::gather(ctx, by_row.view(), 1, row_of_slot, d_weights.view_mut());
+        let mut d_logits = ctx.empty(DType::F32, gate.scores.len());
         let b = router::Backward {
             scores: gate.scores.view(),
             indices: gate.indices.view(),
@@ -216,9 +236,10 @@ pub fn backward_input(
         };
         router::backward(ctx, &c, b);
         super::linear_backward(ctx, params, gate.ids.gate, &d_logits, &mut dx, true);
-        jobs.linear(gate.ids.gate, d, &saved.x, &Arc::new(d_logits));
+        jobs.linear(gate.ids.gate, d, &x, &Arc::new(d_logits));
     }
-    let mut dh1 = Buf::clone(&g.dy);
+    drop(saved.x);
+    let mut dh1 = Arc::unwrap_or_clone(g.dy);
     saved.norm.backward(ctx, params, &Arc::new(dx), &mut dh1, true, jobs);
     Arc::new(dh1)
 }

@@ -1,12 +1,13 @@
 //! SwiGLU networks: a dense layer's one, or the routed experts' (rows sorted by expert, grouped products) and the
 //! shared experts' (one network of their joint width, V2 report 2.2).
 
-use super::dispatch::ExpertInput;
+use super::combine::ExpertGradient;
+use super::dispatch::{self, ExpertInput};
 use super::{linear, linear_backward};
 use crate::weight_grad::{Shared, WeightGrads};
 use crate::{BlockIds, FeedForwardIds, MlpIds, Model, Params};
 use hadal_kernels::ops::{gemm_grouped, swiglu};
-use hadal_kernels::{Buf, Ctx};
+use hadal_kernels::{Buf, Ctx, DType, View};
 use std::sync::Arc;
 
 /// What the combine stage reads.
@@ -18,106 +19,163 @@ pub struct ExpertOutput {
     pub rows: Option<Buf>,
 }
 
-/// What forward keeps.
+/// What forward keeps; the dense or shared network's input is the dispatch stage's.
 #[derive(Debug)]
 pub struct Saved {
-    every: Option<(MlpIds, Network)>,
-    routed: Option<(MlpIds, Network, Shared)>,
+    /// SwiGLU's input `[n, 2F]`.
+    every: Option<(MlpIds, Buf)>,
+    routed: Option<Routed>,
 }
 
 #[derive(Debug)]
-struct Network {
-    x: Shared,
+struct Routed {
+    ids: MlpIds,
+    /// `[cap, D]`, or left to be gathered again.
+    x: Option<Shared>,
+    /// SwiGLU's input `[cap, 2F]`.
     gate_up: Buf,
-    act: Shared,
+    /// i32 `[local + 1]`.
+    offsets: Shared,
 }
 
 impl Saved {
-    /// Bytes kept until backward; x of the dense or shared network is counted by the dispatch stage.
+    /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        let every = self.every.as_ref().map_or(0, |(_, n)| n.gate_up.bytes() + n.act.bytes());
-        let routed = self.routed.as_ref();
-        every + routed.map_or(0, |(_, n, o)| n.x.bytes() + n.gate_up.bytes() + n.act.bytes() + o.bytes())
+        let every = self.every.as_ref().map_or(0, |(_, gate_up)| gate_up.bytes());
+        let routed = |r: &Routed| r.x.as_ref().map_or(0, |x| x.bytes()) + r.gate_up.bytes() + r.offsets.bytes();
+        every + self.routed.as_ref().map_or(0, routed)
     }
 }
 
 /// The networks of a block over their inputs.
 pub fn forward(ctx: &Ctx, model: &Model, params: &Params, ids: &BlockIds, input: ExpertInput) -> (ExpertOutput, Saved) {
+    let saved = inner(ctx, model, params, ids, input);
+    let y = saved.every.as_ref().map(|(ids, gate_up)| {
+        let width = params.layout.info(ids.down).cols;
+        let act = activate(ctx, gate_up, width, None);
+        linear(ctx, params, ids.down, &act, act.len() / width)
+    });
+    let rows = saved.routed.as_ref().map(|r| {
+        let down = params.weight(r.ids.down);
+        let act = activate(ctx, &r.gate_up, down.cols, Some(live(&r.offsets)));
+        let mut y = ctx.empty(act.dtype(), act.len() / down.cols * down.rows);
+        gemm_grouped::grouped(ctx, act.view(), r.offsets.view(), &down, y.view_mut());
+        y
+    });
+    (ExpertOutput { y, rows }, saved)
+}
+
+/// The part of [`forward`] that backward needs: up to SwiGLU's input.
+pub(crate) fn inner(ctx: &Ctx, model: &Model, params: &Params, ids: &BlockIds, input: ExpertInput) -> Saved {
     let n = input.x.len() / model.config.hidden_size;
     let every = match ids.feed_forward {
         FeedForwardIds::Dense(mlp) => Some(mlp),
         FeedForwardIds::Moe(moe) => moe.shared,
     };
-    let (y, every) = every
-        .map(|mlp| {
-            let gate_up = linear(ctx, params, mlp.gate_up, &input.x, n);
-            let width = params.layout.info(mlp.down).cols;
-            let mut act = ctx.zeros(gate_up.dtype(), n * width);
-            swiglu::forward(ctx, gate_up.view(), width, None, act.view_mut());
-            let y = linear(ctx, params, mlp.down, &act, n);
-            (y, (mlp, Network { x: input.x, gate_up, act: Arc::new(act) }))
-        })
-        .unzip();
-    let (rows, routed) = match (ids.feed_forward, input.rows) {
+    let every = every.map(|ids| (ids, linear(ctx, params, ids.gate_up, &input.x, n)));
+    let routed = match (ids.feed_forward, input.rows) {
         (FeedForwardIds::Moe(moe), Some((x, offsets))) => {
-            let (y, network) = experts(ctx, params, moe.experts, x, &offsets);
-            (Some(y), Some((moe.experts, network, offsets)))
+            let w = params.weight(moe.experts.gate_up);
+            let mut gate_up = ctx.empty(x.dtype(), x.len() / w.cols * w.rows);
+            gemm_grouped::grouped(ctx, x.view(), offsets.view(), &w, gate_up.view_mut());
+            let keep = model.recompute.stages_keep() || !model.alone();
+            Some(Routed { ids: moe.experts, x: keep.then_some(x), gate_up, offsets })
         }
-        _ => (None, None),
+        _ => None,
     };
-    (ExpertOutput { y, rows }, Saved { every, routed })
+    Saved { every, routed }
 }
 
-fn experts(ctx: &Ctx, params: &Params, ids: MlpIds, x: Shared, offsets: &Buf) -> (Buf, Network) {
-    let (gate_up_w, down_w) = (params.weight(ids.gate_up), params.weight(ids.down));
-    let capacity = x.len() / gate_up_w.cols;
-    let mut gate_up = ctx.zeros(x.dtype(), capacity * gate_up_w.rows);
-    gemm_grouped::grouped(ctx, x.view(), offsets.view(), &gate_up_w, gate_up.view_mut());
-    let mut act = ctx.zeros(x.dtype(), capacity * down_w.cols);
-    let rows = offsets.view().slice(offsets.len() - 1..offsets.len());
-    swiglu::forward(ctx, gate_up.view(), down_w.cols, Some(rows), act.view_mut());
-    let mut y = ctx.zeros(x.dtype(), capacity * down_w.rows);
-    gemm_grouped::grouped(ctx, act.view(), offsets.view(), &down_w, y.view_mut());
-    (y, Network { x, gate_up, act: Arc::new(act) })
+fn activate(ctx: &Ctx, gate_up: &Buf, width: usize, rows: Option<View<'_>>) -> Buf {
+    let mut act = ctx.empty(gate_up.dtype(), gate_up.len() / 2);
+    swiglu::forward(ctx, gate_up.view(), width, rows, act.view_mut());
+    act
 }
 
-/// From the gradients of both outputs to those of both inputs (dx `[n, D]`, d_rows `[cap, D]`); weight gradients are
-/// queued.
+/// i32 `[1]`: how many rows the experts have together.
+fn live(offsets: &Buf) -> View<'_> {
+    offsets.view().slice(offsets.len() - 1..offsets.len())
+}
+
+/// From the gradients of both outputs to those of both inputs: dx `[n, D]`, and by row of the experts that of their
+/// inputs and of the routing weights; weight gradients go to `jobs`.
 pub fn backward_input(
     ctx: &Ctx,
+    model: &Model,
     params: &Params,
+    dispatched: &mut dispatch::Saved,
     saved: Saved,
     dy: &Shared,
-    d_rows: Option<Buf>,
-    jobs: &mut WeightGrads,
-) -> (Option<Buf>, Option<Buf>) {
-    let dx = saved.every.map(|(ids, net)| {
-        let width = params.layout.info(ids.down).cols;
-        let mut d_act = ctx.zeros(dy.dtype(), net.act.len());
-        linear_backward(ctx, params, ids.down, dy, &mut d_act, false);
-        jobs.linear(ids.down, width, &net.act, dy);
-        let mut d_gate_up = ctx.zeros(dy.dtype(), net.gate_up.len());
-        swiglu::backward(ctx, d_act.view(), net.gate_up.view(), width, None, d_gate_up.view_mut());
-        let d_gate_up = Arc::new(d_gate_up);
-        let mut dx = ctx.zeros(dy.dtype(), net.x.len());
-        linear_backward(ctx, params, ids.gate_up, &d_gate_up, &mut dx, false);
-        jobs.linear(ids.gate_up, params.layout.info(ids.gate_up).cols, &net.x, &d_gate_up);
-        dx
+    experts: Option<ExpertGradient>,
+    jobs: &mut WeightGrads<'_>,
+) -> (Option<Buf>, Option<ExpertGradient>) {
+    let dx = saved.every.map(|(ids, gate_up)| {
+        let x = dispatched.x(ctx, params);
+        every_backward(ctx, params, ids, gate_up, &x, dy, jobs)
     });
-    let d_rows = saved.routed.zip(d_rows).map(|((ids, net, offsets), d_rows)| {
-        let (gate_up_w, down_w) = (params.weight(ids.gate_up), params.weight(ids.down));
-        let d_rows = Arc::new(d_rows);
-        let mut d_act = ctx.zeros(dy.dtype(), net.act.len());
-        gemm_grouped::grouped_backward_input(ctx, d_rows.view(), offsets.view(), &down_w, d_act.view_mut());
-        jobs.grouped(ids.down, &offsets, &net.act, &d_rows);
-        let mut d_gate_up = ctx.zeros(dy.dtype(), net.gate_up.len());
-        let rows = offsets.view().slice(offsets.len() - 1..offsets.len());
-        swiglu::backward(ctx, d_act.view(), net.gate_up.view(), down_w.cols, Some(rows), d_gate_up.view_mut());
-        let d_gate_up = Arc::new(d_gate_up);
-        let mut dx = ctx.zeros(dy.dtype(), net.x.len());
-        gemm_grouped::grouped_backward_input(ctx, d_gate_up.view(), offsets.view(), &gate_up_w, dx.view_mut());
-        jobs.grouped(ids.gate_up, &offsets, &net.x, &d_gate_up);
-        dx
+    let experts = saved.routed.zip(experts).map(|(r, g)| {
+        let Routed { ids, x, gate_up, offsets } = r;
+        let (d_gate_up, weights) = experts_backward(ctx, params, ids, gate_up, &offsets, g, jobs);
+        let x = x.unwrap_or_else(|| dispatched.rows(ctx, model, params));
+        jobs.grouped(ids.gate_up, &offsets, &x, &d_gate_up);
+        let (dtype, len) = (x.dtype(), x.len());
+        drop(x);
+        let mut rows = ctx.empty(dtype, len);
+        let w = params.weight(ids.gate_up);
+        gemm_grouped::grouped_backward_input(ctx, d_gate_up.view(), offsets.view(), &w, rows.view_mut());
+        ExpertGradient { rows, weights }
     });
-    (dx, d_rows)
+    (dx, experts)
+}
+
+/// A dense or shared network: dx.
+fn every_backward(
+    ctx: &Ctx,
+    params: &Params,
+    ids: MlpIds,
+    mut gate_up: Buf,
+    x: &Shared,
+    dy: &Shared,
+    jobs: &mut WeightGrads<'_>,
+) -> Buf {
+    let width = params.layout.info(ids.down).cols;
+    let mut d_act = ctx.empty(dy.dtype(), gate_up.len() / 2);
+    linear_backward(ctx, params, ids.down, dy, &mut d_act, false);
+    let b = swiglu::Backward { dy: d_act.view_mut(), gate_up: gate_up.view_mut(), width, rows: None, weights: None };
+    swiglu::backward(ctx, b);
+    // In place: what was d_act is SwiGLU's output again, what was gate_up is its gradient.
+    let (act, d_gate_up) = (Arc::new(d_act), Arc::new(gate_up));
+    jobs.linear(ids.down, width, &act, dy);
+    drop(act);
+    let mut dx = ctx.empty(dy.dtype(), x.len());
+    linear_backward(ctx, params, ids.gate_up, &d_gate_up, &mut dx, false);
+    jobs.linear(ids.gate_up, params.layout.info(ids.gate_up).cols, x, &d_gate_up);
+    dx
+}
+
+/// The routed experts down to SwiGLU's input: its gradient, and that of the routing weights.
+fn experts_backward(
+    ctx: &Ctx,
+    params: &Params,
+    ids: MlpIds,
+    mut gate_up: Buf,
+    offsets: &Shared,
+    g: ExpertGradient,
+    jobs: &mut WeightGrads<'_>,
+) -> (Shared, Buf) {
+    let down = params.weight(ids.down);
+    let mut d_act = ctx.empty(gate_up.dtype(), gate_up.len() / 2);
+    gemm_grouped::grouped_backward_input(ctx, g.rows.view(), offsets.view(), &down, d_act.view_mut());
+    let mut d_weights = ctx.empty(DType::F32, g.weights.len());
+    let b = swiglu::Backward {
+        dy: d_act.view_mut(),
+        gate_up: gate_up.view_mut(),
+        width: down.cols,
+        rows: Some(live(offsets)),
+        weights: Some((g.weights.view(), d_weights.view_mut())),
+    };
+    swiglu::backward(ctx, b);
+    // The outputs' gradients are not weighted; the activations that they meet in the weights' gradient now are.
+    jobs.grouped(ids.down, offsets, &Arc::new(d_act), &Arc::new(g.rows));
+    (Arc::new(gate_up), d_weights)
 }

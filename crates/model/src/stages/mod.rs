@@ -1,6 +1,7 @@
 //! A block is four stages: attention | dispatch | MLP | combine (V3 report 3.2.1, figure 4). Each has a forward, a
 //! backward for its input that leaves the weight gradients as jobs, and an explicit struct of what it saves. Stages
-//! hold no state, so that the stages of one micro-batch can run between those of another.
+//! hold no state, so that the stages of one micro-batch can run between those of another. What is not saved but computed
+//! again is the model's [`crate::Recompute`]; memory that backward needs no longer is dropped before more is taken.
 
 pub mod attention;
 pub mod combine;
@@ -20,6 +21,7 @@ pub struct Norm {
     x: Shared,
     x_stride: usize,
     rstd: Shared,
+    eps: f32,
 }
 
 impl Norm {
@@ -32,22 +34,23 @@ impl Norm {
         n: usize,
         eps: f32,
     ) -> (Shared, Self) {
-        let dim = params.layout.info(id).cols;
-        let mut y = ctx.zeros(x.dtype(), n * dim);
-        let mut rstd = ctx.zeros(DType::F32, n);
-        let a = rmsnorm::Forward {
-            x: x.view(),
-            x_stride,
-            weight: params.f32(id),
-            eps,
-            y: y.view_mut(),
-            rstd: rstd.view_mut(),
-        };
-        rmsnorm::forward(ctx, a);
-        (Arc::new(y), Self { id, x: x.clone(), x_stride, rstd: Arc::new(rstd) })
+        let mut rstd = ctx.empty(DType::F32, n);
+        let y = normalise(ctx, params, id, (x, x_stride), eps, &mut rstd);
+        (Arc::new(y), Self { id, x: x.clone(), x_stride, rstd: Arc::new(rstd), eps })
     }
 
-    /// dx (rows `x_stride` apart) (+)= gradient of the input; queues the weight's.
+    /// What `forward` returned, computed again.
+    pub(crate) fn again(&self, ctx: &Ctx, params: &Params) -> Shared {
+        let mut rstd = ctx.empty(DType::F32, self.rstd.len());
+        Arc::new(normalise(ctx, params, self.id, (&self.x, self.x_stride), self.eps, &mut rstd))
+    }
+
+    /// The input.
+    pub(crate) fn x(&self) -> &Shared {
+        &self.x
+    }
+
+    /// dx (rows `x_stride` apart) (+)= gradient of the input; the weight's goes to `jobs`.
     pub fn backward(
         &self,
         ctx: &Ctx,
@@ -55,7 +58,7 @@ impl Norm {
         dy: &Shared,
         dx: &mut Buf,
         accumulate: bool,
-        jobs: &mut WeightGrads,
+        jobs: &mut WeightGrads<'_>,
     ) {
         let b = rmsnorm::BackwardInput {
             dy: dy.view(),
@@ -82,10 +85,18 @@ impl Norm {
     }
 }
 
+/// RMSNorm of one row for each element of rstd, which it fills.
+fn normalise(ctx: &Ctx, params: &Params, id: ParamId, (x, x_stride): (&Buf, usize), eps: f32, rstd: &mut Buf) -> Buf {
+    let mut y = ctx.empty(x.dtype(), rstd.len() * params.layout.info(id).cols);
+    let (weight, x) = (params.f32(id), x.view());
+    rmsnorm::forward(ctx, rmsnorm::Forward { x, x_stride, weight, eps, y: y.view_mut(), rstd: rstd.view_mut() });
+    y
+}
+
 /// y = x W^T in the activation dtype.
 pub(crate) fn linear(ctx: &Ctx, params: &Params, id: ParamId, x: &Buf, n: usize) -> Buf {
     let w = params.weight(id);
-    let mut y = ctx.zeros(x.dtype(), n * w.rows);
+    let mut y = ctx.empty(x.dtype(), n * w.rows);
     hadal_kernels::ops::gemm::linear(ctx, x.view(), &w, y.view_mut());
     y
 }

@@ -110,7 +110,7 @@ impl<'a> ForwardWalk<'a> {
 /// What the next stage of a backward pass reads.
 enum Behind {
     Combine(Shared),
-    Mlp { dy: Shared, d_rows: Option<Buf>, d_weights: Option<Buf> },
+    Mlp { dy: Shared, experts: Option<combine::ExpertGradient> },
     Dispatch(Gradient),
     Attention(Shared),
 }
@@ -130,13 +130,13 @@ impl BackwardWalk<'_> {
         self.behind = Some(match self.behind.take().unwrap() {
             Behind::Combine(dy) => {
                 let (d, c) = (kept.dispatch.as_ref().unwrap(), kept.combine.take().unwrap());
-                let (d_rows, d_weights) = combine::backward_input(ctx, model, d, c, &dy);
-                Behind::Mlp { dy, d_rows, d_weights }
+                let experts = combine::backward_input(ctx, model, d, c, &dy);
+                Behind::Mlp { dy, experts }
             }
-            Behind::Mlp { dy, d_rows, d_weights } => {
-                let saved = kept.mlp.take().unwrap();
-                let (dx, d_rows) = mlp::backward_input(ctx, params, saved, &dy, d_rows, &mut jobs);
-                Behind::Dispatch(Gradient { dy, dx, d_rows, d_weights })
+            Behind::Mlp { dy, experts } => {
+                let (saved, dispatched) = (kept.mlp.take().unwrap(), kept.dispatch.as_mut().unwrap());
+                let (dx, experts) = mlp::backward_input(ctx, model, params, dispatched, saved, &dy, experts, &mut jobs);
+                Behind::Dispatch(Gradient { dy, dx, experts })
             }
             Behind::Dispatch(g) => {
                 let saved = kept.dispatch.take().unwrap();

@@ -10,6 +10,7 @@ mod heads;
 mod interleaved;
 mod memory;
 mod ranks;
+mod recompute;
 mod replay;
 mod setup;
 mod threads;

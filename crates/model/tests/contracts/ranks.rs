@@ -7,7 +7,7 @@ use hadal_kernels::Ctx;
 use hadal_model::heads::{self, Request};
 use hadal_model::trunk::{self, Input, Options};
 use hadal_model::{
-    Batch, Grads, Kind, Model, ModelConfig, MtpHidden, Params, Precision, Scope, Sequence, Shared, mtp, pass,
+    Batch, Grads, Kind, Model, ModelConfig, MtpHidden, Params, Precision, Recompute, Scope, Sequence, Shared, mtp, pass,
 };
 
 /// What one rank, or one process with everything, sees.
@@ -88,10 +88,17 @@ fn forward_rows(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> Vec
     rows
 }
 
+/// Nothing out of the ordinary.
+fn even() -> Split {
+    Split { lengths: [&[20], &[31]], shunned: 0..0, recompute: Recompute::default() }
+}
+
 /// The split under test: sequences of each rank, and experts whose correction bias keeps every token away.
 struct Split {
     lengths: [&'static [usize]; 2],
     shunned: std::ops::Range<usize>,
+    /// What the ranks compute again; one rank with everything keeps to the default.
+    recompute: Recompute,
 }
 
 impl Split {
@@ -115,7 +122,8 @@ fn on_ranks(config: &ModelConfig, precision: Precision, split: &Split, halves: &
             let half = half.clone();
             s.spawn(move || {
                 let ctx = context(1);
-                let model = Model::new(&ctx, config.clone(), Scope::whole(config), Box::new(x));
+                let mut model = Model::new(&ctx, config.clone(), Scope::whole(config), Box::new(x));
+                model.recompute = split.recompute;
                 let params = split.weights(&ctx, &model, precision);
                 observe(&ctx, &model, &params, &pack(&ctx, config, &half))
             })
@@ -168,7 +176,7 @@ fn routed(name: &str) -> bool {
 #[test]
 fn unequal_parts_of_a_batch() {
     each_case(|ctx, case, config, precision| {
-        compare(ctx, case, config, precision, &Split { lengths: [&[65, 1, 3], &[130]], shunned: 0..0 });
+        compare(ctx, case, config, precision, &Split { lengths: [&[65, 1, 3], &[130]], ..even() });
     });
 }
 
@@ -177,7 +185,7 @@ fn experts_without_rows() {
     for precision in PRECISIONS {
         // One expert of the second rank, and all of the first rank's: the groups left over still fill the choice.
         for shunned in [6..7, 0..4] {
-            let split = Split { lengths: [&[20, 45], &[1]], shunned };
+            let split = Split { lengths: [&[20, 45], &[1]], shunned, ..even() };
             let case = format!("{precision:?}, none to experts {:?}", split.shunned);
             compare(&context(2), &case, &v3_two_mtp(), precision, &split);
         }
@@ -187,7 +195,15 @@ fn experts_without_rows() {
 #[test]
 fn a_rank_without_tokens_still_serves_its_experts() {
     for precision in PRECISIONS {
-        let split = Split { lengths: [&[33, 9], &[]], shunned: 0..0 };
+        let split = Split { lengths: [&[33, 9], &[]], ..even() };
         compare(&context(2), &format!("{precision:?}, a rank without tokens"), &v3(), precision, &split);
+    }
+}
+
+#[test]
+fn rows_sent_again_or_kept() {
+    for (precision, recompute) in PRECISIONS.into_iter().flat_map(|p| Recompute::EACH.map(|r| (p, r))) {
+        let split = Split { recompute, ..even() };
+        compare(&context(2), &format!("{precision:?}, recompute {recompute}"), &v3_two_mtp(), precision, &split);
     }
 }

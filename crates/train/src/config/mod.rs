@@ -16,7 +16,7 @@ use crate::TrainError;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;
 use crate::step::Objective;
-use hadal_model::{ModelConfig, Precision};
+use hadal_model::{ModelConfig, Precision, Recompute};
 use std::path::PathBuf;
 
 /// Every value of a run.
@@ -30,6 +30,8 @@ pub struct TrainConfig {
     pub seq: usize,
     /// Numbers the model computes in.
     pub precision: Precision,
+    /// What backward computes again instead of keeping it.
+    pub recompute: Recompute,
     /// Seed of weights, order of data and split.
     pub seed: u64,
     /// Learning rate; holds the number of steps.
@@ -72,6 +74,12 @@ pub fn precision(name: &str) -> Result<Precision, TrainError> {
     }
 }
 
+/// Reads "none", "paper" or "all"; the default without a name.
+fn recompute(name: Option<&str>) -> Result<Recompute, TrainError> {
+    let read = |name: &str| name.parse().map_err(|what| TrainError::Config { what: format!("train.{what}") });
+    name.map_or(Ok(Recompute::default()), read)
+}
+
 fn refuse(cond: bool, what: impl FnOnce() -> String) -> Result<(), TrainError> {
     if cond { Err(TrainError::Config { what: what() }) } else { Ok(()) }
 }
@@ -104,6 +112,7 @@ impl TrainConfig {
             micro_batch: s.micro_batch.unwrap_or(batch),
             seq,
             precision: precision(s.dtype.as_deref().unwrap_or("bf16"))?,
+            recompute: recompute(s.recompute.as_deref())?,
             seed: s.seed.unwrap_or(0),
             schedule: Schedule { peak, floor: s.min_lr.unwrap_or(peak / 10.0), warmup, constant, steps },
             adamw: AdamW {

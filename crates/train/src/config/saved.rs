@@ -38,7 +38,7 @@ impl From<Build> for SavedBuild {
 /// Keys of `[train]` that a run may change on its way. What is left out would make another run of it: weights and data
 /// are functions of the seed, of dtype and seq; the moments were gathered with beta1 and beta2; save_initial wants a step
 /// that is gone.
-pub(super) const MAY_CHANGE: [&str; 20] = [
+pub(super) const MAY_CHANGE: [&str; 21] = [
     "steps",
     "batch",
     "micro_batch",
@@ -59,6 +59,7 @@ pub(super) const MAY_CHANGE: [&str; 20] = [
     "keep_last",
     "keep_best",
     "save_beside",
+    "recompute",
 ];
 
 /// The `[model]` table of a run: what the tokenizer decides is not in it.
@@ -81,6 +82,7 @@ impl TrainConfig {
             micro_batch: Some(*micro_batch),
             seq: Some(*seq),
             dtype: Some(if *precision == Precision::Bf16 { "bf16" } else { "fp32" }.into()),
+            recompute: Some(self.recompute.name().into()),
             seed: Some(*seed),
             lr: Some(s.peak),
             min_lr: decays.then_some(s.floor),

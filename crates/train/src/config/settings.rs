@@ -17,6 +17,8 @@ pub struct Settings {
     pub seq: Option<usize>,
     /// "bf16" or "fp32".
     pub dtype: Option<String>,
+    /// What backward computes again: "none", "paper" or "all".
+    pub recompute: Option<String>,
     /// Seed of weights, order of data and split.
     pub seed: Option<u64>,
     /// Peak learning rate.

@@ -23,7 +23,7 @@ pub(super) fn forward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut out: Outputs<'_>)
     let n = targets.len();
     let scale = 1.0 / x.temperature;
     let mut rows = vec![Row::default(); n];
-    let mut logits = Slice::new(n, x.weight.rows);
+    let mut logits = Slice::new(cpu, n, x.weight.rows);
     for ids in slices(x.weight.rows) {
         logits.compute(ctx, &x, ids.clone());
         let logits = &logits;
@@ -71,10 +71,10 @@ pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
     let (mut d_hidden, mut d_weight) = (b.d_hidden, b.d_weight);
     // A d_hidden of f32 takes the sums itself; a narrower one is rounded from them once, at the end.
     let narrow = d_hidden.as_ref().is_some_and(|h| h.dtype() != DType::F32);
-    let mut sums = AlignedVec::<f32>::zeros(if narrow { rows.len() * d } else { 0 });
-    let mut dz = Slice::new(rows.len(), v);
+    let mut sums = cpu.empty::<f32>(if narrow { rows.len() * d } else { 0 });
+    let mut dz = Slice::new(cpu, rows.len(), v);
     if x.hidden.dtype() == DType::Bf16 && x.weight.data.dtype() == DType::Bf16 {
-        dz.narrow = Some(AlignedVec::zeros(dz.z.len()));
+        dz.narrow = Some(cpu.empty(dz.z.len()));
     }
     for ids in slices(v) {
         dz.compute(ctx, &x, ids.clone());
@@ -116,9 +116,9 @@ struct Slice {
 
 impl Slice {
     /// Room for `n` rows over any slice of `v` ids.
-    fn new(n: usize, v: usize) -> Self {
+    fn new(cpu: &Cpu, n: usize, v: usize) -> Self {
         let ld = SLICE.min(v);
-        Self { z: AlignedVec::zeros(n * ld), narrow: None, ids: 0..0, ld, n }
+        Self { z: cpu.empty(n * ld), narrow: None, ids: 0..0, ld, n }
     }
 
     /// Row `r`, as wide as the slice.

@@ -11,7 +11,7 @@ use super::tile::{self, TILE, cut};
 use super::{Backward, Problem, Shape};
 use crate::isa::{Isa, Job, Lanes, fma, vectorised};
 use crate::math::exp_fused;
-use crate::{AlignedVec, Cpu, Elem, View};
+use crate::{Cpu, Elem, View};
 
 /// Keys per task of the sum over heads.
 const ROWS: usize = 64;
@@ -21,7 +21,7 @@ pub fn backward<T: Elem>(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
     let s = &x.shape;
     let nk = x.cu_k[x.cu_k.len() - 1] as usize;
     let plane = nk * s.rope;
-    let mut pe_planes = AlignedVec::<f32>::zeros(s.heads * plane);
+    let mut pe_planes = cpu.empty::<f32>(s.heads * plane);
     let (dq, dkv_up) = (Disjoint::new(T::of_mut(b.dq)), Disjoint::new(T::of_mut(b.dkv_up)));
     let pe = Disjoint::new(&mut pe_planes);
     let (panels, lse) = (Panels::new(cpu, T::DTYPE), b.lse.f32());

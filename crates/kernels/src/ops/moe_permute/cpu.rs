@@ -9,8 +9,6 @@ use crate::{Cpu, Elem};
 const BLOCK: usize = 16_384;
 /// Columns summed at a time.
 const TILE: usize = 64;
-/// Independent sums of a dot product.
-const LANES: usize = 16;
 
 fn block_rows(dim: usize) -> usize {
     (BLOCK / dim).max(1)
@@ -142,53 +140,5 @@ fn add<T: Elem, const N: usize>(sums: &mut [f32; N], weight: f32, x: &[T]) {
     let x = &x[..N];
     for i in 0..N {
         sums[i] += weight * x[i].f32();
-    }
-}
-
-/// `d_rows[r]` = `weights[slot]` * `dy[n]`; `d_weights[slot]` = `dy[n]` . `rows[r]`. The dot products are taken in the
-/// order of rows, then put in their slots.
-pub fn combine_backward<T: Elem>(
-    cpu: &Cpu,
-    dy: &[T],
-    dim: usize,
-    top_k: usize,
-    slot_of_row: &[i32],
-    weights: &[f32],
-    rows: &[T],
-    d_rows: &mut [T],
-    d_weights: &mut [f32],
-) {
-    let block = block_rows(dim);
-    let mut dots = vec![0.0f32; slot_of_row.len()];
-    cpu.chunks2_mut((d_rows, block * dim), (&mut dots, block), |b, d_rows, dots| {
-        for (i, (d_row, out)) in d_rows.chunks_exact_mut(dim).zip(dots).enumerate() {
-            let r = b * block + i;
-            let slot = slot_of_row[r] as usize;
-            let (weight, dy) = (weights[slot], &dy[slot / top_k * dim..][..dim]);
-            *out = weigh_and_dot(cpu.isa(), weight, dy, &rows[r * dim..][..dim], d_row);
-        }
-    });
-    for (&slot, dot) in slot_of_row.iter().zip(dots) {
-        d_weights[slot as usize] = dot;
-    }
-}
-
-vectorised! {
-    /// out = weight * a; returns a . b.
-    fn weigh_and_dot<T: Elem>(isa: Isa, weight: f32, a: &[T], b: &[T], out: &mut [T]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        let (out, out_tail) = out.as_chunks_mut::<LANES>();
-        for ((a, b), out) in a.iter().zip(b).zip(out) {
-            for i in 0..LANES {
-                out[i] = T::round(weight * a[i].f32());
-                lanes[i] += a[i].f32() * b[i].f32();
-            }
-        }
-        for (((lane, a), b), out) in lanes.iter_mut().zip(a_tail).zip(b_tail).zip(out_tail) {
-            *out = T::round(weight * a.f32());
-            *lane += a.f32() * b.f32();
-        }
-        lanes.iter().sum()
     }
 }

@@ -105,39 +105,6 @@ pub fn combine(ctx: &Ctx, a: Combine<'_>) {
     }
 }
 
-/// `d_rows[r]` = `weights[slot]` * `dy[n]` and `d_weights[slot]` = `dy[n]` . `rows[r]` with slot = `slot_of_row[r]`, n
-/// = slot / K.
-pub fn combine_backward(
-    ctx: &Ctx,
-    dy: View<'_>,
-    dim: usize,
-    top_k: usize,
-    slot_of_row: View<'_>,
-    weights: View<'_>,
-    rows: View<'_>,
-    d_rows: ViewMut<'_>,
-    d_weights: ViewMut<'_>,
-) {
-    let _timer = ctx.timer("moe_permute combine backward");
-    check(slot_of_row.len(), top_k, dim, rows.len(), dy.len());
-    assert!(
-        d_rows.len() == rows.len() && weights.len() == slot_of_row.len() && d_weights.len() == slot_of_row.len(),
-        "moe_permute: rows {}, d_rows {}; {} slots, but weights {}, d_weights {}",
-        rows.len(),
-        d_rows.len(),
-        slot_of_row.len(),
-        weights.len(),
-        d_weights.len()
-    );
-    match &ctx.device {
-        Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => {
-            let (slot_of_row, weights) = (slot_of_row.i32(), weights.f32());
-            let (dy, rows, d_rows, d_weights) = (T::of(dy), T::of(rows), T::of_mut(d_rows), d_weights.f32());
-            cpu::combine_backward::<T>(cpu, dy, dim, top_k, slot_of_row, weights, rows, d_rows, d_weights)
-        }),
-    }
-}
-
 /// `rows` and `tokens` are the elements of a `[N * K, D]` and of a `[N, D]` buffer.
 fn check(slots: usize, top_k: usize, dim: usize, rows: usize, tokens: usize) {
     assert!(

@@ -34,11 +34,3 @@ pub fn combine(rows: &[f64], weights: &[f64], base: &[f64], extra: &[f64], dim: 
     let sums = gather(&weighted, dim, top_k);
     sums.iter().zip(base).zip(extra).map(|((s, b), e)| b + s + e).collect()
 }
-
-/// (d_rows in slot order, d_weights).
-pub fn combine_backward(dy: &[f64], rows: &[f64], weights: &[f64], dim: usize, top_k: usize) -> (Vec<f64>, Vec<f64>) {
-    let spread = spread(dy, dim, top_k);
-    let d_rows = spread.iter().enumerate().map(|(i, d)| d * weights[i / dim]).collect();
-    let dot = |(a, b): (&[f64], &[f64])| a.iter().zip(b).map(|(a, b)| a * b).sum();
-    (d_rows, spread.chunks(dim).zip(rows.chunks(dim)).map(dot).collect())
-}

@@ -3,7 +3,7 @@
 
 use super::{BackwardInput, Forward};
 use crate::isa::{Isa, vectorised};
-use crate::{AlignedVec, Cpu, Elem, View, ViewMut};
+use crate::{Cpu, Elem, View, ViewMut};
 
 /// Elements per task, at least.
 const PIECE: usize = 1 << 13;
@@ -112,8 +112,9 @@ pub fn backward_weight<T: Elem>(
 ) {
     let (dy, x, rstd, dw) = (T::of(dy), T::of(x), rstd.f32(), dw.f32());
     let d = dw.len();
-    let mut partial = AlignedVec::<f32>::zeros(rstd.len().div_ceil(BLOCK) * d);
+    let mut partial = cpu.empty::<f32>(rstd.len().div_ceil(BLOCK) * d);
     cpu.chunks_mut(&mut partial, d, |block, partial| {
+        partial.fill(0.0);
         for n in block * BLOCK..((block + 1) * BLOCK).min(rstd.len()) {
             let (dy, x) = (&dy[n * d..][..d], &x[n * x_stride..][..d]);
             add_row(cpu.isa(), dy, x, rstd[n], partial);

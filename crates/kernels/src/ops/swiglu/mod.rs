@@ -23,23 +23,39 @@ pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>
     }
 }
 
-/// `d_gate_up[N, 2F]` from `dy[N, F]` and the forward's gate_up.
-pub fn backward(
-    ctx: &Ctx,
-    dy: View<'_>,
-    gate_up: View<'_>,
-    width: usize,
-    rows: Option<View<'_>>,
-    d_gate_up: ViewMut<'_>,
-) {
+/// Arguments of [`backward`]. With `weights`, what the network's output was multiplied by, row by row (the routing
+/// weights of experts): the product after SwiGLU is linear, so that they may as well have multiplied SwiGLU's output.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[N, F]`: in, the gradient of y, not yet times the weights. Out, weights * y.
+    pub dy: ViewMut<'a>,
+    /// `[N, 2F]`: in, the forward's input. Out, its gradient.
+    pub gate_up: ViewMut<'a>,
+    /// F.
+    pub width: usize,
+    /// As in [`forward`]: later rows are neither read nor written.
+    pub rows: Option<View<'a>>,
+    /// (f32 `[N]`, f32 `[N]`): each row's weight, and where its gradient dy . y goes.
+    pub weights: Option<(View<'a>, ViewMut<'a>)>,
+}
+
+/// Backward in place, which computes y again on its way: y is rounded as the forward's, then weights * y once more, the
+/// gradient of gate_up once.
+pub fn backward(ctx: &Ctx, b: Backward<'_>) {
     let _timer = ctx.timer("swiglu backward");
-    check(width, gate_up.len(), dy.len(), rows);
-    assert_eq!(d_gate_up.len(), gate_up.len(), "swiglu: d_gate_up is not shaped as gate_up");
+    check(b.width, b.gate_up.len(), b.dy.len(), b.rows);
+    let n = b.dy.len() / b.width;
+    assert!(
+        b.weights.as_ref().is_none_or(|(w, d)| w.len() == n && d.len() == n),
+        "swiglu: {n} rows, but weights {:?}",
+        b.weights.as_ref().map(|(w, d)| (w.len(), d.len()))
+    );
     match &ctx.device {
         Device::Cpu(cpu) => {
-            let rows = rows.map_or(usize::MAX, |r| count(r, dy.len() / width));
-            by_dtype!(dy.dtype(), T => {
-                cpu::backward::<T>(cpu, T::of(dy), T::of(gate_up), width, rows, T::of_mut(d_gate_up))
+            let rows = b.rows.map_or(n, |r| count(r, n));
+            let weights = b.weights.map(|(w, d)| (w.f32(), d.f32()));
+            by_dtype!(b.dy.dtype(), T => {
+                cpu::backward::<T>(cpu, T::of_mut(b.dy), T::of_mut(b.gate_up), b.width, rows, weights)
             })
         }
     }

@@ -18,22 +18,28 @@ fn run_forward(ctx: &Ctx, x: &Buf, width: usize, rows: Option<i32>) -> Buf {
     y
 }
 
-fn run_backward(ctx: &Ctx, dy: &Buf, x: &Buf, width: usize, rows: Option<i32>) -> Buf {
-    let mut d = ctx.zeros(x.dtype(), x.len());
+/// (weights * y, d_gate_up, d_weights).
+fn run_backward(ctx: &Ctx, dy: &Buf, x: &Buf, weights: Option<&Buf>, width: usize, rows: Option<i32>) -> [Buf; 3] {
+    let (mut y, mut d) = (dy.clone(), x.clone());
+    let mut d_weights = ctx.zeros(DType::F32, dy.len() / width);
     let rows = rows.map(|r| ctx.from_i32(&[r]));
-    backward(ctx, dy.view(), x.view(), width, rows.as_ref().map(Buf::view), d.view_mut());
-    d
+    let (dy, gate_up, rows) = (y.view_mut(), d.view_mut(), rows.as_ref().map(Buf::view));
+    let weights = weights.map(|w| (w.view(), d_weights.view_mut()));
+    backward(ctx, Backward { dy, gate_up, width, rows, weights });
+    [y, d, d_weights]
 }
 
 #[test]
-fn reference_gradient_is_the_difference_quotient() {
+fn reference_gradients_are_difference_quotients() {
     let (n, f) = (3, 5);
-    let x: Vec<f64> = normals(1, n * 2 * f, 2.0).iter().map(|&v| v.into()).collect();
-    let dy: Vec<f64> = normals(2, n * f, 1.0).iter().map(|&v| v.into()).collect();
-    let gradient = reference::backward(&dy, &x, f);
-    finite_difference("d_gate_up", &x, &gradient, |x| {
-        reference::forward(x, f).iter().zip(&dy).map(|(y, d)| y * d).sum()
-    });
+    let values = |stream, n, scale| -> Vec<f64> { normals(stream, n, scale).iter().map(|&v| v.into()).collect() };
+    let (x, dy, weights) = (values(1, n * 2 * f, 2.0), values(2, n * f, 1.0), values(3, n, 1.0));
+    let loss = |x: &[f64], w: &[f64]| -> f64 {
+        reference::forward(x, f).iter().zip(&dy).enumerate().map(|(i, (y, d))| w[i / f] * y * d).sum()
+    };
+    let (_, d, d_weights) = reference::backward(&dy, &x, &weights, f);
+    finite_difference("d_gate_up", &x, &d, |x| loss(x, &weights));
+    finite_difference("d_weights", &weights, &d_weights, |w| loss(&x, w));
 }
 
 #[test]
@@ -43,12 +49,24 @@ fn cpu_matches_the_reference() {
             for (n, f) in CASES {
                 let x = buf(dtype, &normals(3, n * 2 * f, 3.0));
                 let dy = buf(dtype, &normals(4, n * f, 1.0));
+                let weights = buf(DType::F32, &normals(5, n, 1.0));
                 let name = format!("{dtype:?} {n}x{f}");
+                let tolerance = op_tolerance(dtype);
                 let y = run_forward(&ctx, &x, f, None);
-                assert_close(&format!("y {name}"), &y, &reference::forward(&wide(&x), f), op_tolerance(dtype));
-                let d = run_backward(&ctx, &dy, &x, f, None);
-                let expected = reference::backward(&wide(&dy), &wide(&x), f);
-                assert_close(&format!("d {name}"), &d, &expected, op_tolerance(dtype));
+                assert_close(&format!("y {name}"), &y, &reference::forward(&wide(&x), f), tolerance);
+                for w in [None, Some(&weights)] {
+                    let [wy, d, d_weights] = run_backward(&ctx, &dy, &x, w, f, None);
+                    let factors = w.map_or(vec![1.0; n], wide);
+                    let expected = reference::backward(&wide(&dy), &wide(&x), &factors, f);
+                    assert_close(&format!("weighted y {name}"), &wy, &expected.0, tolerance);
+                    assert_close(&format!("d {name}"), &d, &expected.1, tolerance);
+                    if w.is_some() {
+                        // A sum of products of the rounded y.
+                        assert_close(&format!("d_weights {name}"), &d_weights, &expected.2, tolerance);
+                    } else {
+                        assert_same_bits(&format!("y again {name}"), &wy, &y);
+                    }
+                }
             }
         }
     }
@@ -59,11 +77,15 @@ fn same_bits_for_any_thread_count() {
     for (n, f) in CASES {
         let x = buf(DType::Bf16, &normals(5, n * 2 * f, 3.0));
         let dy = buf(DType::Bf16, &normals(6, n * f, 1.0));
-        let runs: Vec<_> =
-            contexts().iter().map(|c| (run_forward(c, &x, f, None), run_backward(c, &dy, &x, f, None))).collect();
+        let w = buf(DType::F32, &normals(7, n, 1.0));
+        let run = |c: &Ctx| {
+            let [y, d, d_weights] = run_backward(c, &dy, &x, Some(&w), f, None);
+            let [plain_y, plain_d, _] = run_backward(c, &dy, &x, None, f, None);
+            [run_forward(c, &x, f, None), y, d, d_weights, plain_y, plain_d]
+        };
+        let runs: Vec<_> = contexts().iter().map(run).collect();
         for r in &runs[1..] {
-            assert_same_bits("y", &runs[0].0, &r.0);
-            assert_same_bits("d", &runs[0].1, &r.1);
+            r.iter().zip(&runs[0]).for_each(|(a, b)| assert_same_bits("bits", a, b));
         }
     }
 }
@@ -73,15 +95,20 @@ fn rows_past_the_count_are_left_alone_and_rows_below_keep_their_bits() {
     let (n, f) = (70, 300);
     let x = buf(DType::F32, &normals(7, n * 2 * f, 2.0));
     let dy = buf(DType::F32, &normals(8, n * f, 1.0));
-    let (y, d) = (run_forward(&ctx(), &x, f, None), run_backward(&ctx(), &dy, &x, f, None));
+    let w = buf(DType::F32, &normals(9, n, 1.0));
+    let y = run_forward(&ctx(), &x, f, None);
+    let whole = run_backward(&ctx(), &dy, &x, Some(&w), f, None);
     for live in [0, 1, 55, 70] {
-        let (py, pd) = (
-            run_forward(&ctx(), &x, f, Some(live as i32)).view().f32().to_vec(),
-            run_backward(&ctx(), &dy, &x, f, Some(live as i32)).view().f32().to_vec(),
-        );
-        assert_eq!(py[..live * f], y.view().f32()[..live * f]);
-        assert_eq!(pd[..live * 2 * f], d.view().f32()[..live * 2 * f]);
-        assert!(py[live * f..].iter().chain(&pd[live * 2 * f..]).all(|&v| v == 0.0), "rows past {live} were written");
+        let part = run_forward(&ctx(), &x, f, Some(live as i32)).view().f32().to_vec();
+        assert_eq!(part[..live * f], y.view().f32()[..live * f]);
+        assert!(part[live * f..].iter().all(|&v| v == 0.0), "rows past {live} were written");
+        let part = run_backward(&ctx(), &dy, &x, Some(&w), f, Some(live as i32));
+        let before = [&dy, &x, &ctx().zeros(DType::F32, n)];
+        for (((part, whole), before), width) in part.iter().zip(&whole).zip(before).zip([f, 2 * f, 1]) {
+            let (part, whole, before) = (part.view().f32(), whole.view().f32(), before.view().f32());
+            assert_eq!(part[..live * width], whole[..live * width]);
+            assert_eq!(part[live * width..], before[live * width..], "rows past {live} were written");
+        }
     }
 }
 
@@ -92,7 +119,16 @@ fn saturated_gates_stay_finite() {
     let y = run_forward(&ctx(), &x, 5, None);
     assert_eq!(y.view().f32()[0], 0.0);
     assert_eq!(y.view().f32()[2..], [0.0, 400.0, 5e4]);
-    assert!(run_backward(&ctx(), &dy, &x, 5, None).view().f32().iter().all(|v| v.is_finite()));
+    let found = run_backward(&ctx(), &dy, &x, None, 5, None);
+    assert!(found.iter().all(|b| b.view().f32().iter().all(|v| v.is_finite())));
+}
+
+#[test]
+#[should_panic(expected = "swiglu: 2 rows, but weights Some((1, 2))")]
+fn weights_of_another_count_are_refused() {
+    let [mut dy, mut x, w, mut d] = [4, 8, 1, 2].map(|n| ctx().zeros(DType::F32, n));
+    let weights = Some((w.view(), d.view_mut()));
+    backward(&ctx(), Backward { dy: dy.view_mut(), gate_up: x.view_mut(), width: 2, rows: None, weights });
 }
 
 #[test]

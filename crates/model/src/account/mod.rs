@@ -1,7 +1,13 @@
 //! What a model costs, counted and not measured: parameters, floating-point operations (a multiply-add is two), bytes.
 //! Everything follows from the table of tensors; nothing here allocates weights.
 
-use crate::{Kind, Layout, ModelConfig, Precision, Scope, TensorInfo};
+mod activations;
+mod training;
+
+pub use activations::{Activations, Passes};
+pub use training::TrainingMemory;
+
+use crate::{Kind, Layout, ModelConfig, Scope, TensorInfo};
 use hadal_kernels::DType;
 
 /// Numbers of parameters. Correction biases are counted apart: they are not trained by gradient.
@@ -92,87 +98,6 @@ pub fn mha_cache_bytes_per_token(c: &ModelConfig, dtype: DType) -> usize {
     c.num_hidden_layers * c.num_attention_heads * (c.qk_head_dim() + c.v_head_dim) * dtype.size()
 }
 
-/// Bytes that a forward pass over `sequences` of `tokens` each keeps until backward, on one rank that holds the whole
-/// model: what the stages' `bytes` add up to, MTP layers and heads included.
-pub fn saved_activations(c: &ModelConfig, precision: Precision, sequences: usize, tokens: usize) -> usize {
-    let (act, f) = (precision.act().size(), 4);
-    let d = c.hidden_size;
-    let block = |layer: usize, n: usize| attention_saved(c, act, n) + feed_forward_saved(c, act, layer, n, sequences);
-    let head = |n: usize| 2 * n * d * act + n * f + HEAD_VECTORS * n * f;
-    let depth = |k: usize| sequences * tokens.saturating_sub(k);
-    let main: usize = (0..c.num_hidden_layers).map(|i| block(i, depth(0))).sum::<usize>() + head(depth(0));
-    let mtp = |k: usize| {
-        let n = depth(k);
-        // Both halves of eh_proj's input, before and after their norms.
-        4 * n * d * act + 2 * n * f + block(c.num_hidden_layers + k - 1, n) + head(n)
-    };
-    main + (1..=c.num_nextn_predict_layers).map(mtp).sum::<usize>()
-}
-
-/// lse, logp, entropy, d_logp: f32 for each position of each head.
-const HEAD_VECTORS: usize = 4;
-
-fn attention_saved(c: &ModelConfig, act: usize, n: usize) -> usize {
-    let (d, h) = (c.hidden_size, c.num_attention_heads);
-    let q_latent = c.q_lora_rank.map_or(0, |r| n * (2 * r * act + 4));
-    let per_token = 2 * d
-        + h * c.qk_head_dim()
-        + c.cache_width()
-        + c.kv_lora_rank
-        + h * (c.qk_nope_head_dim + c.v_head_dim)
-        + h * c.v_head_dim;
-    // Statistics: log-sum-exp per head, two norms.
-    n * (per_token * act + 4 * h + 8) + q_latent
-}
-
-fn feed_forward_saved(c: &ModelConfig, act: usize, layer: usize, n: usize, sequences: usize) -> usize {
-    let d = c.hidden_size;
-    let norm = n * (2 * d * act + 4);
-    if !c.is_moe(layer) {
-        return norm + 3 * n * c.intermediate_size * act;
-    }
-    let (e, k) = (c.n_routed_experts, c.num_experts_per_tok);
-    // Scores and their balance gradient; indices, weights and both permutations; three copies of the offsets.
-    let gate = n * 8 * e + n * 16 * k + 12 * (e + 1) + 4 * sequences;
-    let rows = n * k * (2 * d + 3 * c.moe_intermediate_size) * act;
-    norm + gate + rows + 3 * n * c.shared_width() * act
-}
-
-/// Bytes that training holds on one rank, by part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TrainingMemory {
-    /// FP32 master weights.
-    pub masters: usize,
-    /// The compute copy; 0 where the masters are computed with.
-    pub compute: usize,
-    /// FP32 gradients, with a buffer for each further use of embedding and head.
-    pub gradients: usize,
-    /// Both of AdamW's moments.
-    pub moments: usize,
-    /// What forward saves for backward; scratch is not counted.
-    pub activations: usize,
-}
-
-impl TrainingMemory {
-    /// For the part of a model that `layout` covers; `activations` as the stages or a measurement give them.
-    pub fn of(layout: &Layout, precision: Precision, moments: DType, activations: usize) -> Self {
-        let f32 = DType::F32.size();
-        let shared: usize = [layout.embedding, layout.head].into_iter().flatten().map(|id| layout.info(id).len()).sum();
-        Self {
-            masters: layout.len * f32,
-            compute: if precision == Precision::Bf16 { layout.len * DType::Bf16.size() } else { 0 },
-            gradients: (layout.len + layout.scope.mtp * shared) * f32,
-            moments: 2 * layout.len * moments.size(),
-            activations,
-        }
-    }
-
-    /// All parts.
-    pub fn total(&self) -> usize {
-        self.masters + self.compute + self.gradients + self.moments + self.activations
-    }
-}
-
 /// The tensors of the main model and of the MTP layers.
 fn tables(c: &ModelConfig) -> (Vec<TensorInfo>, Vec<TensorInfo>) {
     let layout = Layout::new(c, Scope::whole(c));
@@ -190,6 +115,7 @@ fn used(c: &ModelConfig, t: &TensorInfo) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Precision;
 
     fn preset(name: &str) -> ModelConfig {
         ModelConfig::preset(name).unwrap()
@@ -275,11 +201,13 @@ mod tests {
         let c = preset("nano");
         let layout = Layout::new(&c, Scope::whole(&c));
         let n = layout.len;
-        let m = TrainingMemory::of(&layout, Precision::Bf16, DType::F32, 1000);
+        let activations = Activations { saved: 1000, working: 10 };
+        let m = TrainingMemory::of(&layout, Precision::Bf16, DType::F32, activations);
         assert_eq!((m.masters, m.compute, m.moments), (4 * n, 2 * n, 8 * n));
         assert_eq!(m.gradients, 4 * n + 4 * 2 * 4096 * 256);
-        assert_eq!(m.total(), 18 * n + 4 * 2 * 4096 * 256 + 1000);
-        let f = TrainingMemory::of(&layout, Precision::Fp32, DType::Bf16, 0);
+        assert_eq!(m.state(), 18 * n + 4 * 2 * 4096 * 256);
+        assert_eq!(m.total(), m.state() + 1010 + m.process);
+        let f = TrainingMemory::of(&layout, Precision::Fp32, DType::Bf16, Activations::default());
         assert_eq!((f.compute, f.moments), (0, 4 * n));
     }
 }

@@ -1,0 +1,133 @@
+//! What a step is predicted to hold at its fullest moment is what it holds: measured by an allocator that counts.
+
+use hadal_kernels::{DType, Device};
+use hadal_model::account::{Activations, Passes, TrainingMemory};
+use hadal_model::{Model, ModelConfig, Params, Precision, Recompute, Sequence};
+use hadal_train::{AdamW, Objective, Trainer};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// The system's allocator with a count of live bytes for each thread, and the most there were. Buffers are made and
+/// dropped by the thread that runs a step; workers only allocate their own panels.
+struct Counting;
+
+thread_local! {
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(bytes: isize) {
+    // A thread that is being torn down has no count any more, and nobody reads it.
+    let _ = LIVE.try_with(|live| {
+        live.set(live.get() + bytes);
+        PEAK.with(|peak| peak.set(peak.get().max(live.get())));
+    });
+}
+
+// SAFETY: every call goes to the system's allocator unchanged; the counters are plain cells without a destructor, which
+// do not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count(-(layout.size() as isize));
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(size as isize - layout.size() as isize);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
+const OBJECTIVE: Objective = Objective { mtp_lambda: 0.3, balance_alpha: 0.01, bias_gamma: 0.125 };
+
+/// Two sequences in each of two micro-batches.
+const SEQUENCES: usize = 2;
+const TOKENS: usize = 160;
+
+fn config(mtp: usize) -> ModelConfig {
+    let table = format!(
+        "
+        preset = \"nano\"
+        vocab_size = 700
+        hidden_size = 64
+        intermediate_size = 160
+        moe_intermediate_size = 32
+        num_hidden_layers = 3
+        num_attention_heads = 4
+        q_lora_rank = 24
+        kv_lora_rank = 32
+        qk_nope_head_dim = 16
+        qk_rope_head_dim = 8
+        v_head_dim = 16
+        n_routed_experts = 8
+        num_experts_per_tok = 3
+        n_group = 4
+        topk_group = 2
+        num_nextn_predict_layers = {mtp}
+    "
+    );
+    ModelConfig::from_toml_table(&table.parse().unwrap()).unwrap()
+}
+
+fn sequence(seed: usize) -> Sequence {
+    let t: Vec<i32> = (0..=TOKENS).map(|i| ((i * i * 7 + i * 13 + seed * 29) % 700) as i32).collect();
+    Sequence { tokens: t[..TOKENS].to_vec(), targets: t[1..].to_vec() }
+}
+
+/// (the most that was held, of that the state), beyond what there was before the model.
+fn measure(config: &ModelConfig, precision: Precision, recompute: Recompute) -> (isize, isize) {
+    let ctx = Device::cpu(Some(2)).unwrap().ctx();
+    let micro: Vec<Vec<Sequence>> = (0..2).map(|i| (0..SEQUENCES).map(|s| sequence(2 * i + s)).collect()).collect();
+    let before = LIVE.get();
+    let mut model = Model::whole(&ctx, config.clone());
+    model.recompute = recompute;
+    let params = Params::init(&ctx, config, model.layout.clone(), precision, 3);
+    let mut trainer = Trainer::new(&ctx, model, params, ADAMW, OBJECTIVE);
+    let state = LIVE.get() - before;
+    // The first step has nothing to use again, the second has.
+    trainer.step(&ctx, &micro, 0.01);
+    PEAK.set(LIVE.get());
+    trainer.step(&ctx, &micro, 0.01);
+    (PEAK.get() - before, state)
+}
+
+fn assert_near(what: &str, said: usize, found: isize, margin: f64) {
+    let (said, found) = (said as f64, found as f64);
+    assert!((said - found).abs() <= margin * found, "{what}: says {said} bytes, held {found}");
+}
+
+#[test]
+fn a_steps_peak_is_predicted() {
+    for (precision, mtp) in [Precision::Fp32, Precision::Bf16].into_iter().flat_map(|p| [(p, 0), (p, 1)]) {
+        let config = config(mtp);
+        for recompute in Recompute::EACH {
+            let passes = Passes { precision, recompute, sequences: SEQUENCES, tokens: TOKENS };
+            let layout = Model::whole(&Device::cpu(Some(1)).unwrap().ctx(), config.clone()).layout;
+            let said = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(&config, passes));
+            // This thread's own panels of the kernels grow once and stay; they are part of the process.
+            measure(&config, precision, recompute);
+            let (peak, state) = measure(&config, precision, recompute);
+            let case = format!("{precision:?}, {mtp} MTP layers, {recompute}");
+            assert_near(&format!("{case}: parameters, gradients, moments"), said.state(), state, 0.01);
+            assert_near(&format!("{case}: activations"), said.activations.total(), peak - state, 0.1);
+        }
+    }
+}
