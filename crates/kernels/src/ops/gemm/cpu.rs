@@ -34,8 +34,8 @@ const COLUMNS: usize = 256;
 /// Smallest tile that a product is cut into for the sake of balance.
 const LEAST_ROWS: usize = 48;
 const LEAST_COLUMNS: usize = 64;
-/// Tasks to aim for: enough to balance 16 workers.
-const TASKS: usize = 32;
+/// Tasks to aim for: enough to keep 16 workers busy; with more, small products would spend their time on packing.
+const TASKS: usize = 16;
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 18;
 
