@@ -22,7 +22,7 @@ def curves(rows):
     name = rows[0]["preset"]
     return [
         ("cpu-context", f"{name}, 4,096 tokens a step, by context", "tokens a sequence", context),
-        ("cpu-experts", f"{name}, 8 x 512 tokens a step, by routed experts", "routed experts, of which 4 are chosen", experts),
+        ("cpu-experts", f"{name}, 8 x 512 tokens a step, by experts", "routed experts, of which 4 are chosen", experts),
         ("cpu-batch", f"{name}, sequences of 512 tokens, by batch", "sequences a step", batch),
     ]
 

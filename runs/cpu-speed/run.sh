@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Speed of training by op, and how it changes with context, experts and batch: `mini` in bf16, AMX to SSE2 as HADAL_ISA says.
+# Speed of training by op, and how it changes with context, experts and batch: `mini` in bf16.
 #   runs/cpu-speed/run.sh [STEPS [PRESET [OUT]]]       default: 4 steps a point (the first is not timed) of mini
 # Writes OUT/runs/cpu-speed/output.jsonl (results of `bench peak` and `bench train`), by-op.md beside it, and
 # OUT/docs/pictures/cpu-*.svg; OUT is the repository unless given. The variable HADAL names a binary that is there already.

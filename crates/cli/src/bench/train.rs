@@ -65,9 +65,9 @@ pub struct Train {
 
 /// Learning rate of every step: high enough to learn, low enough that two trainers' losses stay close.
 const RATE: f64 = 3e-4;
-/// A key that `--set` may have, and the one that it may not.
+/// A key that `--set` may have, and those that change nothing without MTP.
 const EXAMPLE: &str = "model.n_routed_experts=64";
-const MTP_LAYERS: &str = "num_nextn_predict_layers";
+const OF_MTP: [&str; 2] = ["num_nextn_predict_layers", "mtp_hidden"];
 /// Files of an export beside the model's.
 const TOKENS: &str = "tokens.safetensors";
 const CONSTANTS: &str = "bench.json";
@@ -173,7 +173,7 @@ impl Train {
             let of_model =
                 of_model.with_context(|| format!("--set {text}: expected a key of the model, as {EXAMPLE}"))?;
             ensure!(
-                of_model != MTP_LAYERS,
+                !OF_MTP.contains(&of_model),
                 "--set {text}: has no effect on hadal bench train, which trains without MTP"
             );
             name += &format!(" {of_model}={value}");

@@ -161,7 +161,9 @@ fn training_is_measured_with_other_keys_of_the_model() {
     refuse("model.colour=3", &["--set model.colour=3: [model]: ", "colour"]);
     refuse("model.n_group=3", &["--set model.n_group=3: [model]: n_group"]);
     refuse("model.preset=mini", &["--set model.preset=mini and --preset: expected model.preset to be set once"]);
-    refuse("model.num_nextn_predict_layers=1", &["has no effect on hadal bench train, which trains without MTP"]);
+    for set in ["model.num_nextn_predict_layers=1", "model.mtp_hidden=pre-norm"] {
+        refuse(set, &[set, "has no effect on hadal bench train, which trains without MTP"]);
+    }
 }
 
 /// The ops of a step take no more time than the step.
