@@ -209,7 +209,7 @@ fn path_value(path: impl AsRef<Path>) -> anyhow::Result<Value> {
 }
 
 /// `KEY=VALUE`, the value in TOML; what is no TOML and does not begin like a string, list or table is a bare string.
-fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
+pub fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
     let expected = || format!("--set {text}: expected KEY=VALUE, as train.steps=100");
     let (key, value) = text.split_once('=').with_context(expected)?;
     let (key, value) = (key.trim(), value.trim());

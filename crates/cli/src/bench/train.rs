@@ -10,6 +10,7 @@ use super::resident;
 use super::row::{Row, Sink, Training};
 use super::tokens::Tokens;
 use crate::output::Output;
+use crate::pretrain::assignment;
 use crate::{Global, memory, open};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
@@ -19,7 +20,7 @@ use hadal_model::{
     Checkpoint, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, Sequence, preset_sequence,
     save_checkpoint,
 };
-use hadal_train::{AdamW, Objective, Recorder, Settings, TrainConfig, Trainer, precision, sequence};
+use hadal_train::{AdamW, Objective, Recorder, RunFile, Settings, TrainConfig, Trainer, precision, sequence};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -30,6 +31,9 @@ pub struct Train {
     /// Model: nano, mini, 1b, v2-lite, moonlight-16b, v3.
     #[arg(long, value_name = "P", required_unless_present = "from", conflicts_with = "from")]
     preset: Option<String>,
+    /// Set a key of the preset's model, as model.n_routed_experts=64; the value is TOML. Repeatable.
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with = "from")]
+    set: Vec<String>,
     /// Weights, tokens and constants that `--export` has written.
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
@@ -61,6 +65,9 @@ pub struct Train {
 
 /// Learning rate of every step: high enough to learn, low enough that two trainers' losses stay close.
 const RATE: f64 = 3e-4;
+/// A key that `--set` may have, and those that change nothing without MTP.
+const EXAMPLE: &str = "model.n_routed_experts=64";
+const OF_MTP: [&str; 2] = ["num_nextn_predict_layers", "mtp_hidden"];
 /// Files of an export beside the model's.
 const TOKENS: &str = "tokens.safetensors";
 const CONSTANTS: &str = "bench.json";
@@ -137,13 +144,13 @@ impl Train {
 
     /// From a preset's name.
     fn make(&self, preset: &str, precision: Precision, seed: u64) -> anyhow::Result<Job> {
-        let mut config = ModelConfig::preset(preset)?;
-        config.num_nextn_predict_layers = 0;
+        let (name, config) = self.model(preset)?;
         let steps = self.steps.unwrap_or(20);
         let settings = Settings {
             steps: Some(steps as u64),
             batch: Some(self.batch.unwrap_or(8)),
-            seq: self.seq.or(preset_sequence(preset)),
+            // As `pretrain` has it: of the preset's own length, or of all the positions that are left.
+            seq: self.seq.or(preset_sequence(preset).map(|n| n.min(config.max_position_embeddings))),
             lr: Some(RATE),
             warmup: Some(0),
             constant: Some(steps as u64),
@@ -152,7 +159,29 @@ impl Train {
         let resolved = TrainConfig::resolve(settings, &config)?;
         fits(&config, precision)?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
-        Ok(Job { name: preset.into(), config, constants: Constants::of(&resolved), tokens, steps })
+        Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
+    }
+
+    /// The preset with the keys that `--set` changes, without MTP, and what both are called together.
+    fn model(&self, preset: &str) -> anyhow::Result<(String, ModelConfig)> {
+        let mut file = RunFile::default();
+        file.set("model.preset", preset.into(), "--preset")?;
+        let mut name = preset.to_string();
+        for text in &self.set {
+            let (key, value) = assignment(text)?;
+            let of_model = key.strip_prefix("model.");
+            let of_model =
+                of_model.with_context(|| format!("--set {text}: expected a key of the model, as {EXAMPLE}"))?;
+            ensure!(
+                !OF_MTP.contains(&of_model),
+                "--set {text}: has no effect on hadal bench train, which trains without MTP"
+            );
+            name += &format!(" {of_model}={value}");
+            file.set(key, value, &format!("--set {text}"))?;
+        }
+        let mut config = file.resolve_model()?;
+        config.num_nextn_predict_layers = 0;
+        Ok((name, config))
     }
 
     /// From a directory that [`Job::export`] wrote.

@@ -143,6 +143,29 @@ fn training_is_measured_and_exported() {
     refused(&["bench", "train", "--from", &export], &["bench.json", "--export writes", "No such file"]);
 }
 
+/// A preset's model with other keys: they are used, and the case's name has them.
+#[test]
+fn training_is_measured_with_other_keys_of_the_model() {
+    let bench = |more: &[&str]| {
+        let made = ["bench", "train", "--preset", "nano", "--batch", "1", "--seq", "8", "--steps", "1", "--json"];
+        succeeds(&[&made[..], more].concat()).objects().pop().unwrap()
+    };
+    let sets = ["--set", "model.num_hidden_layers=2", "--set", " model.n_routed_experts = 8"];
+    let row = bench(&sets);
+    assert_eq!(row["case"], "nano num_hidden_layers=2 n_routed_experts=8 1x8 bf16 cpu");
+    let bytes = |row: &Value| row["state_bytes"].as_u64().unwrap();
+    assert!(bytes(&row) < bytes(&bench(&[])) / 2, "{row}");
+    let refuse = |set: &str, parts: &[&str]| refused(&["bench", "train", "--preset", "nano", "--set", set], parts);
+    refuse("train.steps=3", &["--set train.steps=3: expected a key of the model, as model.n_routed_experts=64"]);
+    refuse("model.steps", &["--set model.steps: expected KEY=VALUE"]);
+    refuse("model.colour=3", &["--set model.colour=3: [model]: ", "colour"]);
+    refuse("model.n_group=3", &["--set model.n_group=3: [model]: n_group"]);
+    refuse("model.preset=mini", &["--set model.preset=mini and --preset: expected model.preset to be set once"]);
+    for set in ["model.num_nextn_predict_layers=1", "model.mtp_hidden=pre-norm"] {
+        refuse(set, &[set, "has no effect on hadal bench train, which trains without MTP"]);
+    }
+}
+
 /// The ops of a step take no more time than the step.
 fn timed_by_op(made: &[&str], keys: &[&str]) {
     let row = succeeds(&[made, &["--by-op"]].concat()).objects().pop().unwrap();

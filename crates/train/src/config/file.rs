@@ -125,7 +125,8 @@ impl RunFile {
         Ok(Run { model, config, data: self.data.resolved(), out, resume: false, override_saved: false, build })
     }
 
-    fn resolve_model(&self) -> Result<ModelConfig, TrainError> {
+    /// The model alone, by its table.
+    pub fn resolve_model(&self) -> Result<ModelConfig, TrainError> {
         let Some(table) = &self.model else {
             return Err(self.blame("", None, "expected a [model] table, found none".into()));
         };
