@@ -91,8 +91,13 @@ impl Job for Fma {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         // SAFETY: `Isa::run` compiles a job for the level of its lanes.
-        let (mut x, a, b) =
-            unsafe { ([V::splat(black_box(1.0)); CHAINS], V::splat(black_box(0.5)), V::splat(black_box(0.25))) };
+        let (mut x, a, b) = unsafe {
+            (
+                std::array::from_fn::<V, CHAINS, _>(|_| V::splat(black_box(1.0))),
+                V::splat(black_box(0.5)),
+                V::splat(black_box(0.25)),
+            )
+        };
         for _ in 0..self.rounds {
             for x in &mut x {
                 // SAFETY: as above.
@@ -120,8 +125,12 @@ impl Job for Bf16Dot {
             return;
         }
         // SAFETY: `Isa::run` compiles a job for the level of its lanes. All bits of a pair of ones are those of a float.
-        let (mut x, a) =
-            unsafe { ([V::splat(black_box(1.0)); CHAINS], V::splat(f32::from_bits(black_box(0x3f80_3f80)))) };
+        let (mut x, a) = unsafe {
+            (
+                std::array::from_fn::<V, CHAINS, _>(|_| V::splat(black_box(1.0))),
+                V::splat(f32::from_bits(black_box(0x3f80_3f80))),
+            )
+        };
         for _ in 0..self.rounds {
             for x in &mut x {
                 // SAFETY: as above.

@@ -152,7 +152,7 @@ pub(super) mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx512(__m512);
 
-    // SAFETY: reached only through `run_avx512`.
+    // SAFETY: reached only through functions compiled for AVX-512, `run_avx512` and `run_avx512bf16`.
     unsafe impl Lanes for Avx512 {
         const LEVEL: Level = Level::Avx512;
         const N: usize = 16;

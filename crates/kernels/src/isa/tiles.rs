@@ -1,6 +1,6 @@
 //! AMX: eight tile registers of 16 rows of 64 bytes, and one instruction that multiplies two of them. Stable Rust has no
 //! intrinsics for them, so that each instruction is a line of assembly here; all above is written against [`Tiles`],
-//! which ordinary code can play in tests, and so runs on every CPU but for these lines.
+//! which ordinary code plays in tests (on CPUs with AVX-512 BF16, which the level includes).
 
 /// Rows of a tile: of sums, of the left operand, and of cells (pairs of k) of the right one.
 pub(crate) const TILE_ROWS: usize = 16;
@@ -23,7 +23,8 @@ pub(crate) unsafe trait Tiles {
     unsafe fn load<const T: u8>(from: *const u32, stride: usize);
     /// Writes a tile.
     unsafe fn store<const T: u8>(to: *mut u32, stride: usize);
-    /// `C[r][c]` += sum over the cells i of `A[r][i]` . `B[i][c]`, in order of i; a cell is a pair of bf16, C is f32.
+    /// `C[r][c]` += sum over the cells i of `A[r][i]` . `B[i][c]`; a cell is a pair of bf16, C is f32. The order within
+    /// the sixteen cells is the hardware's own (and need not be that of the emulation), the same for every r and c.
     unsafe fn dot<const C: u8, const A: u8, const B: u8>();
 }
 

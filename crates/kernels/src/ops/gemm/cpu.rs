@@ -77,7 +77,10 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     let mut end = 0;
     for p in products.iter().filter(|p| p.m > 0 && p.n > 0) {
         assert!(p.ldc >= p.n && p.c >= end, "outputs overlap: {p:?} begins before {end}");
-        end = p.c + (p.m - 1) * p.ldc + p.n;
+        // Checked, because what tasks may write rests on it.
+        let rows = (p.m - 1).checked_mul(p.ldc).and_then(|rows| rows.checked_add(p.n));
+        let after = rows.and_then(|rows| rows.checked_add(p.c));
+        end = after.unwrap_or_else(|| panic!("an output that ends nowhere: {p:?}"));
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
     let tasks = tasks(cpu.isa(), products, accumulate);

@@ -63,7 +63,8 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     let _timer = ctx.timer("gemm");
     let (m, n, k) = (g.m, g.n, g.k);
     let fits = |rows: usize, cols: usize, ld: usize, len: usize| {
-        rows == 0 || cols == 0 || (ld >= cols && len >= (rows - 1) * ld + cols)
+        let end = || (rows - 1).checked_mul(ld).and_then(|before| before.checked_add(cols));
+        rows == 0 || cols == 0 || (ld >= cols && end().is_some_and(|end| len >= end))
     };
     let (ra, ca) = if g.ta { (k, m) } else { (m, k) };
     let (rb, cb) = if g.tb { (n, k) } else { (k, n) };

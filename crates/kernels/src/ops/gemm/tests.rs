@@ -194,13 +194,15 @@ fn same_bits_for_every_thread_count() {
 /// Every row alone, and in batches of 2 to 130 rows that begin anywhere, has the bits it has among all.
 #[test]
 fn a_row_does_not_depend_on_the_batch() {
+    rows_alone_and_in_company(&ctx(), 1..=M);
     for ctx in levels() {
-        rows_alone_and_in_company(&ctx);
+        rows_alone_and_in_company(&ctx, (1..=17).chain([31, 33, 48, 64, 100, M - 1, M]));
     }
 }
 
-fn rows_alone_and_in_company(ctx: &Ctx) {
-    const M: usize = 130;
+const M: usize = 130;
+
+fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Clone) {
     let columns_and_depths =
         [(1, 1), (1, 300), (3, 2), (5, 3), (16, 16), (15, 257), (17, 40), (64, 256), (65, 258), (100, 513), (300, 77)];
     for (n, k) in columns_and_depths {
@@ -228,7 +230,7 @@ fn rows_alone_and_in_company(ctx: &Ctx) {
                     c
                 };
                 let all = rows(0, M);
-                for m in (1..=17).chain([31, 33, 48, 64, 100, M - 1, M]) {
+                for m in counts.clone() {
                     let firsts = if m == 1 { (0..M).collect() } else { vec![(m * 37) % (M - m + 1)] };
                     for first in firsts {
                         let part = rows(first, m);
@@ -303,4 +305,22 @@ fn a_short_operand_is_refused() {
     let (a, b) = (Mat { data: a.view(), ld: 3 }, Mat { data: b.view(), ld: 4 });
     let c = MatMut { data: c.view_mut(), ld: 4 };
     gemm(&ctx, Gemm { m: 2, n: 4, k: 3, a, ta: false, b, tb: false, c, accumulate: false });
+}
+
+/// Large enough for the largest tiles of every level, more rows than are turned at once included.
+#[test]
+fn the_largest_tiles() {
+    for ctx in levels() {
+        let case = Case::new((2048, 2048, 40), (Bf16, Bf16), true, false);
+        let (a, b) = (wide(&case.a), wide(&case.b));
+        let mut c = ctx.zeros(F32, case.m * case.n);
+        case.run(&ctx, &mut c, false);
+        for i in (0..case.m).step_by(37) {
+            for j in (0..case.n).step_by(41) {
+                let exact: f64 = (0..case.k).map(|k| a[k * case.m + i] * b[k * case.n + j]).sum();
+                let found = f64::from(c.view().f32()[i * case.n + j]);
+                assert!((found - exact).abs() < 1e-4, "[{i}, {j}]: {found}, expected {exact}");
+            }
+        }
+    }
 }
