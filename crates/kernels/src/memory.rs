@@ -129,7 +129,7 @@ impl Memory {
         s.peak = s.used;
     }
 
-    /// Nothing that happens under the lock can panic half-way but an allocation that aborts.
+    /// What can panic under the lock, a size that no address space has, leaves counts behind that are too large, no block.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }

@@ -15,10 +15,10 @@ use crate::{Global, memory, open};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use hadal_kernels::{Ctx, DType};
-use hadal_model::account::{Activations, Flops, TrainingMemory};
+use hadal_model::account::{Activations, Flops, Passes, TrainingMemory};
 use hadal_model::{
-    Checkpoint, Layout, Model, ModelConfig, Params, Precision, SaveOptions, Scope, Sequence, preset_sequence,
-    save_checkpoint,
+    Checkpoint, Layout, Model, ModelConfig, Params, Precision, Recompute, SaveOptions, Scope, Sequence,
+    preset_sequence, save_checkpoint,
 };
 use hadal_train::{AdamW, Objective, Recorder, RunFile, Settings, TrainConfig, Trainer, precision, sequence};
 use serde::{Deserialize, Serialize};
@@ -157,7 +157,7 @@ impl Train {
             ..Settings::default()
         };
         let resolved = TrainConfig::resolve(settings, &config)?;
-        fits(&config, precision)?;
+        fits(&config, precision, steps, resolved.batch, resolved.seq)?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
         Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
     }
@@ -187,7 +187,6 @@ impl Train {
     /// From a directory that [`Job::export`] wrote.
     fn read(&self, dir: &Path, precision: Precision, out: &Output) -> anyhow::Result<Job> {
         let config = open::config(dir, out)?;
-        fits(&config, precision)?;
         let path = dir.join(CONSTANTS);
         let cannot = || format!("{}: expected what hadal bench train --export writes", path.display());
         let exported: Exported =
@@ -203,15 +202,21 @@ impl Train {
             "--steps {steps}: expected 1 to {found}, as many as {} has",
             path.display()
         );
+        fits(&config, precision, steps, tokens.batch, tokens.seq)?;
         Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
     }
 }
 
-/// An error if this machine's memory cannot hold the model in training.
-fn fits(config: &ModelConfig, precision: Precision) -> anyhow::Result<()> {
+/// Bytes that a token takes while the corpus is cut into windows: of text, and as an id that was and one that is kept.
+const BYTES_A_TOKEN: usize = 14;
+
+/// An error if this machine's memory cannot hold the model in training and its tokens.
+fn fits(config: &ModelConfig, precision: Precision, steps: usize, batch: usize, seq: usize) -> anyhow::Result<()> {
     let layout = Layout::new(config, Scope::whole(config));
-    let memory = TrainingMemory::of(&layout, precision, DType::F32, Activations::default());
-    memory::fits("the model in training", memory.total())
+    let passes = Passes { precision, recompute: Recompute::default(), sequences: batch, tokens: seq };
+    let memory = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(config, passes));
+    let tokens = [batch, seq + 1, BYTES_A_TOKEN].iter().fold(steps, |all, &n| all.saturating_mul(n));
+    memory::fits("the model in training and its tokens", memory.total().saturating_add(tokens))
 }
 
 /// The file beside model and tokens.

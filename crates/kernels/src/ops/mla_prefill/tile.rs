@@ -1,9 +1,8 @@
-//! What prefill and decode share: the online softmax on a tile, scratch; and decode's register-blocked f32 product over
+//! What prefill and decode share: the online softmax on a tile, and scratch; and decode's register-blocked f32 product over
 //! small dense tiles.
 //!
-//! Every element of a product is one sum over k in ascending order, whatever the block it is computed in. A row's bits
-//! therefore depend neither on how many rows stand beside it nor on where it lies in its tile: batch invariance and
-//! "decode equals prefill in chunks" rest on this.
+//! Every element of that product is one sum over k in ascending order, whatever the block it is computed in: a row's bits
+//! depend neither on how many rows stand beside it nor on where it lies in its tile.
 
 use crate::Elem;
 use crate::isa::{Lanes, Level, fma};
