@@ -149,8 +149,8 @@ impl Text {
 
 /// Reads a source, and says what of it is left out.
 fn survey(source: &Source, global: &Global, out: &Output) -> anyhow::Result<Survey> {
-    let Device::Cpu(cpu) = global.ctx()?.device;
-    let survey = cpu.install(|| Survey::new(source))?;
+    let ctx = global.ctx()?;
+    let survey = ctx.host().install(|| Survey::new(source))?;
     let skipped = survey.skipped().to_string();
     if !skipped.is_empty() {
         out.warn(&format!("{}: {skipped}", source.describe()));
@@ -172,8 +172,8 @@ impl Train {
         };
         let survey = survey(&source, global, out)?;
         let text = corpus::sample(&[(&survey, None)], TRAINING_TEXT)?;
-        let Device::Cpu(cpu) = global.ctx()?.device;
-        let trained = cpu.install(|| Tokenizer::train(&text, self.vocab_size)).context("--vocab-size")?;
+        let ctx = global.ctx()?;
+        let trained = ctx.host().install(|| Tokenizer::train(&text, self.vocab_size)).context("--vocab-size")?;
         let (ids, bytes) = (trained.vocab_size(), text.iter().map(String::len).sum::<usize>());
         if ids < self.vocab_size {
             out.warn(&format!("the text supports {ids} of {} token ids", self.vocab_size));

@@ -1,6 +1,6 @@
 //! Typed memory on one device, and the borrowed views that ops take. The set of element types is closed.
-//! A device other than the CPU adds a variant here and nowhere else.
 
+use crate::cuda::{CudaBuf, CudaView, CudaViewMut};
 use crate::memory::{Block, Memory};
 use hadal_numerics::bf16;
 use std::marker::PhantomData;
@@ -57,6 +57,8 @@ pub trait Elem: Pod {
     fn of_mut(v: ViewMut<'_>) -> &mut [Self];
     /// A view of these elements.
     fn view(x: &[Self]) -> View<'_>;
+    /// The bytes of these elements.
+    fn bytes(x: &[Self]) -> &[u8];
 }
 
 impl Elem for f32 {
@@ -77,6 +79,9 @@ impl Elem for f32 {
     }
     fn view(x: &[Self]) -> View<'_> {
         View::F32(x)
+    }
+    fn bytes(x: &[Self]) -> &[u8] {
+        bytemuck::cast_slice(x)
     }
 }
 
@@ -103,6 +108,9 @@ impl Elem for bf16 {
     }
     fn view(x: &[Self]) -> View<'_> {
         View::Bf16(x)
+    }
+    fn bytes(x: &[Self]) -> &[u8] {
+        bytemuck::cast_slice(x)
     }
 }
 
@@ -171,6 +179,8 @@ pub enum Buf {
     Bf16(AlignedVec<bf16>),
     /// i32 in host memory.
     I32(AlignedVec<i32>),
+    /// Of any type in a GPU's memory.
+    Cuda(CudaBuf),
 }
 
 impl Buf {
@@ -190,6 +200,35 @@ impl Buf {
             DType::Bf16 => Self::Bf16(AlignedVec::of(home, len)),
             DType::I32 => Self::I32(AlignedVec::of(home, len)),
         }
+    }
+
+    /// A copy in host memory; from a GPU it waits.
+    pub fn to_host(&self) -> Self {
+        match self {
+            Self::Cuda(b) => {
+                let (view, mut out) = (self.view(), Self::host_zeros(b.dtype(), b.len()));
+                match &mut out {
+                    Self::F32(v) => b.device().read(view.ptr(), bytemuck::cast_slice_mut(v)),
+                    Self::Bf16(v) => b.device().read(view.ptr(), bytemuck::cast_slice_mut(v)),
+                    Self::I32(v) => b.device().read(view.ptr(), bytemuck::cast_slice_mut(v)),
+                    Self::Cuda(_) => unreachable!("host_zeros is in host memory"),
+                }
+                out
+            }
+            host => host.clone(),
+        }
+    }
+
+    /// A copy, in host memory, of a view of host memory.
+    pub(crate) fn copy_of(view: View<'_>) -> Self {
+        let mut out = Self::host_zeros(view.dtype(), view.len());
+        match view {
+            View::F32(v) => out.view_mut().f32().copy_from_slice(v),
+            View::Bf16(v) => out.view_mut().bf16().copy_from_slice(v),
+            View::I32(v) => out.view_mut().i32().copy_from_slice(v),
+            View::Cuda(_) => panic!("expected a view of host memory"),
+        }
+        out
     }
 
     /// Number of elements.
@@ -218,6 +257,10 @@ impl Buf {
             Self::F32(v) => v.fill(0.0),
             Self::Bf16(v) => v.fill(bf16::ZERO),
             Self::I32(v) => v.fill(0),
+            Self::Cuda(b) => {
+                let cuda = b.device();
+                cuda.zero(ViewMut::Cuda(b.view_mut()));
+            }
         }
     }
 
@@ -227,6 +270,7 @@ impl Buf {
             Self::F32(v) => View::F32(v),
             Self::Bf16(v) => View::Bf16(v),
             Self::I32(v) => View::I32(v),
+            Self::Cuda(b) => View::Cuda(b.view()),
         }
     }
 
@@ -236,6 +280,7 @@ impl Buf {
             Self::F32(v) => ViewMut::F32(v),
             Self::Bf16(v) => ViewMut::Bf16(v),
             Self::I32(v) => ViewMut::I32(v),
+            Self::Cuda(b) => ViewMut::Cuda(b.view_mut()),
         }
     }
 }
@@ -255,6 +300,8 @@ pub enum View<'a> {
     Bf16(&'a [bf16]),
     /// i32 in host memory.
     I32(&'a [i32]),
+    /// Of any type in a GPU's memory.
+    Cuda(CudaView<'a>),
 }
 
 /// Borrowed memory to write.
@@ -266,6 +313,8 @@ pub enum ViewMut<'a> {
     Bf16(&'a mut [bf16]),
     /// i32 in host memory.
     I32(&'a mut [i32]),
+    /// Of any type in a GPU's memory.
+    Cuda(CudaViewMut<'a>),
 }
 
 impl<'a> View<'a> {
@@ -275,6 +324,7 @@ impl<'a> View<'a> {
             Self::F32(v) => v.len(),
             Self::Bf16(v) => v.len(),
             Self::I32(v) => v.len(),
+            Self::Cuda(v) => v.len(),
         }
     }
 
@@ -289,6 +339,7 @@ impl<'a> View<'a> {
             Self::F32(_) => DType::F32,
             Self::Bf16(_) => DType::Bf16,
             Self::I32(_) => DType::I32,
+            Self::Cuda(v) => v.dtype(),
         }
     }
 
@@ -298,6 +349,7 @@ impl<'a> View<'a> {
             Self::F32(v) => View::F32(&v[r]),
             Self::Bf16(v) => View::Bf16(&v[r]),
             Self::I32(v) => View::I32(&v[r]),
+            Self::Cuda(v) => View::Cuda(v.slice(r)),
         }
     }
 
@@ -306,7 +358,7 @@ impl<'a> View<'a> {
     pub fn f32(self) -> &'a [f32] {
         match self {
             Self::F32(v) => v,
-            other => panic!("expected an f32 buffer, found {:?}", other.dtype()),
+            other => panic!("expected an f32 buffer{}, found {:?}", other.place(), other.dtype()),
         }
     }
 
@@ -315,7 +367,7 @@ impl<'a> View<'a> {
     pub fn bf16(self) -> &'a [bf16] {
         match self {
             Self::Bf16(v) => v,
-            other => panic!("expected a bf16 buffer, found {:?}", other.dtype()),
+            other => panic!("expected a bf16 buffer{}, found {:?}", other.place(), other.dtype()),
         }
     }
 
@@ -324,17 +376,56 @@ impl<'a> View<'a> {
     pub fn i32(self) -> &'a [i32] {
         match self {
             Self::I32(v) => v,
-            other => panic!("expected an i32 buffer, found {:?}", other.dtype()),
+            other => panic!("expected an i32 buffer{}, found {:?}", other.place(), other.dtype()),
         }
     }
 
-    /// The elements widened to f32 (i32 is refused): for tests and for files.
+    /// The elements widened to f32 (i32 is refused), from a GPU too, which waits: for tests and for files.
     #[track_caller]
     pub fn to_f32(self) -> Vec<f32> {
         match self {
             Self::F32(v) => v.to_vec(),
             Self::Bf16(v) => v.iter().map(|x| Elem::f32(*x)).collect(),
-            Self::I32(_) => panic!("expected a float buffer, found I32"),
+            Self::Cuda(v) if v.dtype() == DType::F32 => self.read(),
+            Self::Cuda(v) if v.dtype() == DType::Bf16 => self.read::<bf16>().into_iter().map(Elem::f32).collect(),
+            Self::I32(_) | Self::Cuda(_) => panic!("expected a float buffer, found I32"),
+        }
+    }
+
+    /// The elements (of an i32 buffer), from a GPU too, which waits.
+    #[track_caller]
+    pub fn to_i32(self) -> Vec<i32> {
+        match self {
+            Self::Cuda(v) if v.dtype() == DType::I32 => self.read(),
+            other => other.i32().to_vec(),
+        }
+    }
+
+    /// A copy of what a GPU's memory holds; T must be its type.
+    fn read<T: Pod + bytemuck::Pod>(self) -> Vec<T> {
+        let Self::Cuda(v) = self else { panic!("expected a buffer of a GPU") };
+        assert_eq!(v.dtype().size(), size_of::<T>(), "reading {:?}", v.dtype());
+        let mut out = vec![T::zeroed(); v.len()];
+        v.device().read(v.ptr(), bytemuck::cast_slice_mut(&mut out));
+        out
+    }
+
+    /// True for memory that the host can read.
+    pub fn is_host(&self) -> bool {
+        !matches!(self, Self::Cuda(_))
+    }
+
+    /// Where a message says that a buffer was expected.
+    fn place(&self) -> &'static str {
+        if self.is_host() { "" } else { " in host memory" }
+    }
+
+    /// Address in the GPU's memory; panics for host memory (a contract breach).
+    #[track_caller]
+    pub(crate) fn ptr(&self) -> u64 {
+        match self {
+            Self::Cuda(v) => v.ptr(),
+            other => panic!("expected a buffer of a GPU, found {:?} in host memory", other.dtype()),
         }
     }
 }
@@ -361,6 +452,38 @@ impl<'a> ViewMut<'a> {
             Self::F32(v) => View::F32(v),
             Self::Bf16(v) => View::Bf16(v),
             Self::I32(v) => View::I32(v),
+            Self::Cuda(v) => View::Cuda(v.as_view()),
+        }
+    }
+
+    /// True for memory that the host can write.
+    pub fn is_host(&self) -> bool {
+        self.as_view().is_host()
+    }
+
+    /// Address in the GPU's memory; panics for host memory (a contract breach).
+    #[track_caller]
+    pub(crate) fn ptr(&mut self) -> u64 {
+        self.as_view().ptr()
+    }
+
+    /// Overwrites all with these elements, in a GPU's memory too.
+    #[track_caller]
+    pub fn write<T: Elem>(&mut self, values: &[T]) {
+        assert!(values.len() == self.len() && self.dtype() == T::DTYPE, "{} values to {self:?}", values.len());
+        match self {
+            Self::Cuda(v) => v.as_view().device().write(v.as_view().ptr(), T::bytes(values)),
+            host => T::of_mut(host.reborrow()).copy_from_slice(values),
+        }
+    }
+
+    /// As [`ViewMut::write`], of i32.
+    #[track_caller]
+    pub fn write_i32(&mut self, values: &[i32]) {
+        assert!(values.len() == self.len() && self.dtype() == DType::I32, "{} values to {self:?}", values.len());
+        match self {
+            Self::Cuda(v) => v.as_view().device().write(v.as_view().ptr(), bytemuck::cast_slice(values)),
+            host => host.reborrow().i32().copy_from_slice(values),
         }
     }
 
@@ -370,6 +493,7 @@ impl<'a> ViewMut<'a> {
             Self::F32(v) => ViewMut::F32(v),
             Self::Bf16(v) => ViewMut::Bf16(v),
             Self::I32(v) => ViewMut::I32(v),
+            Self::Cuda(v) => ViewMut::Cuda(v.reborrow()),
         }
     }
 
@@ -379,6 +503,7 @@ impl<'a> ViewMut<'a> {
             Self::F32(v) => ViewMut::F32(&mut v[r]),
             Self::Bf16(v) => ViewMut::Bf16(&mut v[r]),
             Self::I32(v) => ViewMut::I32(&mut v[r]),
+            Self::Cuda(v) => ViewMut::Cuda(v.slice(r)),
         }
     }
 
@@ -387,7 +512,7 @@ impl<'a> ViewMut<'a> {
     pub fn f32(self) -> &'a mut [f32] {
         match self {
             Self::F32(v) => v,
-            other => panic!("expected an f32 buffer, found {:?}", other.dtype()),
+            other => panic!("expected an f32 buffer{}, found {:?}", other.as_view().place(), other.dtype()),
         }
     }
 
@@ -396,7 +521,7 @@ impl<'a> ViewMut<'a> {
     pub fn bf16(self) -> &'a mut [bf16] {
         match self {
             Self::Bf16(v) => v,
-            other => panic!("expected a bf16 buffer, found {:?}", other.dtype()),
+            other => panic!("expected a bf16 buffer{}, found {:?}", other.as_view().place(), other.dtype()),
         }
     }
 
@@ -405,7 +530,7 @@ impl<'a> ViewMut<'a> {
     pub fn i32(self) -> &'a mut [i32] {
         match self {
             Self::I32(v) => v,
-            other => panic!("expected an i32 buffer, found {:?}", other.dtype()),
+            other => panic!("expected an i32 buffer{}, found {:?}", other.as_view().place(), other.dtype()),
         }
     }
 }

@@ -2,8 +2,10 @@
 //! models live in one process, and the forward of one batch may interleave with the backward of another.
 
 use crate::buffer::Pod;
+use crate::cuda::Pending;
+use crate::cuda::{Cuda, GpuError};
 use crate::memory::Memory;
-use crate::{AlignedVec, Buf, DType, Isa, Profile};
+use crate::{AlignedVec, Buf, DType, Isa, Profile, View};
 use std::sync::{Arc, OnceLock};
 
 /// Why a device cannot be had.
@@ -31,6 +33,12 @@ pub enum DeviceError {
     /// `HADAL_ISA` names a level that this CPU lacks; the second is the widest it has.
     #[error("HADAL_ISA={0}: this CPU has no more than {1}")]
     MissingIsa(&'static str, &'static str),
+    /// A GPU cannot be had.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// `--device` names none.
+    #[error("--device {0}: expected cpu, cuda or cuda:N")]
+    Unknown(String),
 }
 
 /// Most workers. Starting many thousands takes minutes, and no kernel has work for them.
@@ -41,6 +49,8 @@ const MAX_THREADS: usize = 1024;
 pub enum Device {
     /// The host's cores.
     Cpu(Arc<Cpu>),
+    /// An NVIDIA GPU.
+    Cuda(Arc<Cuda>),
 }
 
 /// The host's cores as a pool of `threads` workers.
@@ -75,10 +85,45 @@ impl Device {
         Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory: Arc::default(), profile: OnceLock::new() })))
     }
 
+    /// GPU `ordinal`, with `threads` of the host's workers (None takes all cores) for what the host does.
+    pub fn cuda(ordinal: usize, threads: Option<usize>) -> Result<Self, DeviceError> {
+        let host = Self::cpu(threads)?.host().clone();
+        Ok(Self::Cuda(Cuda::open(ordinal, host)?))
+    }
+
+    /// The device that `name` (cpu, cuda or cuda:N) means.
+    pub fn named(name: &str, threads: Option<usize>) -> Result<Self, DeviceError> {
+        match name.split_once(':') {
+            None if name == "cpu" => Self::cpu(threads),
+            None if name == "cuda" => Self::cuda(0, threads),
+            Some(("cuda", n)) if n.parse::<usize>().is_ok_and(|i| i.to_string() == n) => {
+                Self::cuda(n.parse().unwrap_or_default(), threads)
+            }
+            _ => Err(DeviceError::Unknown(name.into())),
+        }
+    }
+
+    /// The host's cores: the device itself, or those beside a GPU.
+    pub fn host(&self) -> &Arc<Cpu> {
+        match self {
+            Self::Cpu(cpu) => cpu,
+            Self::Cuda(cuda) => cuda.host(),
+        }
+    }
+
+    /// The GPU, if it is one.
+    pub fn as_cuda(&self) -> Option<&Arc<Cuda>> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(cuda) => Some(cuda),
+        }
+    }
+
     /// Hands memory that waits to be used again back to the system: when what needed it is over.
     pub fn release(&self) {
         match self {
             Self::Cpu(cpu) => cpu.memory.release(),
+            Self::Cuda(cuda) => cuda.release(),
         }
     }
 
@@ -102,11 +147,6 @@ impl Cpu {
     /// `len` elements of whatever value, for an operation's own sums: see [`Ctx::empty`].
     pub fn empty<T: Pod>(&self, len: usize) -> AlignedVec<T> {
         AlignedVec::of(&self.memory, len)
-    }
-
-    /// The time that this device spends in each op, kept from the first call on.
-    pub fn profile(&self) -> &Profile {
-        self.profile.get_or_init(Profile::default)
     }
 
     /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.
@@ -170,10 +210,21 @@ pub struct Ctx {
 }
 
 impl Ctx {
+    /// The host's cores.
+    pub fn host(&self) -> &Arc<Cpu> {
+        self.device.host()
+    }
+
+    /// The same, on the host's cores: for what is read from files and written to them.
+    pub fn on_host(&self) -> Self {
+        Self { device: Device::Cpu(self.host().clone()), ..self.clone() }
+    }
+
     /// `len` zeros of `dtype` on the device, in memory of their own: for what is kept or added to.
     pub fn zeros(&self, dtype: DType, len: usize) -> Buf {
         match &self.device {
             Device::Cpu(_) => Buf::host_zeros(dtype, len),
+            Device::Cuda(cuda) => cuda.zeros(dtype, len),
         }
     }
 
@@ -182,21 +233,93 @@ impl Ctx {
     pub fn empty(&self, dtype: DType, len: usize) -> Buf {
         match &self.device {
             Device::Cpu(cpu) => Buf::of(&cpu.memory, dtype, len),
+            Device::Cuda(cuda) => cuda.empty(dtype, len),
         }
     }
 
     /// Uploads f32 values.
     pub fn from_f32(&self, values: &[f32]) -> Buf {
-        let mut b = self.empty(DType::F32, values.len());
-        b.view_mut().f32().copy_from_slice(values);
+        let mut b = self.room(DType::F32, values.len());
+        b.view_mut().write(values);
         b
     }
 
     /// Uploads i32 values.
     pub fn from_i32(&self, values: &[i32]) -> Buf {
-        let mut b = self.empty(DType::I32, values.len());
-        b.view_mut().i32().copy_from_slice(values);
+        let mut b = self.room(DType::I32, values.len());
+        b.view_mut().write_i32(values);
         b
+    }
+
+    /// As [`Ctx::empty`], for what is written at once.
+    fn room(&self, dtype: DType, len: usize) -> Buf {
+        match &self.device {
+            Device::Cpu(_) => self.empty(dtype, len),
+            Device::Cuda(cuda) => cuda.uninit(dtype, len),
+        }
+    }
+
+    /// A copy of a buffer in host memory on this device.
+    pub fn upload(&self, buf: &Buf) -> Buf {
+        let mut out = self.room(buf.dtype(), buf.len());
+        match buf {
+            Buf::F32(v) => out.view_mut().write(v),
+            Buf::Bf16(v) => out.view_mut().write(v),
+            Buf::I32(v) => out.view_mut().write_i32(v),
+            Buf::Cuda(_) => panic!("expected a buffer in host memory"),
+        }
+        out
+    }
+
+    /// The buffer itself, or where it lies in host memory and this device is a GPU, a copy there.
+    pub fn here(&self, buf: Buf) -> Buf {
+        match &self.device {
+            Device::Cuda(_) if buf.view().is_host() => self.upload(&buf),
+            _ => buf,
+        }
+    }
+
+    /// What a buffer of this device holds once all before is done, to be read later: on a CPU a copy, on a GPU a copy
+    /// that nobody waits for yet.
+    pub fn download(&self, view: View<'_>) -> Download {
+        match &self.device {
+            Device::Cpu(_) => Download::Host(Buf::copy_of(view)),
+            Device::Cuda(cuda) => Download::Cuda(cuda.download(view)),
+        }
+    }
+}
+
+/// A copy of a buffer for the host, which may still be under way.
+pub enum Download {
+    /// In host memory.
+    Host(Buf),
+    /// On its way from a GPU.
+    Cuda(Pending),
+}
+
+impl Download {
+    /// The elements of an f32 buffer; waits until they are there.
+    pub fn f32(&self) -> Vec<f32> {
+        match self {
+            Self::Host(b) => b.view().f32().to_vec(),
+            Self::Cuda(p) => p.f32(),
+        }
+    }
+
+    /// The elements of an i32 buffer; waits until they are there.
+    pub fn i32(&self) -> Vec<i32> {
+        match self {
+            Self::Host(b) => b.view().i32().to_vec(),
+            Self::Cuda(p) => p.i32(),
+        }
+    }
+
+    /// Whether reading waits for nothing.
+    pub fn is_ready(&self) -> bool {
+        match self {
+            Self::Host(_) => true,
+            Self::Cuda(p) => p.is_ready(),
+        }
     }
 }
 
@@ -233,7 +356,10 @@ mod tests {
             let expected = format!("--threads {found}: expected at least 1, at most 1024 (this machine has ");
             assert!(message.starts_with(&expected) && message.ends_with(" cores)"), "{message}");
         }
-        let Device::Cpu(cpu) = Device::cpu(Some(3)).unwrap();
-        assert_eq!(cpu.threads(), 3);
+        assert_eq!(Device::cpu(Some(3)).unwrap().host().threads(), 3);
+        for name in ["", "gpu", "cuda:", "cuda:x", "cuda:01", "cuda:-1", "cpu:0"] {
+            let message = Device::named(name, None).unwrap_err().to_string();
+            assert_eq!(message, format!("--device {name}: expected cpu, cuda or cuda:N"));
+        }
     }
 }

@@ -248,7 +248,8 @@ mod tests {
     #[test]
     fn a_job_runs_on_the_level_that_the_device_carries() {
         for isa in isas() {
-            let Device::Cpu(cpu) = Device::cpu_with(Some(1), isa).unwrap();
+            let device = Device::cpu_with(Some(1), isa).unwrap();
+            let cpu = device.host();
             let mut found = None;
             cpu.isa().run(Which(&mut found));
             assert_eq!(found, Some(isa.level().min(Level::Avx512Bf16)));

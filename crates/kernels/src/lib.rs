@@ -1,11 +1,12 @@
 //! The closed set of operations that a DeepSeek model needs, each a plain function with an argument struct, a scalar
-//! reference, a CPU path, and one `match` on the device. No tensor library, no tape: the model calls these by hand.
+//! reference, a CPU path, a CUDA path, and one `match` on the device. No tensor library, no tape: the model calls these by hand.
 //!
 //! Shape legend used by every op: `N` tokens of a packed batch, `S` sequences, `D` hidden size, `H` heads,
 //! `P` qk_nope_head_dim, `R` qk_rope_head_dim, `W` v_head_dim, `C` kv_lora_rank, `E` experts, `K` experts per token,
 //! `F` expert width, `V` vocabulary. All matrices are row-major.
 
 mod buffer;
+pub mod cuda;
 mod device;
 mod isa;
 mod math;
@@ -18,7 +19,7 @@ mod profile;
 mod testing;
 
 pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
-pub use device::{Cpu, Ctx, Device, DeviceError};
+pub use device::{Cpu, Ctx, Device, DeviceError, Download};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
 pub use profile::Profile;

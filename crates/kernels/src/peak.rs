@@ -185,7 +185,8 @@ mod tests {
     #[test]
     fn every_kernel_runs() {
         for isa in isas() {
-            let Device::Cpu(cpu) = Device::cpu_with(Some(2), isa).unwrap();
+            let device = Device::cpu_with(Some(2), isa).unwrap();
+            let cpu = device.host();
             let all = kernels(isa);
             let expected = MULTIPLIES_F32.iter().filter(|l| **l <= isa.level()).count();
             assert_eq!(all.iter().filter(|k| k.kind == Kind::Fma).count(), expected);

@@ -1,7 +1,8 @@
 //! Where the time goes: seconds by op, of one device. A device has no profile until somebody asks for one, and then an
-//! op's timer costs two looks at the clock; before, one load. It is a stopwatch and not a sampler: what an op's callers
-//! do between ops, and what they wait for, is not in it.
+//! op's timer costs two looks at the clock (on a GPU two marks in its stream); before, one load. It is a stopwatch and
+//! not a sampler: what an op's callers do between ops, and what they wait for, is not in it.
 
+use crate::cuda::{Cuda, Event};
 use crate::{Ctx, Device};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,42 +15,92 @@ use std::time::Instant;
 pub struct Profile {
     running: AtomicBool,
     seconds: Mutex<BTreeMap<&'static str, f64>>,
+    /// Ops of a GPU that may not be over: each with the marks before and behind it.
+    marks: Mutex<Vec<(&'static str, [Event; 2])>>,
 }
 
 impl Profile {
-    /// What was spent since the last call, or since the profile began.
-    pub fn take(&self) -> BTreeMap<&'static str, f64> {
+    /// What was counted since the last call, or since the profile began.
+    fn take(&self) -> BTreeMap<&'static str, f64> {
         std::mem::take(&mut self.seconds.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// Counts for an op from its making to its end.
 #[must_use = "a timer counts until it is dropped"]
-pub(crate) struct Timer<'a>(Option<(&'a Profile, &'static str, Instant)>);
+pub(crate) struct Timer<'a>(Option<(&'a Profile, &'static str, Begin<'a>)>);
+
+enum Begin<'a> {
+    Host(Instant),
+    Cuda(&'a Cuda, Event),
+}
+
+impl Device {
+    /// The time that this device spends in each op, kept from the first call on.
+    pub fn profile(&self) -> &Profile {
+        match self {
+            Self::Cpu(cpu) => cpu.profile.get_or_init(Profile::default),
+            Self::Cuda(cuda) => cuda.profile.get_or_init(Profile::default),
+        }
+    }
+
+    /// Seconds by op since the last call, or since the profile began; waits for what a GPU has not done yet.
+    pub fn take_profile(&self) -> BTreeMap<&'static str, f64> {
+        let profile = self.profile();
+        if let Self::Cuda(cuda) = self {
+            cuda.synchronize();
+            let marks = std::mem::take(&mut *profile.marks.lock().unwrap_or_else(PoisonError::into_inner));
+            for (op, [begin, end]) in &marks {
+                profile.count(op, cuda.between(begin, end));
+            }
+        }
+        profile.take()
+    }
+
+    fn started(&self) -> Option<&Profile> {
+        match self {
+            Self::Cpu(cpu) => cpu.profile.get(),
+            Self::Cuda(cuda) => cuda.profile.get(),
+        }
+    }
+}
+
+impl Profile {
+    fn count(&self, op: &'static str, seconds: f64) {
+        *self.seconds.lock().unwrap_or_else(PoisonError::into_inner).entry(op).or_default() += seconds;
+    }
+}
 
 impl Ctx {
     /// A timer for the op of this name; it counts nothing without a profile, or within another op.
     pub(crate) fn timer(&self, op: &'static str) -> Timer<'_> {
-        let Device::Cpu(cpu) = &self.device;
-        let profile = cpu.profile.get().filter(|p| !p.running.swap(true, Ordering::Acquire));
-        Timer(profile.map(|p| (p, op, Instant::now())))
+        let profile = self.device.started().filter(|p| !p.running.swap(true, Ordering::Acquire));
+        let begin = || match &self.device {
+            Device::Cpu(_) => Begin::Host(Instant::now()),
+            Device::Cuda(cuda) => Begin::Cuda(cuda, cuda.mark()),
+        };
+        Timer(profile.map(|p| (p, op, begin())))
     }
 }
 
 impl Drop for Timer<'_> {
     fn drop(&mut self) {
-        if let Some((profile, op, begin)) = self.0 {
-            let seconds = begin.elapsed().as_secs_f64();
-            *profile.seconds.lock().unwrap_or_else(PoisonError::into_inner).entry(op).or_default() += seconds;
-            profile.running.store(false, Ordering::Release);
+        let Some((profile, op, begin)) = self.0.take() else { return };
+        match begin {
+            Begin::Host(begin) => profile.count(op, begin.elapsed().as_secs_f64()),
+            Begin::Cuda(cuda, begin) => {
+                let marks = [begin, cuda.mark()];
+                profile.marks.lock().unwrap_or_else(PoisonError::into_inner).push((op, marks));
+            }
         }
+        profile.running.store(false, Ordering::Release);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use crate::ops::add;
     use crate::testing::ctx;
-    use crate::{Device, ops::add};
 
     #[test]
     fn ops_count_once_and_only_when_asked_for() {
@@ -57,8 +108,7 @@ mod tests {
         let ones = ctx.from_f32(&[1.0; 4]);
         let mut sum = ones.clone();
         add::accumulate(&ctx, ones.view(), sum.view_mut());
-        let [Device::Cpu(cpu), Device::Cpu(beside)] = [&ctx.device, &other.device];
-        let (profile, silent) = (cpu.profile(), beside.profile());
+        let (profile, silent) = (ctx.device.profile(), other.device.profile());
         assert!(profile.take().is_empty());
         {
             let _timer = ctx.timer("outer");

@@ -1,5 +1,6 @@
 //! Inputs and checks shared by the ops' tests.
 
+use crate::cuda::Cuda;
 use crate::{Buf, Ctx, DType, Device, Elem, Isa, Level, bf16};
 use hadal_numerics::{Purpose, Rng, Tolerance, close};
 
@@ -37,10 +38,26 @@ pub fn ctx_of(threads: usize, isa: Isa) -> Ctx {
     Device::cpu_with(Some(threads), isa).unwrap().ctx()
 }
 
-/// A context with two threads for every level that this CPU has: every fast path must match its reference on all.
+/// A context with two threads for every level that this CPU has, and one of a GPU: every fast path must match its
+/// reference on all.
 #[track_caller]
 pub fn levels() -> Vec<Ctx> {
-    isas().into_iter().map(|isa| ctx_of(2, isa)).collect()
+    isas().into_iter().map(|isa| ctx_of(2, isa)).chain(gpu()).collect()
+}
+
+/// A context of the first GPU; where there is none, what it would have tested is reported as skipped.
+#[track_caller]
+pub fn gpu() -> Option<Ctx> {
+    if Cuda::count() == 0 {
+        skipped("no NVIDIA GPU");
+        return None;
+    }
+    Some(Device::cuda(0, Some(2)).unwrap().ctx())
+}
+
+/// As [`buf`], on the context's device.
+pub fn buf_on(ctx: &Ctx, dtype: DType, values: &[f32]) -> Buf {
+    ctx.upload(&buf(dtype, values))
 }
 
 /// Contexts with 1, 2 and 5 threads on one level, which must give the same bits on all.
@@ -75,7 +92,7 @@ pub fn buf(dtype: DType, values: &[f32]) -> Buf {
     match &mut b {
         Buf::F32(v) => v.copy_from_slice(values),
         Buf::Bf16(v) => v.iter_mut().zip(values).for_each(|(o, x)| *o = <bf16 as Elem>::round(*x)),
-        Buf::I32(_) => panic!("expected a float dtype"),
+        Buf::I32(_) | Buf::Cuda(_) => panic!("expected a float dtype"),
     }
     b
 }

@@ -96,7 +96,7 @@ impl Params {
     pub fn init(ctx: &Ctx, config: &ModelConfig, layout: Arc<Layout>, precision: Precision, seed: u64) -> Self {
         let mut params = Self::zeros(ctx, layout.clone(), precision);
         let std = config.initializer_range as f32;
-        let Device::Cpu(cpu) = &ctx.device;
+        let cpu = ctx.host();
         let master = params.master.view_mut().f32();
         for (_, p) in layout.published().filter(|(t, _)| t.kind != Kind::Buffer) {
             let out = &mut master[p.range()];

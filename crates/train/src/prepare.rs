@@ -158,7 +158,7 @@ fn survey(
     sources: impl Iterator<Item = (u64, NamedSource)>,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Ready>, TrainError> {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let mut ready = Vec::new();
     for (number, named) in sources {
         observer.phase(match named.source {
@@ -191,7 +191,7 @@ fn tokenizer(
         return Ok(tokenizer);
     }
     observer.phase("training a byte-level BPE tokenizer");
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let surveys: Vec<(&Survey, Option<&Sides>)> = ready.iter().map(|r| (&r.survey, Some(&r.sides))).collect();
     go_on(observer)?;
     let text = corpus::sample(&surveys, TOKENIZER_TEXT)?;
@@ -262,7 +262,7 @@ fn claim(disk: &Disk, root: &Path) -> Result<Lock, TrainError> {
 
 /// Makes the tokens of one source.
 fn make(ctx: &Ctx, disk: &Disk, root: &Path, job: &Job<'_>, observer: &mut dyn Observer) -> Result<(), TrainError> {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let pool = |f: &mut (dyn FnMut() + Send)| cpu.install(f);
     let (what, total) = (format!("tokenising {}", job.name), job.survey.text_bytes());
     observer.phase(&what);
@@ -279,7 +279,7 @@ fn make(ctx: &Ctx, disk: &Disk, root: &Path, job: &Job<'_>, observer: &mut dyn O
 
 /// Maps and checks the tokens.
 fn open(ctx: &Ctx, run: &Run, tokenizer: Tokenizer, made: Vec<Made>, shares: Shares) -> Result<Prepared, TrainError> {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let vocab_size = tokenizer.vocab_size();
     let identities: Vec<Identity> = made.iter().map(|m| m.identity).collect();
     let fingerprint = format!("{:016x}", Identity::of_all(&identities));

@@ -26,7 +26,7 @@ const CHECKED: usize = 1 << 16;
 fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
     let stored = |x: f32| if dtype == DType::Bf16 { bf16::round(x).f32() } else { x };
     let mut found = vec![None; weights.len().div_ceil(CHECKED)];
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     cpu.chunks_mut(&mut found, 1, |i, found| {
         let piece = &weights[i * CHECKED..weights.len().min((i + 1) * CHECKED)];
         found[0] = piece.iter().map(|&x| stored(x)).find(|x| !x.is_finite());

@@ -1,30 +1,29 @@
 //! A step's time by op.
 
 use super::measure::median;
-use hadal_kernels::{Ctx, Device, Profile};
+use hadal_kernels::{Ctx, Device};
 use std::collections::BTreeMap;
 
 /// What is left of a step.
 const OUTSIDE: &str = "outside ops";
 
 /// Seconds by op of steps, one after the other.
-pub struct ByOp<'a> {
-    profile: &'a Profile,
+pub struct ByOp {
+    device: Device,
     steps: Vec<BTreeMap<&'static str, f64>>,
 }
 
-impl<'a> ByOp<'a> {
+impl ByOp {
     /// Of the steps that follow.
-    pub fn new(ctx: &'a Ctx) -> Self {
-        let Device::Cpu(cpu) = &ctx.device;
-        let profile = cpu.profile();
-        profile.take();
-        Self { profile, steps: Vec::new() }
+    pub fn new(ctx: &Ctx) -> Self {
+        let device = ctx.device.clone();
+        device.take_profile();
+        Self { device, steps: Vec::new() }
     }
 
     /// A step has ended that took so long.
     pub fn add(&mut self, seconds: f64) {
-        let mut step = self.profile.take();
+        let mut step = self.device.take_profile();
         let in_ops: f64 = step.values().sum();
         step.insert(OUTSIDE, (seconds - in_ops).max(0.0));
         self.steps.push(step);

@@ -41,7 +41,7 @@ pub enum Against {
 
 /// The name of a case, with the instruction set if the device has not the widest that there is.
 pub fn restricted(ctx: &Ctx, name: &str) -> String {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let level = cpu.isa().level();
     if level != Isa::best().level() { format!("{name} ({})", level.name()) } else { name.into() }
 }

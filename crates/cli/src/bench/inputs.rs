@@ -11,7 +11,7 @@ pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
     let rng = Rng::new(0, Purpose::Test, stream);
     let block: Vec<f32> = (0..DRAWN.min(len) as u64).map(|i| rng.normal(i)).collect();
     let mut buf = ctx.zeros(dtype, len);
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     match &mut buf {
         Buf::F32(to) => cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()])),
         Buf::Bf16(to) => {

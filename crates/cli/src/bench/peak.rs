@@ -7,7 +7,7 @@ use serde_json::json;
 
 /// One for each loop.
 pub fn cases(ctx: &Ctx) -> Vec<Case> {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     peak::kernels(cpu.isa()).into_iter().map(|k| case(ctx, k)).collect()
 }
 

@@ -45,7 +45,7 @@ impl Peaks {
 
 /// GFLOP/s of the fastest loops on the device's level: of BF16, which may be widened, and of FP32.
 fn registers(ctx: &Ctx, budget: Budget) -> (f64, f64) {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     let kernels = peak::kernels(cpu.isa());
     let mut works: Vec<Work> = kernels.iter().map(|&k| work(ctx, k)).collect();
     let times = budget.interleaved(&mut works);
@@ -65,14 +65,14 @@ const ROUNDS: u64 = 1 << 19;
 pub fn work(ctx: &Ctx, kernel: peak::Kernel) -> Work {
     let device = ctx.device.clone();
     Box::new(move || {
-        let Device::Cpu(cpu) = &device;
+        let cpu = device.host();
         kernel.run(cpu, ROUNDS);
     })
 }
 
 /// Operations of [`work`].
 pub fn flops(ctx: &Ctx, kernel: &peak::Kernel) -> f64 {
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     kernel.flops(ROUNDS) * cpu.threads() as f64
 }
 
@@ -84,7 +84,7 @@ pub fn copy(ctx: &Ctx, bytes: usize) -> Work {
     let (from, mut to) = (super::inputs::floats(ctx, DType::F32, held, 0), ctx.zeros(DType::F32, held));
     let device = ctx.device.clone();
     Box::new(move || {
-        let Device::Cpu(cpu) = &device;
+        let cpu = device.host();
         let (from, piece) = (from.view().f32(), PIECE / DType::F32.size());
         let mut left = all;
         while left > 0 {

@@ -27,7 +27,7 @@ pub fn read_arena(ctx: &Ctx, dir: &Path, stem: &str, layout: &Layout, arena: &mu
         (rest, at) = (tail, p.range().end);
         jobs.push((p, out, Ok(())));
     }
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     cpu.chunks_mut(&mut jobs, 1, |_, job| {
         let (p, out, result) = &mut job[0];
         *result = read(&checkpoint, p, out);

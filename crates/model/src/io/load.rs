@@ -103,9 +103,7 @@ impl Checkpoint {
                 jobs.push(Job { source, out, result: Ok(()) });
             }
         }
-        match &ctx.device {
-            Device::Cpu(cpu) => cpu.chunks_mut(&mut jobs, 1, |_, one| one[0].result = one[0].run()),
-        }
+        ctx.host().chunks_mut(&mut jobs, 1, |_, one| one[0].result = one[0].run());
         jobs.into_iter().try_for_each(|job| job.result)?;
         params.refresh(ctx);
         Ok((params, warnings))

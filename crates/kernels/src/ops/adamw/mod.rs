@@ -72,6 +72,7 @@ pub fn step(ctx: &Ctx, a: AdamW<'_>) {
     assert!(a.t > 0, "adamw: the first update is t = 1");
     assert!(a.clip > 0.0, "adamw: clip {}", a.clip);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::step(cpu, a),
     }
 }

@@ -14,6 +14,7 @@ pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert!(a.len() == out.len() && b.len() == out.len(), "{} + {} to {}", a.len(), b.len(), out.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(b.dtype(), B => by_dtype!(out.dtype(), T => {
             cpu::add::<A, B, T>(cpu, a, b, out)
         }))),
@@ -25,6 +26,7 @@ pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "adding {} elements to {}", a.len(), out.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::accumulate::<A, T>(cpu, a, out)
         })),
@@ -36,6 +38,7 @@ pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "converting {} elements to {}", a.len(), out.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::convert::<A, T>(cpu, a, out)
         })),
@@ -48,6 +51,7 @@ pub fn blend(ctx: &Ctx, weight: f32, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "blending {} elements into {}", a.len(), out.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::blend::<A, T>(cpu, weight, a, out)
         })),

@@ -204,7 +204,7 @@ impl<'a> Output<'a> {
         let data = match v {
             ViewMut::F32(x) => Pointer::F32(x.as_mut_ptr()),
             ViewMut::Bf16(x) => Pointer::Bf16(x.as_mut_ptr()),
-            ViewMut::I32(_) => panic!("expected a float output, found I32"),
+            ViewMut::I32(_) | ViewMut::Cuda(_) => panic!("expected a float output in host memory"),
         };
         Self { data, len, life: PhantomData }
     }

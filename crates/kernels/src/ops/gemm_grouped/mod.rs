@@ -17,6 +17,7 @@ pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: Vie
     let _timer = ctx.timer("gemm_grouped forward");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::forward(cpu, x, offsets.i32(), w, y),
     }
 }
@@ -26,6 +27,7 @@ pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &We
     let _timer = ctx.timer("gemm_grouped backward input");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::backward_input(cpu, dy, offsets.i32(), w, dx),
     }
 }
@@ -43,6 +45,7 @@ pub fn grouped_backward_weight(
     let _timer = ctx.timer("gemm_grouped backward weight");
     assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw),
     }
 }

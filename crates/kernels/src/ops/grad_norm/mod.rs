@@ -18,6 +18,7 @@ pub fn norm(ctx: &Ctx, grad: View<'_>, tensors: &[Range<usize>], out: ViewMut<'_
         assert!(t.start <= t.end && t.end <= grad.len(), "grad_norm: tensor {t:?} of {} gradients", grad.len());
     }
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::norm(cpu, grad.f32(), tensors, &mut out.f32()[0]),
     }
 }

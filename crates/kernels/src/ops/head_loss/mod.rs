@@ -64,6 +64,7 @@ pub fn forward(ctx: &Ctx, x: Inputs<'_>, out: Outputs<'_>) {
         return;
     }
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::forward(ctx, cpu, x, out),
     }
 }
@@ -114,6 +115,7 @@ pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
         return;
     }
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::backward(ctx, cpu, x, b),
     }
 }

@@ -42,6 +42,7 @@ pub fn store(ctx: &Ctx, a: Store<'_>) {
         a.cache.len()
     );
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.cache.dtype(), T => cpu::store::<T>(cpu, a)),
     }
 }

@@ -47,6 +47,7 @@ pub fn forward(ctx: &Ctx, a: Decode<'_>) {
     let _timer = ctx.timer("mla_decode");
     check(&a);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.q.dtype(), T => cpu::forward::<T>(cpu, a)),
     }
 }

@@ -59,6 +59,7 @@ pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: Vi
     assert_eq!(out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
     assert_eq!(lse.len(), nq * h, "lse of {nq} queries x {h} heads");
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => cpu::forward::<T>(cpu, &Problem::new(shape, &x), T::of_mut(out), lse.f32()))
         }
@@ -96,6 +97,7 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     assert_eq!(b.dkv_up.len(), nk * h * (p + w), "dkv_up of {nk} keys x {h} heads x {p} + {w}");
     check_rows("dk_pe", b.dk_pe.len(), nk, r, b.dk_pe_stride);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
         }

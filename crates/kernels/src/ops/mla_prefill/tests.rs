@@ -112,7 +112,7 @@ impl Case {
         let g = reference::backward(s, &x, &f64s(&r.out), &f64s(&self.dout));
         assert_close(&format!("out, {name}"), &r.out, &out, tol);
         assert_close(&format!("lse, {name}"), &r.lse, &lse, Tolerance::F32_OP);
-        let Device::Cpu(cpu) = &ctx.device;
+        let cpu = ctx.host();
         let rounds_again = self.q.dtype() == DType::Bf16 && cpu.isa().level() >= Level::Avx512Bf16;
         let tol = if rounds_again { Tolerance::BF16_ATTENTION } else { tol };
         assert_close(&format!("dq, {name}"), &r.dq, &g.dq, tol);

@@ -32,6 +32,7 @@ pub fn plan(
     );
     assert!(i32::try_from(slots).is_ok(), "moe_permute: {slots} slots do not fit an i32");
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(_) => cpu::plan(indices.i32(), offsets.i32(), row_of_slot.i32(), slot_of_row.i32()),
     }
 }
@@ -41,6 +42,7 @@ pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: Vi
     let _timer = ctx.timer("moe_permute permute");
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(rows.dtype(), T => {
             cpu::permute::<T>(cpu, T::of(x), dim, top_k, slot_of_row.i32(), T::of_mut(rows))
         }),
@@ -60,6 +62,7 @@ pub fn permute_backward(
     let _timer = ctx.timer("moe_permute permute backward");
     check(row_of_slot.len(), top_k, dim, d_rows.len(), dx.len());
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(dx.dtype(), T => {
             cpu::permute_backward::<T>(cpu, T::of(d_rows), dim, top_k, row_of_slot.i32(), T::of_mut(dx), accumulate)
         }),
@@ -101,6 +104,7 @@ pub fn combine(ctx: &Ctx, a: Combine<'_>) {
         a.weights.len()
     );
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.y.dtype(), T => cpu::combine::<T>(cpu, a)),
     }
 }

@@ -48,6 +48,7 @@ pub fn apply(ctx: &Ctx, a: Rope<'_>) {
         assert!(a.x.len() >= need, "x holds {} elements, {n} tokens need {need}", a.x.len());
     }
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::apply::<T>(cpu, a)),
     }
 }

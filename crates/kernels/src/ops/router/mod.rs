@@ -97,6 +97,7 @@ pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
     let given = a.given.map(|g| g.len());
     assert!(given.is_none_or(|g| g == n * c.top_k), "router: {given:?} given indices, expected {n} * {}", c.top_k);
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::forward(cpu, c, a),
     }
 }
@@ -135,6 +136,7 @@ pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
         c.top_k
     );
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::backward(cpu, c, a),
     }
 }

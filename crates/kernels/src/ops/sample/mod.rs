@@ -53,6 +53,7 @@ pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_
         assert!((0.0..=1.0).contains(&top_p), "sample: row {r} has top_p {top_p}, expected 0..=1");
     }
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::sample(cpu, logits.f32(), params, tokens.i32(), logp.f32()),
     }
 }

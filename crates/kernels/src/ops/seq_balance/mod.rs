@@ -49,6 +49,7 @@ pub fn forward_backward(ctx: &Ctx, a: SeqBalance<'_>) {
         a.loss.len()
     );
     match &ctx.device {
+        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::forward_backward(cpu, a),
     }
 }

@@ -160,7 +160,7 @@ fn write_shard(
 ) -> Result<(), IoError> {
     let (file, places) = out::Sparse::create(disk, path, units)?;
     let mut results: Vec<Result<(), IoError>> = units.iter().map(|_| Ok(())).collect();
-    let Device::Cpu(cpu) = &ctx.device;
+    let cpu = ctx.host();
     // Units are independent, and what each writes has its place: any order gives the same file.
     cpu.chunks_mut(&mut results, 1, |i, result| result[0] = units[i].run(&file, places[i], observer));
     results.into_iter().try_for_each(|result| result)?;

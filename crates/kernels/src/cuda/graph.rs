@@ -1,0 +1,75 @@
+//! Work recorded once and given to the device again as a whole: what a step launches, without the host's time for each
+//! launch. Everything that differs from step to step is in device memory at a fixed address.
+
+use super::Cuda;
+use super::driver::check;
+use super::memory::{Range, lock};
+use cudarc::driver::sys;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Recorded work.
+pub struct Graph {
+    exec: sys::CUgraphExec,
+    /// Memory that a replay writes over.
+    ranges: Vec<Range>,
+    cuda: Arc<Cuda>,
+}
+
+// SAFETY: a handle of the driver, used under the device's stream order.
+unsafe impl Send for Graph {}
+// SAFETY: as above; replaying takes the device's stream, which orders it.
+unsafe impl Sync for Graph {}
+
+impl Cuda {
+    /// Records what `f` would give the device, which does none of it. What `f` reads and writes must be there at every
+    /// replay, at the same addresses; `f` neither waits nor copies from or to the host.
+    pub fn capture<R>(self: &Arc<Self>, f: impl FnOnce() -> R) -> (Graph, R) {
+        self.bind();
+        let stream = self.stream.raw();
+        // Relaxed: a kernel that is compiled and loaded in between is no part of the recording.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is alive and records nothing yet.
+        self.check("recording a step", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) });
+        lock(&self.arena).begin_recording();
+        self.recording.store(true, Ordering::Relaxed);
+        let result = f();
+        self.recording.store(false, Ordering::Relaxed);
+        let ranges = lock(&self.arena).end_recording();
+        let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: ends the recording begun above; the handles are written by the driver and used once.
+        unsafe {
+            self.check("recording a step", sys::cuStreamEndCapture(stream, &mut graph));
+            let made = check(sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            sys::cuGraphDestroy(graph);
+            if let Err(e) = made {
+                self.check("preparing a recorded step", e.0);
+            }
+        }
+        (Graph { exec, ranges, cuda: self.clone() }, result)
+    }
+}
+
+impl Graph {
+    /// Gives the device all of it. False, and nothing happens, if memory that the recording used for a while is in use
+    /// for something else: record again.
+    #[must_use = "what could not be replayed was not done"]
+    pub fn replay(&self) -> bool {
+        if lock(&self.cuda.arena).in_use(&self.ranges) {
+            return false;
+        }
+        self.cuda.bind();
+        self.cuda.counts.replays.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the graph is alive, and the memory that it names is still the arena's.
+        let result = unsafe { sys::cuGraphLaunch(self.exec, self.cuda.stream.raw()) };
+        self.cuda.check("replaying a step", result);
+        true
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `capture`, destroyed once; the driver lets a running replay finish.
+        unsafe { sys::cuGraphExecDestroy(self.exec) };
+    }
+}

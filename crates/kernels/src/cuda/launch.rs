@@ -1,0 +1,305 @@
+//! Kernels by name, and launching them.
+
+use super::driver::check;
+use super::{Cuda, TensorMap, compile, error};
+use crate::DType;
+use cudarc::driver::sys;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::CString;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// CUDA C++ of one file with what it stands on.
+pub(crate) struct Source {
+    /// For messages and names of files.
+    pub name: &'static str,
+    /// All of it.
+    pub text: &'static str,
+}
+
+/// The source of a file beside the calling one: after the prelude, and after the Hopper helpers if `sm90` says so.
+macro_rules! source {
+    ($file:literal) => {
+        $crate::cuda::Source {
+            name: $file,
+            text: concat!(include_str!("../../cuda/prelude.cuh"), "#line 1 \"", $file, "\"\n", include_str!($file)),
+        }
+    };
+    (sm90, $file:literal) => {
+        $crate::cuda::Source {
+            name: $file,
+            text: concat!(
+                include_str!("../../cuda/prelude.cuh"),
+                include_str!("../../cuda/sm90.cuh"),
+                "#line 1 \"",
+                $file,
+                "\"\n",
+                include_str!($file)
+            ),
+        }
+    };
+}
+pub(crate) use source;
+
+/// What a source's macro stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Value {
+    /// A number.
+    Int(i64),
+    /// `float`, `bf16` or `int`.
+    Type(DType),
+}
+
+impl Value {
+    fn text(self) -> String {
+        match self {
+            Self::Int(i) => i.to_string(),
+            Self::Type(DType::F32) => "float".into(),
+            Self::Type(DType::Bf16) => "bf16".into(),
+            Self::Type(DType::I32) => "int".into(),
+        }
+    }
+}
+
+/// A function on one device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel {
+    function: sys::CUfunction,
+    name: &'static str,
+}
+
+// SAFETY: a handle of the driver; functions live as long as their module, which is never unloaded.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+/// How many threads, with what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    blocks: [u32; 3],
+    threads: u32,
+    shared: u32,
+    cluster: u32,
+}
+
+impl Grid {
+    /// Blocks in three dimensions, threads in one.
+    pub fn new(blocks: [u32; 3], threads: u32) -> Self {
+        Self { blocks, threads, shared: 0, cluster: 1 }
+    }
+
+    /// Bytes of dynamic shared memory.
+    pub fn shared(self, bytes: u32) -> Self {
+        Self { shared: bytes, ..self }
+    }
+
+    /// Blocks of a cluster, along the first dimension.
+    #[allow(dead_code, reason = "kernels of one block a cluster are the common case")]
+    pub fn cluster(self, blocks: u32) -> Self {
+        Self { cluster: blocks, ..self }
+    }
+}
+
+/// An argument of a kernel, as its bytes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Arg([u64; 16]);
+
+macro_rules! arg {
+    ($($T:ty),*) => {$(
+        impl From<$T> for Arg {
+            fn from(x: $T) -> Self {
+                let mut words = [0u64; 16];
+                bytemuck::bytes_of_mut(&mut words)[..size_of::<$T>()].copy_from_slice(&x.to_ne_bytes());
+                Self(words)
+            }
+        }
+    )*};
+}
+arg!(u64, i64, u32, i32, f32);
+
+impl From<TensorMap> for Arg {
+    fn from(map: TensorMap) -> Self {
+        Self(map.0)
+    }
+}
+
+/// The arguments of a launch, in the kernel's order and types.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => { [$($crate::cuda::Arg::from($x)),*] };
+}
+pub(crate) use args;
+
+type Key = (&'static str, &'static str, Vec<(&'static str, Value)>);
+
+/// What a device has loaded.
+#[derive(Default)]
+pub(super) struct Kernels {
+    loaded: Mutex<HashMap<Key, Kernel>>,
+    large: Mutex<HashMap<usize, u32>>,
+    notice: OnceLock<String>,
+}
+
+/// Modules of the process: a device that is opened twice loads a kernel once.
+type Modules = Mutex<HashMap<(usize, &'static str, String), usize>>;
+static MODULES: OnceLock<Modules> = OnceLock::new();
+
+/// The last launches, for the message of an error that shows itself later.
+#[derive(Debug, Default)]
+pub(super) struct Recent(VecDeque<(&'static str, [u32; 3])>);
+
+impl Recent {
+    /// As many as an error's message has room for.
+    const KEPT: usize = 6;
+
+    fn push(&mut self, name: &'static str, blocks: [u32; 3]) {
+        if self.0.len() == Self::KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back((name, blocks));
+    }
+}
+
+impl std::fmt::Display for Recent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; launched last:")?;
+        for (name, [x, y, z]) in &self.0 {
+            write!(f, " {name}[{x}, {y}, {z}]")?;
+        }
+        write!(f, " (HADAL_CUDA_SYNC=1 waits after each, which tells the one that failed)")
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Kernels {
+    /// Why compiled kernels are not kept, if they are not.
+    pub fn notice(&self) -> Option<String> {
+        self.notice.get().cloned()
+    }
+}
+
+/// Wait after every launch, so that an error shows where it happens.
+fn sync_each() -> bool {
+    static SYNC: OnceLock<bool> = OnceLock::new();
+    *SYNC.get_or_init(|| std::env::var_os("HADAL_CUDA_SYNC").is_some_and(|v| v == "1"))
+}
+
+impl Cuda {
+    /// The function `name` of a source whose macros have these values; compiled at its first use.
+    pub(crate) fn kernel(
+        &self,
+        source: &'static Source,
+        name: &'static str,
+        defines: &[(&'static str, Value)],
+    ) -> Kernel {
+        let key = (source.name, name, defines.to_vec());
+        if let Some(kernel) = lock(&self.kernels.loaded).get(&key) {
+            return *kernel;
+        }
+        self.bind();
+        let module = self.module(source, defines) as sys::CUmodule;
+        let mut function = std::ptr::null_mut();
+        let symbol = CString::new(name).unwrap_or_else(|_| panic!("a kernel's name holds a zero: {name:?}"));
+        // SAFETY: the module is loaded and never unloaded; the name ends in zero.
+        let found = unsafe { sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr()) };
+        if let Err(e) = check(found) {
+            panic!("{} has no kernel {name}: {e}", source.name);
+        }
+        let kernel = Kernel { function, name };
+        lock(&self.kernels.loaded).insert(key, kernel);
+        kernel
+    }
+
+    fn module(&self, source: &'static Source, defines: &[(&'static str, Value)]) -> usize {
+        let (major, minor) = self.arch;
+        // wgmma and setmaxnreg belong to the architecture-specific target.
+        let suffix = if self.has_wgmma() { "a" } else { "" };
+        let mut options = vec![
+            format!("--gpu-architecture=sm_{major}{minor}{suffix}"),
+            "--std=c++17".into(),
+            "--device-as-default-execution-space".into(),
+        ];
+        options.extend(defines.iter().map(|(name, value)| format!("--define-macro={name}={}", value.text())));
+        let key = (self.ordinal, source.name, options.join(" "));
+        let mut modules = lock(MODULES.get_or_init(Mutex::default));
+        if let Some(&module) = modules.get(&key) {
+            return module;
+        }
+        let name = source.name.trim_end_matches(".cu");
+        let (code, unkept) = compile::cubin(name, source.text, &options);
+        if let Some(why) = unkept {
+            let _ = self.kernels.notice.set(format!("compiled kernels are not kept for the next run: {why}"));
+        }
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is a whole cubin in memory that outlives the call; the driver checks it.
+        if let Err(e) = check(unsafe { sys::cuModuleLoadData(&mut module, code.as_ptr().cast()) }) {
+            error::fail(format!("GPU {} ({}): loading the kernels of {name}: {e}", self.ordinal, self.name));
+        }
+        modules.insert(key, module as usize);
+        module as usize
+    }
+
+    /// Gives the device one launch. The arguments must be those of the kernel, in type and order, and point to memory
+    /// that the kernel may use as it does: what the ops' asserts are for.
+    pub(crate) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+        if grid.blocks.contains(&0) {
+            return;
+        }
+        self.bind();
+        self.allow_shared(kernel, grid.shared);
+        lock(&self.recent).push(kernel.name, grid.blocks);
+        let mut pointers: Vec<*mut std::ffi::c_void> =
+            args.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast()).collect();
+        // SAFETY: a structure of numbers and handles, for which zeros are valid.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim.x = grid.cluster;
+        attribute.value.clusterDim.y = 1;
+        attribute.value.clusterDim.z = 1;
+        let [x, y, z] = grid.blocks;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.stream.raw(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(grid.cluster > 1),
+        };
+        // SAFETY: every argument is at least as large as the kernel's parameter and lives through the call, which
+        // copies it; what the kernel does with memory is the contract above.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+        if check(result).is_err() {
+            self.check(&format!("launching {} on {grid:?}", kernel.name), result);
+        }
+        if sync_each() {
+            self.synchronize();
+        }
+    }
+
+    /// More shared memory than every kernel may have needs to be asked for, once.
+    fn allow_shared(&self, kernel: &Kernel, bytes: u32) {
+        const EVERY: u32 = 48 << 10;
+        if bytes <= EVERY {
+            return;
+        }
+        let mut large = lock(&self.kernels.large);
+        let allowed = large.entry(kernel.function as usize).or_insert(EVERY);
+        if *allowed < bytes {
+            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            let result = unsafe { sys::cuFuncSetAttribute(kernel.function, which, bytes as i32) };
+            self.check(&format!("allowing {} {bytes} bytes of shared memory", kernel.name), result);
+            *allowed = bytes;
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! NVIDIA GPUs. The driver and NVRTC are loaded at run time; kernels are CUDA C++ in this binary, compiled for the GPU
+//! found at their first use and kept on disk. A device has one stream: whatever it is given runs in order, so that
+//! memory may be used again as soon as the host lets go of it, and nothing here waits unless it says so.
+//!
+//! A step that is to be captured as a graph must not wait, read device memory on the host or take new memory from the
+//! driver; [`Cuda::waits`] counts what did.
+
+mod compile;
+mod driver;
+mod error;
+mod graph;
+mod launch;
+mod memory;
+mod pinned;
+mod tensor_map;
+
+pub(crate) use error::missing;
+pub use error::{Failure, GpuError};
+pub use graph::Graph;
+pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
+pub use memory::{CudaBuf, CudaView, CudaViewMut};
+pub use pinned::Pending;
+pub(crate) use tensor_map::{Swizzle, TensorMap};
+
+use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
+use cudarc::driver::sys;
+pub(crate) use driver::Event;
+use driver::{Stream, check};
+use launch::Kernels;
+use memory::Arena;
+use pinned::Pinned;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
+pub struct Cuda {
+    /// Itself, for buffers.
+    this: std::sync::Weak<Self>,
+    host: Arc<Cpu>,
+    ordinal: usize,
+    name: String,
+    arch: (u32, u32),
+    sms: u32,
+    total: usize,
+    context: sys::CUcontext,
+    stream: Stream,
+    arena: Arc<Mutex<Arena>>,
+    pinned: Arc<Pinned>,
+    kernels: Kernels,
+    constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
+    invariant: AtomicBool,
+    /// A graph is being recorded.
+    recording: AtomicBool,
+    counts: Counts,
+    recent: Mutex<launch::Recent>,
+    pub(crate) profile: OnceLock<Profile>,
+}
+
+/// What made the host wait for the device, since the device was opened.
+#[derive(Debug, Default)]
+struct Counts {
+    waits: AtomicU64,
+    blocking_copies: AtomicU64,
+    replays: AtomicU64,
+}
+
+// SAFETY: the context and the stream are handles of the driver, which may be used from any thread that has made the
+// context current, as `bind` does before every call; all other state is behind locks or atomic.
+unsafe impl Send for Cuda {}
+// SAFETY: as above.
+unsafe impl Sync for Cuda {}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cuda({}: {})", self.ordinal, self.name)
+    }
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal`, with the host's cores beside it.
+    pub fn open(ordinal: usize, host: Arc<Cpu>) -> Result<Arc<Self>, GpuError> {
+        let device = driver::device(ordinal)?;
+        let context = driver::primary_context(device)?;
+        let name = driver::name(device)?;
+        let arch = driver::arch(device)?;
+        if arch.0 < 8 {
+            return Err(GpuError::OldGpu { name, major: arch.0, minor: arch.1 });
+        }
+        compile::present()?;
+        let stream = Stream::new()?;
+        let sms = driver::attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let total = driver::total_memory(device)?;
+        Ok(Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            host,
+            ordinal,
+            name,
+            arch,
+            sms,
+            total,
+            context,
+            stream,
+            arena: Arc::default(),
+            pinned: Arc::default(),
+            kernels: Kernels::default(),
+            constants: Mutex::default(),
+            invariant: AtomicBool::new(false),
+            recording: AtomicBool::new(false),
+            counts: Counts::default(),
+            recent: Mutex::default(),
+            profile: OnceLock::new(),
+        }))
+    }
+
+    /// How many GPUs there are; 0 without a driver.
+    pub fn count() -> usize {
+        driver::count().unwrap_or(0)
+    }
+
+    /// The host's cores beside it.
+    pub fn host(&self) -> &Arc<Cpu> {
+        &self.host
+    }
+
+    /// The GPU's name, as its driver says it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Which of the machine's GPUs it is.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// Compute capability.
+    pub fn arch(&self) -> (u32, u32) {
+        self.arch
+    }
+
+    /// Streaming multiprocessors.
+    pub fn sms(&self) -> u32 {
+        self.sms
+    }
+
+    /// Bytes of its memory.
+    pub fn total_memory(&self) -> usize {
+        self.total
+    }
+
+    /// Hopper, the one architecture with wgmma.
+    pub(crate) fn has_wgmma(&self) -> bool {
+        self.arch.0 == 9
+    }
+
+    /// Whether matrix products must give a row the same bits whatever the other rows are.
+    pub fn invariant(&self) -> bool {
+        self.invariant.load(Ordering::Relaxed)
+    }
+
+    /// Turns batch invariance of matrix products on or off; inference has it on.
+    pub fn set_invariant(&self, on: bool) {
+        self.invariant.store(on, Ordering::Relaxed);
+    }
+
+    /// Times that the host waited for the device, and copies that made it wait.
+    pub fn waits(&self) -> (u64, u64) {
+        (self.counts.waits.load(Ordering::Relaxed), self.counts.blocking_copies.load(Ordering::Relaxed))
+    }
+
+    /// Times that a graph was replayed.
+    pub fn replays(&self) -> u64 {
+        self.counts.replays.load(Ordering::Relaxed)
+    }
+
+    /// What a user should know about this device, if anything.
+    pub fn notice(&self) -> Option<String> {
+        self.kernels.notice()
+    }
+
+    /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).
+    fn not_recorded(&self, what: &str) {
+        assert!(!self.recording.load(Ordering::Relaxed), "{what} in the midst of a step that is being recorded");
+    }
+
+    /// Makes the device's context the calling thread's.
+    fn bind(&self) {
+        // SAFETY: the context was retained when the device was opened and is never released.
+        self.check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) });
+    }
+
+    /// Ends what is going on, with a message for the user, if the driver reports an error.
+    fn check(&self, what: &str, result: sys::CUresult) {
+        if let Err(e) = check(result) {
+            let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            error::fail(format!("GPU {} ({}): {what}: {e}{recent}", self.ordinal, self.name));
+        }
+    }
+
+    /// Waits until the device has done all that it was given.
+    pub fn synchronize(&self) {
+        self.not_recorded("waiting for the device");
+        self.bind();
+        self.counts.waits.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the stream lives as long as the device.
+        self.check("waiting for the device", unsafe { sys::cuStreamSynchronize(self.stream.raw()) });
+    }
+
+    /// Takes one piece of `bytes` from the driver for all that is to come, so that a run knows at its start whether its
+    /// memory is there.
+    pub fn reserve(&self, bytes: usize) {
+        self.bind();
+        let taken = memory::lock(&self.arena).reserve(bytes);
+        if let Err(e) = taken {
+            error::fail(self.out_of_memory(bytes, &e));
+        }
+    }
+
+    /// (bytes in use, most that were in use at once, bytes taken from the driver).
+    pub fn memory(&self) -> (usize, usize, usize) {
+        memory::lock(&self.arena).counts()
+    }
+
+    /// Forgets the most that was in use.
+    pub fn reset_peak(&self) {
+        memory::lock(&self.arena).reset_peak();
+    }
+
+    fn out_of_memory(&self, bytes: usize, e: &driver::DriverError) -> String {
+        let (free, total) = driver::memory_info().unwrap_or((0, self.total));
+        let (used, ..) = self.memory();
+        let gib = |b: usize| b as f64 / (1u64 << 30) as f64;
+        format!(
+            "GPU {} ({}): {:.2} GiB wanted, {:.2} GiB in use by this process, {:.2} of {:.2} GiB free ({e}); a smaller \
+             batch, a shorter sequence or recompute = \"all\" needs less: `hadal inspect --device cuda` predicts how much",
+            self.ordinal,
+            self.name,
+            gib(bytes),
+            gib(used),
+            gib(free),
+            gib(total)
+        )
+    }
+
+    /// `len` elements of whatever value; with debug assertions NaN or -1. The memory is the device's again when the
+    /// buffer is dropped: what was launched before then may still use it, what is launched later comes later.
+    pub(crate) fn empty(&self, dtype: DType, len: usize) -> Buf {
+        let buf = self.allocate(dtype, len);
+        if cfg!(debug_assertions) {
+            self.fill(buf.ptr(), 0xff, len * dtype.size());
+        }
+        Buf::Cuda(buf)
+    }
+
+    /// As [`Cuda::empty`], for what is overwritten at once.
+    pub(crate) fn uninit(&self, dtype: DType, len: usize) -> Buf {
+        Buf::Cuda(self.allocate(dtype, len))
+    }
+
+    /// `len` zeros.
+    pub(crate) fn zeros(&self, dtype: DType, len: usize) -> Buf {
+        let buf = self.allocate(dtype, len);
+        self.fill(buf.ptr(), 0, len * dtype.size());
+        Buf::Cuda(buf)
+    }
+
+    fn allocate(&self, dtype: DType, len: usize) -> CudaBuf {
+        self.bind();
+        let Some(bytes) = len.checked_mul(dtype.size()) else {
+            error::fail(format!("a buffer of {len} elements does not fit the address space"))
+        };
+        let ptr = memory::lock(&self.arena).take(bytes);
+        match ptr {
+            Ok(ptr) => CudaBuf::new(self, ptr, len, dtype),
+            Err(e) => error::fail(self.out_of_memory(bytes, &e)),
+        }
+    }
+
+    fn fill(&self, ptr: u64, byte: u8, bytes: usize) {
+        if bytes > 0 {
+            self.bind();
+            // SAFETY: callers pass memory of a live buffer of at least so many bytes.
+            self.check("filling memory", unsafe { sys::cuMemsetD8Async(ptr, byte, bytes, self.stream.raw()) });
+        }
+    }
+
+    /// Makes every byte zero.
+    pub(crate) fn zero(&self, mut v: ViewMut<'_>) {
+        self.fill(v.ptr(), 0, v.len() * v.dtype().size());
+    }
+
+    /// Copies elements of one dtype within the device.
+    pub(crate) fn copy(&self, from: View<'_>, mut to: ViewMut<'_>) {
+        assert!(from.len() == to.len() && from.dtype() == to.dtype(), "a copy of {from:?} to {to:?}");
+        let bytes = from.len() * from.dtype().size();
+        if bytes > 0 {
+            self.bind();
+            // SAFETY: both views hold so many bytes and cannot overlap, as one is borrowed to write.
+            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.ptr(), from.ptr(), bytes, self.stream.raw()) };
+            self.check("copying memory", result);
+        }
+    }
+
+    /// A device copy of words that never change, uploaded once for each content: tables that launches read.
+    pub(crate) fn constant(&self, words: &[u32]) -> u64 {
+        let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buf) = constants.get(words) {
+            return buf.ptr();
+        }
+        let buf = self.allocate(DType::I32, words.len());
+        self.upload_bytes(bytemuck::cast_slice(words), buf.ptr());
+        let ptr = buf.ptr();
+        constants.insert(words.to_vec(), buf);
+        ptr
+    }
+
+    /// Words in device memory, without waiting.
+    pub(crate) fn upload(&self, words: &[u32]) -> Buf {
+        let buf = self.allocate(DType::I32, words.len());
+        self.upload_bytes(bytemuck::cast_slice(words), buf.ptr());
+        Buf::Cuda(buf)
+    }
+
+    /// Seconds that the device takes for what `f` gives it; waits for the end.
+    pub fn time(&self, f: impl FnOnce()) -> f64 {
+        let begin = self.mark();
+        f();
+        let end = self.mark();
+        self.wait_for(&end);
+        self.between(&begin, &end)
+    }
+
+    /// A mark behind all that the device was given so far.
+    pub(crate) fn mark(&self) -> Event {
+        let event = self.event();
+        self.record(&event);
+        event
+    }
+
+    /// A mark that can be placed in the stream.
+    pub(crate) fn event(&self) -> Event {
+        self.bind();
+        Event::new().unwrap_or_else(|e| error::fail(format!("GPU {}: making an event: {e}", self.ordinal)))
+    }
+
+    /// Places a mark behind all that the device was given.
+    pub(crate) fn record(&self, event: &Event) {
+        self.bind();
+        // SAFETY: both handles are alive.
+        self.check("placing an event", unsafe { sys::cuEventRecord(event.raw(), self.stream.raw()) });
+    }
+
+    /// Waits for a mark.
+    pub(crate) fn wait_for(&self, event: &Event) {
+        self.bind();
+        self.counts.waits.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the event is alive.
+        self.check("waiting for the device", unsafe { sys::cuEventSynchronize(event.raw()) });
+    }
+
+    /// Seconds between two marks that have passed.
+    pub(crate) fn between(&self, begin: &Event, end: &Event) -> f64 {
+        let mut ms = 0.0f32;
+        // SAFETY: both events are alive and were recorded; the output is a local.
+        self.check("reading events", unsafe { sys::cuEventElapsedTime_v2(&mut ms, begin.raw(), end.raw()) });
+        f64::from(ms) * 1e-3
+    }
+}
