@@ -38,13 +38,8 @@ impl Optimizer {
     }
 
     /// Both moments, as arenas of the layout.
-    pub(crate) fn moments(&self) -> (&[f32], &[f32]) {
-        (self.m.view().f32(), self.v.view().f32())
-    }
-
-    /// As [`Optimizer::moments`], to be read into.
-    pub(crate) fn moments_mut(&mut self) -> (&mut Buf, &mut Buf) {
-        (&mut self.m, &mut self.v)
+    pub(crate) fn moments(&self) -> [&Buf; 2] {
+        [&self.m, &self.v]
     }
 
     /// Updates made.
@@ -52,9 +47,10 @@ impl Optimizer {
         self.t
     }
 
-    /// Goes on after so many updates.
-    pub(crate) fn set_updates(&mut self, updates: u64) {
-        self.t = updates;
+    /// Goes on after so many updates, with the moments that they left.
+    pub(crate) fn restore(&mut self, m: Buf, v: Buf, updates: u64) {
+        assert!(m.len() == self.m.len() && v.len() == self.v.len(), "moments of another layout");
+        (self.m, self.v, self.t) = (m, v, updates);
     }
 
     /// One update from the gradients (shared tables already folded); returns the norm before clipping.
