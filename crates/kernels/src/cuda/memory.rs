@@ -278,6 +278,11 @@ impl<'a> CudaView<'a> {
         Self { ptr: self.ptr + (r.start * self.dtype.size()) as u64, len: r.len(), ..self }
     }
 
+    /// The same bytes as elements of another type.
+    pub(crate) fn cast(self, dtype: DType) -> Self {
+        Self { len: self.len * self.dtype.size() / dtype.size(), dtype, ..self }
+    }
+
     pub(crate) fn device(self) -> Arc<Cuda> {
         self.device.upgrade().unwrap_or_else(|| error::fail("a buffer was used after its device was closed".into()))
     }
