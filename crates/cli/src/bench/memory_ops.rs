@@ -227,9 +227,12 @@ impl Permuted {
     }
 
     fn permute(self, ctx: &Ctx) -> Work {
-        let Self { d, k, slot_of_row, tokens, mut rows, .. } = self;
+        let Self { d, k, row_of_slot, slot_of_row, tokens, mut rows, .. } = self;
         let ctx = ctx.clone();
-        Box::new(move || moe_permute::permute(&ctx, tokens.view(), d, k, slot_of_row.view(), rows.view_mut()))
+        Box::new(move || {
+            let plan = [row_of_slot.view(), slot_of_row.view()];
+            moe_permute::permute(&ctx, tokens.view(), d, k, plan, rows.view_mut());
+        })
     }
 
     fn permute_backward(self, ctx: &Ctx) -> Work {

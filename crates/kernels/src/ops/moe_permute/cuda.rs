@@ -40,30 +40,24 @@ pub(super) fn plan(
     cuda.launch(&kernel("moe_place"), grid(tiles.max(1) * THREADS), &args);
 }
 
-/// `rows[r]` = `x[slot_of_row[r] / K]`, token after token: a token's row is read once although it goes to K places,
-/// for which the inverse of `slot_of_row` is needed.
+/// `rows[row_of_slot[n * K + k]]` = `x[n]`.
 pub(super) fn permute(
     cuda: &Cuda,
     x: View<'_>,
     dim: usize,
     top_k: usize,
-    slot_of_row: View<'_>,
+    row_of_slot: View<'_>,
     mut rows: ViewMut<'_>,
 ) {
     let dtype = rows.dtype();
-    let slots = slot_of_row.len();
-    let row_of_slot = cuda.empty(I32, slots);
-    let inverse = row_of_slot.view().ptr();
     let (x, rows) = (x.typed_ptr(dtype), rows.typed_ptr(dtype));
     let bytes = dim * dtype.size();
     let unit = widest(bytes as u64 | x | rows);
     let defines =
         [("UNIT_BYTES", Int(unit as i64)), ("UNITS", Int((bytes / unit) as i64)), ("TOP_K", Int(top_k as i64))];
-    let invert = cuda.kernel(&SOURCE, "moe_invert", &defines);
-    cuda.launch(&invert, grid(slots), &args![slot_of_row.typed_ptr(I32), inverse, slots as i32]);
-    let units = slots / top_k * (bytes / unit);
-    let spread = cuda.kernel(&SOURCE, "moe_spread", &defines);
-    cuda.launch(&spread, grid(units), &args![x, inverse, rows, units as i64]);
+    let units = row_of_slot.len() / top_k * (bytes / unit);
+    let args = args![x, row_of_slot.typed_ptr(I32), rows, units as i64];
+    cuda.launch(&cuda.kernel(&SOURCE, "moe_spread", &defines), grid(units), &args);
 }
 
 /// The most bytes, of 16, 8, 4 and 2, that divide everything of which these are the bits.

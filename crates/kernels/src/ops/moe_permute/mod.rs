@@ -38,12 +38,21 @@ pub fn plan(
     }
 }
 
-/// `rows[r, D]` = `x[slot_of_row[r] / K]`.
-pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: View<'_>, rows: ViewMut<'_>) {
+/// `rows[r, D]` = `x[slot_of_row[r] / K]`. Both of the plan's permutations are given: a CPU writes row after row, a GPU
+/// reads token after token, each only once.
+pub fn permute(
+    ctx: &Ctx,
+    x: View<'_>,
+    dim: usize,
+    top_k: usize,
+    [row_of_slot, slot_of_row]: [View<'_>; 2],
+    rows: ViewMut<'_>,
+) {
     let _timer = ctx.timer("moe_permute permute");
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
+    assert_eq!(row_of_slot.len(), slot_of_row.len(), "moe_permute: a permutation and its inverse");
     match &ctx.device {
-        Device::Cuda(cuda) => cuda::permute(cuda, x, dim, top_k, slot_of_row, rows),
+        Device::Cuda(cuda) => cuda::permute(cuda, x, dim, top_k, row_of_slot, rows),
         Device::Cpu(cpu) => by_dtype!(rows.dtype(), T => {
             cpu::permute::<T>(cpu, T::of(x), dim, top_k, slot_of_row.i32(), T::of_mut(rows))
         }),

@@ -125,13 +125,6 @@ extern "C" __global__ void __launch_bounds__(THREADS_OF)
 }
 #endif
 
-// The inverse of a permutation.
-extern "C" __global__ void __launch_bounds__(THREADS_OF)
-    moe_invert(const int* __restrict__ from, int* __restrict__ to, int n) {
-    i64 i = i64(blockIdx.x) * THREADS_OF + threadIdx.x;
-    if (i < n) to[from[i]] = int(i);
-}
-
 #ifdef UNIT_BYTES
 #if UNIT_BYTES == 16
 typedef uint4 Unit;

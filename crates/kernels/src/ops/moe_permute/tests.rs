@@ -100,7 +100,7 @@ fn permutation_matches_the_reference() {
                 let [_, row_of_slot, slot_of_row] = case.plan(&ctx);
                 let x = buf_on(&ctx, dtype, &normals(1, case.tokens() * dim, 1.0));
                 let mut rows = ctx.zeros(dtype, case.indices.len() * dim);
-                permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
+                permute(&ctx, x.view(), dim, k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
                 assert_eq!(wide(&rows), to_rows(&reference::spread(&wide(&x), dim, k), dim, &slot_of_row));
 
                 let d_slots = wide(&buf(dtype, &normals(2, rows.len(), 1.0)));
@@ -198,7 +198,7 @@ fn permute_then_combine_is_the_dense_mixture() {
         let x = buf(DType::F32, &normals(8, case.tokens() * dim, 1.0));
         let weights = buf(DType::F32, &normals(9, case.indices.len(), 1.0));
         let mut rows = ctx.zeros(DType::F32, case.indices.len() * dim);
-        permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
+        permute(&ctx, x.view(), dim, k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
         // Expert e multiplies by e + 1.
         for (e, range) in offsets.view().i32().windows(2).enumerate() {
             let own = range[0] as usize * dim..range[1] as usize * dim;
@@ -229,7 +229,7 @@ fn same_bits_on_every_device() {
             let c = Combined::new(ctx, &case, DType::Bf16);
             let [_, row_of_slot, slot_of_row] = case.plan(ctx);
             let mut rows = ctx.zeros(DType::Bf16, c.rows.len());
-            permute(ctx, c.dy.view(), case.dim, case.top_k, slot_of_row.view(), rows.view_mut());
+            permute(ctx, c.dy.view(), case.dim, case.top_k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
             let mut dx = c.base.clone();
             permute_backward(ctx, c.rows.view(), case.dim, case.top_k, row_of_slot.view(), dx.view_mut(), true);
             [rows, dx, c.forward(ctx, &case, true, true)]
