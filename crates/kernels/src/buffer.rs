@@ -426,6 +426,13 @@ impl<'a> View<'a> {
         if self.is_host() { "" } else { " in host memory" }
     }
 
+    /// As [`View::ptr`], of elements of `dtype`; panics on another (a contract breach).
+    #[track_caller]
+    pub(crate) fn typed_ptr(&self, dtype: DType) -> u64 {
+        assert_eq!(self.dtype(), dtype, "a buffer's type");
+        self.ptr()
+    }
+
     /// Address in the GPU's memory; panics for host memory (a contract breach).
     #[track_caller]
     pub(crate) fn ptr(&self) -> u64 {
@@ -471,6 +478,12 @@ impl<'a> ViewMut<'a> {
     #[track_caller]
     pub(crate) fn ptr(&mut self) -> u64 {
         self.as_view().ptr()
+    }
+
+    /// As [`View::typed_ptr`].
+    #[track_caller]
+    pub(crate) fn typed_ptr(&mut self, dtype: DType) -> u64 {
+        self.as_view().typed_ptr(dtype)
     }
 
     /// Overwrites all with these elements, in a GPU's memory too.

@@ -4,7 +4,9 @@
 
 pub mod adamw;
 pub mod add;
+pub mod bias_update;
 pub mod embedding;
+pub mod expert_load;
 pub mod gemm;
 pub mod gemm_grouped;
 pub mod grad_norm;
