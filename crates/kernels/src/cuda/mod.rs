@@ -26,7 +26,7 @@ pub(crate) use tensor_map::{Swizzle, TensorMap};
 
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
-pub(crate) use driver::Event;
+pub use driver::Event;
 use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
@@ -181,6 +181,11 @@ impl Cuda {
     /// What a user should know about this device, if anything.
     pub fn notice(&self) -> Option<String> {
         self.kernels.notice()
+    }
+
+    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    pub fn may_record(&self) -> bool {
+        self.profile.get().is_none()
     }
 
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).
