@@ -5,6 +5,7 @@
 //! A step that is to be captured as a graph must not wait, read device memory on the host or take new memory from the
 //! driver; [`Cuda::waits`] counts what did.
 
+mod blas;
 mod compile;
 mod driver;
 mod error;
@@ -14,6 +15,7 @@ mod memory;
 mod pinned;
 mod tensor_map;
 
+pub(crate) use blas::{Operand, Product};
 pub(crate) use error::missing;
 pub use error::{Failure, GpuError};
 pub use graph::Graph;
@@ -48,6 +50,7 @@ pub struct Cuda {
     arena: Arc<Mutex<Arena>>,
     pinned: Arc<Pinned>,
     kernels: Kernels,
+    blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
     invariant: AtomicBool,
     /// A graph is being recorded.
@@ -104,6 +107,7 @@ impl Cuda {
             arena: Arc::default(),
             pinned: Arc::default(),
             kernels: Kernels::default(),
+            blas: blas::Blas::default(),
             constants: Mutex::default(),
             invariant: AtomicBool::new(false),
             recording: AtomicBool::new(false),
