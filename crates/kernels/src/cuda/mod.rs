@@ -39,6 +39,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What every kernel's source begins with.
 pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
+/// Hopper's own instructions.
+pub(crate) const SM90: &str = include_str!("sm90.cuh");
 
 /// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
 pub struct Cuda {

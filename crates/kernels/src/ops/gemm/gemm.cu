@@ -8,8 +8,13 @@
 // Defined by the launch code: A_TYPE, B_TYPE, C_TYPE; A_K, B_K: whether k is the operand's inner dimension; WIDE:
 // whether all pointers and strides are multiples of 16 bytes; TILE_M, TILE_N, TILE_K; MODE: 0 one product,
 // 1 grouped (offsets count rows of A and C), 2 grouped over k (offsets count rows of A and B); EXPERTS; and for the
-// kernel at hand MMA with WARP_M, WARP_N, STAGES, or SIMT with CELL_M, CELL_N; and BLOCKS that fit a multiprocessor.
-// With SUM: what adds up the pieces of a long sum, which needs C_TYPE only.
+// kernel at hand MMA with WARP_M, WARP_N, STAGES, A_PLANES, B_PLANES, or SIMT with CELL_M, CELL_N; and BLOCKS that fit a
+// multiprocessor. With SUM: what adds up the pieces of a long sum, which needs C_TYPE only. With SPLIT: what cuts f32
+// into planes.
+//
+// Planes: an f32 number is the sum of three bf16 numbers, exactly (its 24 bits are three times eight), so that a matrix
+// in f32 is three in bf16, and mma.sync computes f32 x bf16 by three products, each exact before it is summed. Of the
+// nine of f32 x f32 the three smallest are left out, less than 2^-24 of the product; only results in bf16 are made so.
 
 #ifdef SUM
 
@@ -22,6 +27,39 @@ gemm_sum(const float* pieces, C_TYPE* c, int count, i64 size, int n, i64 ldc, in
     for (int s = 0; s < count; s++) sum += pieces[s * size + i];
     C_TYPE* at = c + i / n * ldc + i % n;
     *at = narrow<C_TYPE>(add ? widen(*at) + sum : sum);
+}
+
+#elif defined(SPLIT)
+
+// Cuts x[rows, cols] into three planes [rows, pitch], the largest part first. A thread has eight columns.
+extern "C" __global__ void __launch_bounds__(256)
+gemm_split(const float* x, bf16* planes, int rows, int cols, i64 ld, int pitch) {
+    i64 id = blockIdx.x * i64(256) + threadIdx.x;
+    int row = id / (pitch / 8), col = id % (pitch / 8) * 8;
+    if (row >= rows) return;
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        const float* at = x + row * ld + col + i;
+        if (WIDE && col + i + 4 <= cols) {
+            float4 raw = *reinterpret_cast<const float4*>(at);
+            v[i] = raw.x, v[i + 1] = raw.y, v[i + 2] = raw.z, v[i + 3] = raw.w;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[i + j] = col + i + j < cols ? at[j] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < 3; p++) {
+        Vec<bf16> part;
+        part.from(v);
+        part.store(planes + (i64(p) * rows + row) * pitch + col);
+        float rounded[8];
+        part.to(rounded);
+        // What has no finite rounding is all in the first plane.
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = fabsf(rounded[i]) < INF ? v[i] - rounded[i] : 0.0f;
+    }
 }
 
 #else
@@ -167,26 +205,42 @@ template <int OUTER, bool INNER_K> struct Tile {
     static const int COUNT = ROWS / STEP;
     static const int MASK = CHUNKS < 8 ? CHUNKS - 1 : 7;
     static const int SHARED_BY = 8 / (MASK + 1); // rows in 128 bytes
+    static_assert(TILE_K % 32 == 0, "fragments alternate between two buffers");
     static_assert(BLOCK % CHUNKS == 0 && ROWS % STEP == 0, "threads copy whole rows");
 
     const bf16* first;  // the thread's first chunk, of k = 0
     const bf16* base;
     i64 ld;
     int row, chunk, outer, end;
+    bool inside;        // no row or column of the tile lies outside the matrix
 
     DEV static int place(int row, int chunk) { return row * (CHUNKS * 16) + ((chunk ^ (row / SHARED_BY & MASK)) << 4); }
 
     DEV void begin(const bf16* p, i64 stride, int outer0, int outer_end) {
         row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        base = p, ld = stride, end = outer_end;
+        base = p, ld = stride, end = outer_end, inside = outer0 + OUTER <= outer_end;
         outer = outer0 + (INNER_K ? row : chunk * 8);
         first = p + (INNER_K ? outer * ld + chunk * 8 : row * ld + outer);
     }
 
-    // Copies the tile of k from k0 on; what lies outside the matrix becomes zero.
-    DEV void copy(u32 shared, int k0, int k) const {
-        const bf16* p = first + (INNER_K ? i64(k0) : k0 * ld);
+    DEV static void copy_async(u32 to, const bf16* from) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    }
+    DEV static void copy_async(u32 to, const bf16* from, int bytes) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    }
+
+    // Copies the tile of k from k0 on of the plane that begins `plane` elements later; what lies outside the matrix
+    // becomes zero.
+    DEV void copy(u32 shared, int k0, int k, i64 plane) const {
+        const bf16* p = first + plane + (INNER_K ? i64(k0) : k0 * ld);
+        if (WIDE && inside && k0 + TILE_K <= k) {
 #pragma unroll
+            for (int i = 0; i < COUNT; i++) copy_async(shared + place(row + i * STEP, chunk), p + i * (STEP * ld));
+            return;
+        }
+        // Edges, and what no wide copy fits: rare enough to save registers on.
+#pragma unroll 1
         for (int i = 0; i < COUNT; i++) {
             int valid;  // elements
             if (INNER_K) valid = outer + i * STEP < end ? min(8, max(0, k - k0 - chunk * 8)) : 0;
@@ -194,7 +248,7 @@ template <int OUTER, bool INNER_K> struct Tile {
             u32 to = shared + place(row + i * STEP, chunk);
             const bf16* from = p + i * (STEP * ld);
             if (WIDE) {
-                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(valid ? from : base), "r"(valid * 2) : "memory");
+                copy_async(to, valid ? from : base, valid * 2);
             } else {
                 u32 x[4];
 #pragma unroll
@@ -224,10 +278,10 @@ template <int OUTER, bool INNER_K> struct Tile {
 
 typedef Tile<TILE_M, A_K> TileA;
 typedef Tile<TILE_N, B_K> TileB;
-#define STAGE_BYTES (TileA::BYTES + TileB::BYTES)
+#define STAGE_BYTES (A_PLANES * TileA::BYTES + B_PLANES * TileB::BYTES)
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
-gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece, i64 lda, i64 ldb, i64 ldc, const int* offsets, int add) {
+gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece, i64 lda, i64 ldb, i64 ldc, const int* offsets, int add, i64 plane_a, i64 plane_b) {
     extern __shared__ __align__(128) char memory[];
     Part p;
     if (!locate(m, n, k, piece, lda, ldb, ldc, offsets, add, p)) return;
@@ -245,36 +299,65 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
     auto fetch = [&](int t) {
         if (t < count) {
             u32 at = shared + t % STAGES * STAGE_BYTES;
-            tile_a.copy(at, t * TILE_K, p.k);
-            tile_b.copy(at + TileA::BYTES, t * TILE_K, p.k);
+#pragma unroll
+            for (int i = 0; i < A_PLANES; i++) tile_a.copy(at + i * TileA::BYTES, t * TILE_K, p.k, i * plane_a);
+            at += A_PLANES * TileA::BYTES;
+#pragma unroll
+            for (int i = 0; i < B_PLANES; i++) tile_b.copy(at + i * TileB::BYTES, t * TILE_K, p.k, i * plane_b);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-#pragma unroll
-    for (int t = 0; t < STAGES - 1; t++) fetch(t);
-
-    u32 fa[2][MI][4], fb[2][NJ][4];
-    auto load = [&](int buffer, u32 at, int step) {
-#pragma unroll
-        for (int i = 0; i < MI; i++) TileA::fragment<true>(fa[buffer][i], at, wm + i * 16, step * 16);
-#pragma unroll
-        for (int j = 0; j < NJ; j++) TileB::fragment<false>(fb[buffer][j], at + TileA::BYTES, wn + j * 16, step * 16);
-    };
-    for (int t = 0; t < count; t++) {
-        // The stage of tile t has arrived, and all warps have left the one that tile t + STAGES - 1 goes to.
+    // Tile t has arrived, and all warps have left the stage of tile t - 1.
+    auto arrived = [&]() {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         __syncthreads();
+    };
+    u32 fa[2][A_PLANES][MI][4], fb[2][B_PLANES][NJ][4];
+    auto load = [&](int buffer, int t, int step) {
         u32 at = shared + t % STAGES * STAGE_BYTES;
-        load(0, at, 0);
-        fetch(t + STAGES - 1);
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            if (s + 1 < STEPS) load((s + 1) % 2, at, s + 1);
+        for (int q = 0; q < A_PLANES; q++)
 #pragma unroll
             for (int i = 0; i < MI; i++)
+                TileA::fragment<true>(fa[buffer][q][i], at + q * TileA::BYTES, wm + i * 16, step * 16);
+        at += A_PLANES * TileA::BYTES;
 #pragma unroll
-                for (int j = 0; j < NJ * 2; j++)
-                    mma(sums[i][j], fa[s % 2][i], fb[s % 2][j / 2][j % 2 * 2], fb[s % 2][j / 2][j % 2 * 2 + 1]);
+        for (int q = 0; q < B_PLANES; q++)
+#pragma unroll
+            for (int j = 0; j < NJ; j++)
+                TileB::fragment<false>(fb[buffer][q][j], at + q * TileB::BYTES, wn + j * 16, step * 16);
+    };
+#pragma unroll
+    for (int t = 0; t < STAGES - 1; t++) fetch(t);
+    if (count > 0) {
+        arrived();
+        load(0, 0, 0);
+    }
+    for (int t = 0; t < count; t++) {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            // A step's fragments are loaded during the step before, a tile's first during the last of the tile before.
+            if (s + 1 < STEPS) {
+                load((s + 1) % 2, t, s + 1);
+            } else if (t + 1 < count) {
+                arrived();
+                load((s + 1) % 2, t + 1, 0);
+            }
+            if (s == 0) fetch(t + STAGES - 1);
+            // Small planes first.
+#pragma unroll
+            for (int pa = A_PLANES - 1; pa >= 0; pa--)
+#pragma unroll
+                for (int pb = B_PLANES - 1; pb >= 0; pb--)
+                    if (pa + pb < 3) {
+#pragma unroll
+                        for (int i = 0; i < MI; i++)
+#pragma unroll
+                            for (int j = 0; j < NJ * 2; j++) {
+                                const u32(&y)[4] = fb[s % 2][pb][j / 2];
+                                mma(sums[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
+                            }
+                    }
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");

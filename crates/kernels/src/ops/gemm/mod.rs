@@ -6,6 +6,7 @@
 //! equals the same row among any others. Accumulation over k has a fixed order that depends on k alone.
 //! Accumulating adds the finished product to the old C: C = C + (sum over k), so that gradients of two micro-batches
 //! add as if each had been computed alone.
+//! A GPU may cut k into pieces, by the shape, where A is transposed: a weight gradient, whose rows are no batch.
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
