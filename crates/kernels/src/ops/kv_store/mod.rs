@@ -2,6 +2,7 @@
 //! All three buffers have one dtype; a copy rounds nothing.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -42,7 +43,7 @@ pub fn store(ctx: &Ctx, a: Store<'_>) {
         a.cache.len()
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::store(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.cache.dtype(), T => cpu::store::<T>(cpu, a)),
     }
 }
