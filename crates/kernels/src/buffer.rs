@@ -3,6 +3,7 @@
 use crate::cuda::{CudaBuf, CudaView, CudaViewMut};
 use crate::memory::{Block, Memory};
 use hadal_numerics::bf16;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
@@ -200,6 +201,11 @@ impl Buf {
             DType::Bf16 => Self::Bf16(AlignedVec::of(home, len)),
             DType::I32 => Self::I32(AlignedVec::of(home, len)),
         }
+    }
+
+    /// It, or a copy of it, in host memory; from a GPU it waits.
+    pub fn host(&self) -> Cow<'_, Self> {
+        if self.view().is_host() { Cow::Borrowed(self) } else { Cow::Owned(self.to_host()) }
     }
 
     /// A copy in host memory; from a GPU it waits.
@@ -420,6 +426,13 @@ impl<'a> View<'a> {
         if self.is_host() { "" } else { " in host memory" }
     }
 
+    /// As [`View::ptr`], of elements of `dtype`; panics on another (a contract breach).
+    #[track_caller]
+    pub(crate) fn typed_ptr(&self, dtype: DType) -> u64 {
+        assert_eq!(self.dtype(), dtype, "a buffer's type");
+        self.ptr()
+    }
+
     /// Address in the GPU's memory; panics for host memory (a contract breach).
     #[track_caller]
     pub(crate) fn ptr(&self) -> u64 {
@@ -465,6 +478,12 @@ impl<'a> ViewMut<'a> {
     #[track_caller]
     pub(crate) fn ptr(&mut self) -> u64 {
         self.as_view().ptr()
+    }
+
+    /// As [`View::typed_ptr`].
+    #[track_caller]
+    pub(crate) fn typed_ptr(&mut self, dtype: DType) -> u64 {
+        self.as_view().typed_ptr(dtype)
     }
 
     /// Overwrites all with these elements, in a GPU's memory too.

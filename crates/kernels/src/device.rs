@@ -251,6 +251,28 @@ impl Ctx {
         b
     }
 
+    /// `len` times an f32.
+    pub fn filled(&self, len: usize, value: f32) -> Buf {
+        let mut b = self.room(DType::F32, len);
+        match &self.device {
+            Device::Cpu(_) => b.view_mut().f32().fill(value),
+            Device::Cuda(cuda) => cuda.fill_words(b.view_mut(), value.to_bits()),
+        }
+        b
+    }
+
+    /// A copy of a view of this device.
+    pub fn copy_of(&self, view: View<'_>) -> Buf {
+        match &self.device {
+            Device::Cpu(_) => Buf::copy_of(view),
+            Device::Cuda(cuda) => {
+                let mut b = self.room(view.dtype(), view.len());
+                cuda.copy(view, b.view_mut());
+                b
+            }
+        }
+    }
+
     /// As [`Ctx::empty`], for what is written at once.
     fn room(&self, dtype: DType, len: usize) -> Buf {
         match &self.device {

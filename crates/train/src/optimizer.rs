@@ -1,7 +1,7 @@
 //! AdamW over the arenas, and the auxiliary-loss-free update of the gates' biases.
 
 use hadal_kernels::ops::{adamw, grad_norm};
-use hadal_kernels::{Buf, Ctx, DType};
+use hadal_kernels::{Buf, Ctx, DType, ViewMut};
 use hadal_model::{FeedForwardIds, Grads, LayerTrace, Layout, Model, ParamId, Params};
 use std::collections::BTreeMap;
 
@@ -26,6 +26,8 @@ pub struct Optimizer {
     segments: Vec<adamw::Segment>,
     m: Buf,
     v: Buf,
+    /// f32 `[3]`: what changes from one update to the next, where the device reads it.
+    schedule: Buf,
     /// Updates made.
     t: u64,
 }
@@ -34,17 +36,12 @@ impl Optimizer {
     /// Zero moments for a layout.
     pub fn new(ctx: &Ctx, layout: &Layout, constants: AdamW) -> Self {
         let [m, v] = [(), ()].map(|()| ctx.zeros(DType::F32, layout.len));
-        Self { constants, segments: layout.segments(), m, v, t: 0 }
+        Self { constants, segments: layout.segments(), m, v, schedule: ctx.zeros(DType::F32, 3), t: 0 }
     }
 
     /// Both moments, as arenas of the layout.
-    pub(crate) fn moments(&self) -> (&[f32], &[f32]) {
-        (self.m.view().f32(), self.v.view().f32())
-    }
-
-    /// As [`Optimizer::moments`], to be read into.
-    pub(crate) fn moments_mut(&mut self) -> (&mut Buf, &mut Buf) {
-        (&mut self.m, &mut self.v)
+    pub(crate) fn moments(&self) -> [&Buf; 2] {
+        [&self.m, &self.v]
     }
 
     /// Updates made.
@@ -52,16 +49,30 @@ impl Optimizer {
         self.t
     }
 
-    /// Goes on after so many updates.
-    pub(crate) fn set_updates(&mut self, updates: u64) {
-        self.t = updates;
+    /// Goes on after so many updates, with the moments that they left.
+    pub(crate) fn restore(&mut self, m: Buf, v: Buf, updates: u64) {
+        assert!(m.len() == self.m.len() && v.len() == self.v.len(), "moments of another layout");
+        (self.m, self.v, self.t) = (m, v, updates);
     }
 
     /// One update from the gradients (shared tables already folded); returns the norm before clipping.
     pub fn update(&mut self, ctx: &Ctx, params: &mut Params, grads: &Grads, lr: f64) -> f32 {
         let mut norm = ctx.zeros(DType::F32, 1);
-        grad_norm::norm(ctx, grads.arena.view(), &params.layout.trained_ranges(), norm.view_mut());
+        self.advance(lr);
+        self.apply(ctx, params, grads, norm.view_mut());
+        norm.view().to_f32()[0]
+    }
+
+    /// Counts an update and tells the device its learning rate: the part of an update that differs from step to step.
+    fn advance(&mut self, lr: f64) {
         self.t += 1;
+        let c = self.constants;
+        self.schedule.view_mut().write(&adamw::schedule(lr as f32, c.beta1, c.beta2, c.weight_decay, self.t));
+    }
+
+    /// The update itself, which is the same launches every step; writes the norm before clipping (f32 `[1]`).
+    fn apply(&mut self, ctx: &Ctx, params: &mut Params, grads: &Grads, mut norm: ViewMut<'_>) {
+        grad_norm::norm(ctx, grads.arena.view(), &params.layout.trained_ranges(), norm.reborrow());
         let c = self.constants;
         let a = adamw::AdamW {
             master: params.master.view_mut(),
@@ -70,17 +81,14 @@ impl Optimizer {
             v: self.v.view_mut(),
             compute: params.compute.as_mut().map(Buf::view_mut),
             segments: &self.segments,
-            norm: norm.view(),
+            norm: norm.as_view(),
             clip: c.clip,
-            lr: lr as f32,
+            schedule: self.schedule.view(),
             beta1: c.beta1,
             beta2: c.beta2,
             eps: c.eps,
-            weight_decay: c.weight_decay,
-            t: self.t,
         };
         adamw::step(ctx, a);
-        norm.view().f32()[0]
     }
 }
 

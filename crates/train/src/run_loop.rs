@@ -9,7 +9,7 @@ use crate::record::Recorder;
 use crate::saver::Saver;
 use crate::state::{Arenas, Progress, name};
 use crate::step::{StepReport, Trainer};
-use hadal_kernels::{Ctx, DType, Device, Elem, bf16};
+use hadal_kernels::{Buf, Ctx, DType, Elem, bf16};
 use hadal_model::Sequence;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -158,15 +158,18 @@ impl Loop<'_> {
     /// Hands the state after this step to the saver; weights that a checkpoint cannot hold as finite numbers are refused.
     fn save(&mut self, ctx: &Ctx) -> Result<(), TrainError> {
         let dtype = self.run.config.precision.act();
-        let master = self.trainer.params.master.view().f32();
+        let master = self.trainer.params.master.host();
+        let master = master.view().f32();
         if let Some(x) = not_finite(ctx, master, dtype) {
             return Err(TrainError::Diverged { step: self.progress.step, what: "weight", found: x.into() });
         }
         self.metrics.sync()?;
         // Writing needs memory of its own, and after the last step nothing else does.
         ctx.device.release();
-        let (m, v) = self.trainer.optimizer().moments();
-        let arenas = Arenas { master, m, v, ema: self.trainer.average() };
+        let [m, v] = self.trainer.optimizer().moments().map(Buf::host);
+        let ema = self.trainer.average().map(Buf::host);
+        let ema = ema.as_ref().map(|e| e.view().f32());
+        let arenas = Arenas { master, m: m.view().f32(), v: v.view().f32(), ema };
         let updates = self.trainer.optimizer().updates();
         let done = self.saver.save(&arenas, self.progress.clone(), updates)?;
         self.tell(&done);

@@ -70,8 +70,8 @@ impl Trainer {
     }
 
     /// The average of the weights, if one is kept: an f32 arena of the layout.
-    pub fn average(&self) -> Option<&[f32]> {
-        self.average.as_ref().map(|a| a.weights.view().f32())
+    pub fn average(&self) -> Option<&Buf> {
+        self.average.as_ref().map(|a| &a.weights)
     }
 
     /// The state of AdamW.

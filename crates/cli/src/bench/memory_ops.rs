@@ -227,9 +227,12 @@ impl Permuted {
     }
 
     fn permute(self, ctx: &Ctx) -> Work {
-        let Self { d, k, slot_of_row, tokens, mut rows, .. } = self;
+        let Self { d, k, row_of_slot, slot_of_row, tokens, mut rows, .. } = self;
         let ctx = ctx.clone();
-        Box::new(move || moe_permute::permute(&ctx, tokens.view(), d, k, slot_of_row.view(), rows.view_mut()))
+        Box::new(move || {
+            let plan = [row_of_slot.view(), slot_of_row.view()];
+            moe_permute::permute(&ctx, tokens.view(), d, k, plan, rows.view_mut());
+        })
     }
 
     fn permute_backward(self, ctx: &Ctx) -> Work {
@@ -265,9 +268,9 @@ impl Permuted {
 fn update(ctx: &Ctx, p: usize, segments: Vec<adamw::Segment>) -> Work {
     let (mut master, grad) = (floats(ctx, F32, p, 1), floats(ctx, F32, p, 2));
     let (mut m, mut v, mut compute) = (ctx.zeros(F32, p), ctx.zeros(F32, p), ctx.zeros(ACT, p));
-    let (norm, mut t, ctx) = (ctx.from_f32(&[2.0]), 0, ctx.clone());
+    let schedule = ctx.from_f32(&adamw::schedule(1e-4, 0.9, 0.95, 0.1, 100));
+    let (norm, ctx) = (ctx.from_f32(&[2.0]), ctx.clone());
     Box::new(move || {
-        t += 1;
         let a = adamw::AdamW {
             master: master.view_mut(),
             grad: grad.view(),
@@ -277,12 +280,10 @@ fn update(ctx: &Ctx, p: usize, segments: Vec<adamw::Segment>) -> Work {
             segments: &segments,
             norm: norm.view(),
             clip: 1.0,
-            lr: 1e-4,
+            schedule: schedule.view(),
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
-            weight_decay: 0.1,
-            t,
         };
         adamw::step(&ctx, a);
     })

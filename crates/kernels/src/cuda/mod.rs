@@ -13,9 +13,11 @@ mod launch;
 mod memory;
 mod pinned;
 mod tensor_map;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use error::missing;
-pub use error::{Failure, GpuError};
+pub use error::{GpuError, is_failure};
 pub use graph::Graph;
 pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
 pub use memory::{CudaBuf, CudaView, CudaViewMut};
@@ -32,6 +34,9 @@ use pinned::Pinned;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// What every kernel's source begins with.
+pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
 
 /// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
 pub struct Cuda {
@@ -281,6 +286,17 @@ impl Cuda {
             self.bind();
             // SAFETY: callers pass memory of a live buffer of at least so many bytes.
             self.check("filling memory", unsafe { sys::cuMemsetD8Async(ptr, byte, bytes, self.stream.raw()) });
+        }
+    }
+
+    /// Makes every element of four bytes this word.
+    pub(crate) fn fill_words(&self, mut v: ViewMut<'_>, word: u32) {
+        assert_eq!(v.dtype().size(), 4, "words in {v:?}");
+        if !v.is_empty() {
+            self.bind();
+            // SAFETY: the view holds so many words.
+            let result = unsafe { sys::cuMemsetD32Async(v.ptr(), word, v.len(), self.stream.raw()) };
+            self.check("filling memory", result);
         }
     }
 

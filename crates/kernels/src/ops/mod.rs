@@ -4,12 +4,15 @@
 
 pub mod adamw;
 pub mod add;
+pub mod bias_update;
 pub mod embedding;
+pub mod expert_load;
 pub mod gemm;
 pub mod gemm_grouped;
 pub mod grad_norm;
 pub mod head_loss;
 pub mod kv_store;
+mod launch;
 pub mod mla_decode;
 pub mod mla_prefill;
 pub mod moe_permute;

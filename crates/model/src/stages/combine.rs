@@ -70,7 +70,8 @@ pub fn backward_input(
     let gate = dispatched.gate.as_ref()?;
     let (d, k, slots) = (model.config.hidden_size, model.config.num_experts_per_tok, gate.weights.len());
     let mut dy_rows = ctx.empty(dy.dtype(), slots * d);
-    moe_permute::permute(ctx, dy.view(), d, k, gate.slot_of_row.view(), dy_rows.view_mut());
+    let plan = [gate.row_of_slot.view(), gate.slot_of_row.view()];
+    moe_permute::permute(ctx, dy.view(), d, k, plan, dy_rows.view_mut());
     let mut weights = ctx.empty(DType::F32, slots);
     rows::gather(ctx, gate.weights.view(), 1, gate.slot_of_row.view(), weights.view_mut());
     let rows = model.exchange.redispatch(ctx, dy_rows, &gate.route, d);

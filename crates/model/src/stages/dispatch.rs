@@ -49,7 +49,7 @@ pub struct Gate {
     pub route: Route,
     d_scores: Option<Buf>,
     /// f32 `[S]`: the balance loss of each sequence, without alpha.
-    pub balance: Option<Buf>,
+    pub balance: Option<Shared>,
 }
 
 impl Saved {
@@ -67,14 +67,14 @@ impl Saved {
     pub(crate) fn rows(&mut self, ctx: &Ctx, model: &Model, params: &Params) -> Shared {
         let x = self.x(ctx, params);
         let Some(gate) = &self.gate else { unreachable!("a dense layer has no experts") };
-        let rows = gather(ctx, model, &x, &gate.slot_of_row);
+        let rows = gather(ctx, model, &x, [&gate.row_of_slot, &gate.slot_of_row]);
         Arc::new(model.exchange.redispatch(ctx, rows, &gate.route, model.config.hidden_size))
     }
 
     /// Bytes kept until backward (h1 included, the expert rows not: the MLP stage keeps them).
     pub fn bytes(&self) -> usize {
         let gate = self.gate.as_ref().map_or(0, |g| {
-            let extra = g.d_scores.as_ref().map_or(0, Buf::bytes) + g.balance.as_ref().map_or(0, Buf::bytes);
+            let extra = g.d_scores.as_ref().map_or(0, Buf::bytes) + g.balance.as_ref().map_or(0, |b| b.bytes());
             g.scores.bytes()
                 + g.indices.bytes()
                 + g.weights.bytes()
@@ -151,7 +151,7 @@ fn route(
     let mut offsets = ctx.empty(DType::I32, e + 1);
     let (mut row_of_slot, mut slot_of_row) = (ctx.empty(DType::I32, n * k), ctx.empty(DType::I32, n * k));
     moe_permute::plan(ctx, indices.view(), e, offsets.view_mut(), row_of_slot.view_mut(), slot_of_row.view_mut());
-    let rows = gather(ctx, model, x, &slot_of_row);
+    let rows = gather(ctx, model, x, [&row_of_slot, &slot_of_row]);
     let (rows, route) = model.exchange.dispatch(ctx, rows, &offsets, d);
     let gate = Gate {
         ids,
@@ -163,16 +163,17 @@ fn route(
         offsets: Arc::new(offsets),
         route,
         d_scores,
-        balance,
+        balance: balance.map(Arc::new),
     };
     (gate, rows)
 }
 
-/// x `[n, D]` to rows `[n K, D]` sorted by expert.
-fn gather(ctx: &Ctx, model: &Model, x: &Buf, slot_of_row: &Buf) -> Buf {
+/// x `[n, D]` to rows `[n K, D]` sorted by expert; `plan` is row_of_slot and slot_of_row.
+fn gather(ctx: &Ctx, model: &Model, x: &Buf, plan: [&Buf; 2]) -> Buf {
     let d = model.config.hidden_size;
-    let mut rows = ctx.empty(x.dtype(), slot_of_row.len() * d);
-    moe_permute::permute(ctx, x.view(), d, model.config.num_experts_per_tok, slot_of_row.view(), rows.view_mut());
+    let mut rows = ctx.empty(x.dtype(), plan[0].len() * d);
+    let k = model.config.num_experts_per_tok;
+    moe_permute::permute(ctx, x.view(), d, k, plan.map(Buf::view), rows.view_mut());
     rows
 }
 

@@ -26,6 +26,7 @@ fn adamw_elementwise() {
     assert!(grad.len() > 300);
     for (t, label, decay) in [(1, "decay", true), (1, "plain", false), (7, "decay", true), (7, "plain", false)] {
         let [mut w, mut m, mut v] = ["w", "m", "v"].map(|n| ctx.from_f32(&tensor(n)));
+        let schedule = ctx.from_f32(&adamw::schedule(1e-3, 0.9, 0.95, 0.1, t));
         let a = adamw::AdamW {
             master: w.view_mut(),
             grad: grad.view(),
@@ -35,12 +36,10 @@ fn adamw_elementwise() {
             segments: &[Segment { range: 0..grad.len(), decay }],
             norm: norm.view(),
             clip: f32::INFINITY,
-            lr: 1e-3,
+            schedule: schedule.view(),
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
-            weight_decay: 0.1,
-            t,
         };
         adamw::step(&ctx, a);
         for (kind, found) in [("w", &w), ("m", &m), ("v", &v)] {

@@ -1,40 +1,39 @@
 //! AdamW on the cores: one pass over memory in fixed blocks, about 30 bytes moved per element, which is what bounds it.
 
-use super::{AdamW, Segment};
+use super::{AdamW, in_order};
 use crate::isa::{Isa, vectorised};
 use crate::{Cpu, Elem, bf16};
 
 /// Elements of one task: half a megabyte of traffic, far above the cost of handing out a task.
 const BLOCK: usize = 16_384;
 
-/// The step's constants, taken in f64 and rounded once.
+/// The step's constants.
 struct Constants {
     clip: f32,
     one_minus_beta1: f32,
     beta2: f32,
     one_minus_beta2: f32,
-    /// lr / (1 - b1^t).
+    /// The schedule's three: lr / (1 - b1^t),
     step_size: f32,
-    /// 1 / sqrt(1 - b2^t).
+    /// 1 / sqrt(1 - b2^t),
     root_correction: f32,
     eps: f32,
-    /// 1 - lr wd.
+    /// and 1 - lr wd.
     keep: f32,
 }
 
 impl Constants {
     fn new(a: &AdamW<'_>) -> Self {
-        let (beta1, beta2, lr) = (f64::from(a.beta1), f64::from(a.beta2), f64::from(a.lr));
-        let t = a.t as f64;
+        let schedule = a.schedule.f32();
         Self {
             clip: clip_factor(a.clip, a.norm.f32()[0]),
-            one_minus_beta1: (1.0 - beta1) as f32,
+            one_minus_beta1: one_minus(a.beta1),
             beta2: a.beta2,
-            one_minus_beta2: (1.0 - beta2) as f32,
-            step_size: (lr / (1.0 - beta1.powf(t))) as f32,
-            root_correction: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
+            one_minus_beta2: one_minus(a.beta2),
+            step_size: schedule[0],
+            root_correction: schedule[1],
             eps: a.eps,
-            keep: (1.0 - lr * f64::from(a.weight_decay)) as f32,
+            keep: schedule[2],
         }
     }
 
@@ -46,6 +45,11 @@ impl Constants {
         *v = *v * self.beta2 + self.one_minus_beta2 * g * g;
         w * decay - self.step_size * *m / (v.sqrt() * self.root_correction + self.eps)
     }
+}
+
+/// Taken in f64 and rounded once.
+pub(super) fn one_minus(beta: f32) -> f32 {
+    (1.0 - f64::from(beta)) as f32
 }
 
 fn clip_factor(clip: f32, norm: f32) -> f32 {
@@ -99,13 +103,10 @@ fn blocks(a: AdamW<'_>) -> Vec<Block<'_>> {
     let (mut master, mut grad) = (a.master.f32(), a.grad.f32());
     let (mut m, mut v) = (a.m.f32(), a.v.f32());
     let mut compute = a.compute.map(|c| c.bf16());
-    let mut order: Vec<&Segment> = a.segments.iter().filter(|s| !s.range.is_empty()).collect();
-    order.sort_by_key(|s| s.range.start);
-    let (mut at, end) = (0, master.len());
+    let mut at = 0;
     let mut out = Vec::new();
-    for segment in order {
+    for segment in in_order(a.segments, master.len()) {
         let range = &segment.range;
-        assert!(range.start >= at && range.end <= end, "adamw: segment {range:?} overlaps {at} or passes {end}");
         let mut skip = range.start - at;
         at = range.end;
         let mut left = range.len();

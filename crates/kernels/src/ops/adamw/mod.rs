@@ -6,6 +6,7 @@
 //! infinite clip the norm is not used at all.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -42,18 +43,39 @@ pub struct AdamW<'a> {
     pub norm: View<'a>,
     /// Largest norm allowed; infinity for none.
     pub clip: f32,
-    /// Learning rate of this step.
-    pub lr: f32,
+    /// f32 `[3]`, on the device: what [`schedule`] says of this step.
+    pub schedule: View<'a>,
     /// First moment's decay.
     pub beta1: f32,
     /// Second moment's decay.
     pub beta2: f32,
     /// Added to the root.
     pub eps: f32,
-    /// Decoupled decay, times lr.
-    pub weight_decay: f32,
-    /// 1 for the first update.
-    pub t: u64,
+}
+
+/// What changes from step to step, taken in f64 and rounded once: lr / (1 - b1^t), 1 / sqrt(1 - b2^t) and 1 - lr wd,
+/// which decayed weights are multiplied by. It is read on the device, so that a step can be recorded once and replayed
+/// with other numbers. `t` is 1 for the first update.
+pub fn schedule(lr: f32, beta1: f32, beta2: f32, weight_decay: f32, t: u64) -> [f32; 3] {
+    assert!(t > 0, "adamw: the first update is t = 1");
+    let (lr, beta1, beta2, t) = (f64::from(lr), f64::from(beta1), f64::from(beta2), t as f64);
+    [
+        (lr / (1.0 - beta1.powf(t))) as f32,
+        (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
+        (1.0 - lr * f64::from(weight_decay)) as f32,
+    ]
+}
+
+/// The segments that hold anything, in the arena's order.
+fn in_order(segments: &[Segment], p: usize) -> Vec<&Segment> {
+    let mut order: Vec<&Segment> = segments.iter().filter(|s| !s.range.is_empty()).collect();
+    order.sort_by_key(|s| s.range.start);
+    let mut at = 0;
+    for Segment { range, .. } in &order {
+        assert!(range.start >= at && range.end <= p, "adamw: segment {range:?} overlaps {at} or passes {p}");
+        at = range.end;
+    }
+    order
 }
 
 /// One update.
@@ -69,10 +91,10 @@ pub fn step(ctx: &Ctx, a: AdamW<'_>) {
         a.compute.as_ref().map(ViewMut::len)
     );
     assert_eq!(a.norm.len(), 1, "adamw: the norm is one number");
-    assert!(a.t > 0, "adamw: the first update is t = 1");
+    assert_eq!(a.schedule.len(), 3, "adamw: the schedule is three numbers");
     assert!(a.clip > 0.0, "adamw: clip {}", a.clip);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::step(cuda, a),
         Device::Cpu(cpu) => cpu::step(cpu, a),
     }
 }

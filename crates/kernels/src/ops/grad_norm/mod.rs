@@ -2,6 +2,7 @@
 //! the tensors in their global order, so that a split over ranks gives the same bits.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -18,7 +19,7 @@ pub fn norm(ctx: &Ctx, grad: View<'_>, tensors: &[Range<usize>], out: ViewMut<'_
         assert!(t.start <= t.end && t.end <= grad.len(), "grad_norm: tensor {t:?} of {} gradients", grad.len());
     }
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::norm(cuda, grad, tensors, out),
         Device::Cpu(cpu) => cpu::norm(cpu, grad.f32(), tensors, &mut out.f32()[0]),
     }
 }

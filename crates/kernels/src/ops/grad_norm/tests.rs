@@ -1,6 +1,6 @@
 use super::*;
 use crate::Buf;
-use crate::testing::{assert_close, contexts, ctx, levels, normals};
+use crate::testing::{assert_close, contexts, ctx, gpu, levels, normals};
 use hadal_numerics::Tolerance;
 
 /// Lengths of tensors in arena order: none, one, around a block and a lane, and some blocks.
@@ -31,7 +31,7 @@ fn expected(grad: &[f32], tensors: &[Range<usize>]) -> f64 {
 }
 
 #[test]
-fn cpu_matches_the_reference() {
+fn every_device_matches_the_reference() {
     for ctx in levels() {
         // The largest scale overflows f32 squares; the smallest makes them vanish.
         for scale in [1.0, 1e-30, 1e30] {
@@ -52,24 +52,35 @@ fn cpu_matches_the_reference() {
 #[test]
 fn elements_between_tensors_do_not_count() {
     let grad = [3.0, f32::NAN, 4.0, f32::INFINITY];
-    assert_eq!(run(&ctx(), &grad, &[0..1, 2..3]).view().f32(), [5.0]);
+    for ctx in levels() {
+        assert_eq!(run(&ctx, &grad, &[0..1, 2..3]).view().to_f32(), [5.0]);
+    }
 }
 
 #[test]
 fn a_broken_gradient_is_seen() {
-    assert!(run(&ctx(), &[1.0, f32::NAN], &[0..1, 1..2]).view().f32()[0].is_nan());
-    assert_eq!(run(&ctx(), &[1.0, f32::NEG_INFINITY], &[0..1, 1..2]).view().f32()[0], f32::INFINITY);
+    for ctx in levels() {
+        let norm = |second| run(&ctx, &[1.0, second], &[0..1, 1..2]).view().to_f32()[0];
+        assert!(norm(f32::NAN).is_nan());
+        assert_eq!(norm(f32::NEG_INFINITY), f32::INFINITY);
+    }
 }
 
 #[test]
 fn same_bits_for_any_thread_count_and_any_place_in_the_arena() {
     let (grad, tensors) = arena(1.0);
-    let all: Vec<u32> = contexts().iter().map(|c| run(c, &grad, &tensors).view().f32()[0].to_bits()).collect();
+    let bits = |ctx: &Ctx, grad: &[f32], tensors: &[Range<usize>]| run(ctx, grad, tensors).view().to_f32()[0].to_bits();
+    let all: Vec<u32> = contexts().iter().map(|c| bits(c, &grad, &tensors)).collect();
     assert!(all.iter().all(|&b| b == all[0]), "{all:?}");
-    let mut moved = vec![1.0; 5];
-    moved.extend(&grad);
-    let shifted: Vec<_> = tensors.iter().map(|t| t.start + 5..t.end + 5).collect();
-    assert_eq!(run(&ctx(), &moved, &shifted).view().f32()[0].to_bits(), all[0]);
+    for ctx in [ctx()].into_iter().chain(gpu()) {
+        let here = bits(&ctx, &grad, &tensors);
+        for by in [0, 4, 5] {
+            let mut moved = vec![1.0; by];
+            moved.extend(&grad);
+            let shifted: Vec<_> = tensors.iter().map(|t| t.start + by..t.end + by).collect();
+            assert_eq!(bits(&ctx, &moved, &shifted), here);
+        }
+    }
 }
 
 #[test]

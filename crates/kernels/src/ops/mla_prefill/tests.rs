@@ -2,7 +2,7 @@ use super::{Backward, Inputs, Shape, backward, forward, reference};
 use crate::testing::{
     assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
 };
-use crate::{Buf, Ctx, DType, Device, Level};
+use crate::{Buf, Ctx, DType, Level};
 use hadal_numerics::Tolerance;
 
 /// A batch in buffers, and what the reference makes of the same (rounded) numbers.

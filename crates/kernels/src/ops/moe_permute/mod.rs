@@ -3,6 +3,7 @@
 //! 0, 1, ..., in f32, never in arrival order.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -32,17 +33,26 @@ pub fn plan(
     );
     assert!(i32::try_from(slots).is_ok(), "moe_permute: {slots} slots do not fit an i32");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::plan(cuda, indices, offsets, row_of_slot, slot_of_row),
         Device::Cpu(_) => cpu::plan(indices.i32(), offsets.i32(), row_of_slot.i32(), slot_of_row.i32()),
     }
 }
 
-/// `rows[r, D]` = `x[slot_of_row[r] / K]`.
-pub fn permute(ctx: &Ctx, x: View<'_>, dim: usize, top_k: usize, slot_of_row: View<'_>, rows: ViewMut<'_>) {
+/// `rows[r, D]` = `x[slot_of_row[r] / K]`. Both of the plan's permutations are given: a CPU writes row after row, a GPU
+/// reads token after token, each only once.
+pub fn permute(
+    ctx: &Ctx,
+    x: View<'_>,
+    dim: usize,
+    top_k: usize,
+    [row_of_slot, slot_of_row]: [View<'_>; 2],
+    rows: ViewMut<'_>,
+) {
     let _timer = ctx.timer("moe_permute permute");
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
+    assert_eq!(row_of_slot.len(), slot_of_row.len(), "moe_permute: a permutation and its inverse");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::permute(cuda, x, dim, top_k, row_of_slot, rows),
         Device::Cpu(cpu) => by_dtype!(rows.dtype(), T => {
             cpu::permute::<T>(cpu, T::of(x), dim, top_k, slot_of_row.i32(), T::of_mut(rows))
         }),
@@ -62,7 +72,7 @@ pub fn permute_backward(
     let _timer = ctx.timer("moe_permute permute backward");
     check(row_of_slot.len(), top_k, dim, d_rows.len(), dx.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::permute_backward(cuda, d_rows, dim, top_k, row_of_slot, dx, accumulate),
         Device::Cpu(cpu) => by_dtype!(dx.dtype(), T => {
             cpu::permute_backward::<T>(cpu, T::of(d_rows), dim, top_k, row_of_slot.i32(), T::of_mut(dx), accumulate)
         }),
@@ -104,7 +114,7 @@ pub fn combine(ctx: &Ctx, a: Combine<'_>) {
         a.weights.len()
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::combine(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.y.dtype(), T => cpu::combine::<T>(cpu, a)),
     }
 }

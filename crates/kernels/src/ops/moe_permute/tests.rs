@@ -1,6 +1,6 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, contexts, ctx, finite_difference, gpu, levels, normals, op_tolerance,
 };
 use crate::{Buf, DType};
 use hadal_numerics::{Purpose, Rng};
@@ -61,7 +61,7 @@ fn wide(b: &Buf) -> Vec<f64> {
 
 /// Rows in expert order, from slot order.
 fn to_rows(slots: &[f64], dim: usize, slot_of_row: &Buf) -> Vec<f64> {
-    slot_of_row.view().i32().iter().flat_map(|&s| slots[s as usize * dim..][..dim].to_vec()).collect()
+    slot_of_row.view().to_i32().iter().flat_map(|&s| slots[s as usize * dim..][..dim].to_vec()).collect()
 }
 
 #[test]
@@ -77,13 +77,16 @@ fn reference_gradient_is_the_difference_quotient() {
 
 #[test]
 fn plan_matches_the_reference() {
-    for case in cases() {
+    // Beside the others, more slots than a block of a GPU takes, and more experts than it has threads.
+    let all: Vec<i32> = (0..300).collect();
+    let large = [Case::random(900, 64, 6, 1, &all[..64]), Case::random(1100, 300, 1, 1, &all)];
+    for case in cases().into_iter().chain(large) {
         let expected = reference::plan(&case.indices, case.experts);
-        for ctx in contexts() {
+        for ctx in contexts().into_iter().chain(gpu()) {
             let [offsets, rows, slots] = case.plan(&ctx);
-            assert_eq!(offsets.view().i32(), expected.0);
-            assert_eq!(rows.view().i32(), expected.1);
-            assert_eq!(slots.view().i32(), expected.2);
+            assert_eq!(offsets.view().to_i32(), expected.0);
+            assert_eq!(rows.view().to_i32(), expected.1);
+            assert_eq!(slots.view().to_i32(), expected.2);
         }
     }
 }
@@ -95,14 +98,14 @@ fn permutation_matches_the_reference() {
             for case in cases() {
                 let (dim, k) = (case.dim, case.top_k);
                 let [_, row_of_slot, slot_of_row] = case.plan(&ctx);
-                let x = buf(dtype, &normals(1, case.tokens() * dim, 1.0));
+                let x = buf_on(&ctx, dtype, &normals(1, case.tokens() * dim, 1.0));
                 let mut rows = ctx.zeros(dtype, case.indices.len() * dim);
-                permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
+                permute(&ctx, x.view(), dim, k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
                 assert_eq!(wide(&rows), to_rows(&reference::spread(&wide(&x), dim, k), dim, &slot_of_row));
 
                 let d_slots = wide(&buf(dtype, &normals(2, rows.len(), 1.0)));
                 let narrow: Vec<f32> = to_rows(&d_slots, dim, &slot_of_row).iter().map(|&v| v as f32).collect();
-                let d_rows = buf(dtype, &narrow);
+                let d_rows = buf_on(&ctx, dtype, &narrow);
                 let mut expected = reference::gather(&d_slots, dim, k);
                 let mut dx = x.clone();
                 permute_backward(&ctx, d_rows.view(), dim, k, row_of_slot.view(), dx.view_mut(), false);
@@ -126,14 +129,14 @@ struct Combined {
 }
 
 impl Combined {
-    fn new(case: &Case, dtype: DType) -> Self {
+    fn new(ctx: &Ctx, case: &Case, dtype: DType) -> Self {
         let (slots, n) = (case.indices.len(), case.tokens() * case.dim);
         Self {
-            rows: buf(dtype, &normals(3, slots * case.dim, 1.0)),
-            weights: buf(DType::F32, &normals(4, slots, 1.0)),
-            base: buf(dtype, &normals(5, n, 1.0)),
-            extra: buf(dtype, &normals(6, n, 1.0)),
-            dy: buf(dtype, &normals(7, n, 1.0)),
+            rows: buf_on(ctx, dtype, &normals(3, slots * case.dim, 1.0)),
+            weights: buf_on(ctx, DType::F32, &normals(4, slots, 1.0)),
+            base: buf_on(ctx, dtype, &normals(5, n, 1.0)),
+            extra: buf_on(ctx, dtype, &normals(6, n, 1.0)),
+            dy: buf_on(ctx, dtype, &normals(7, n, 1.0)),
         }
     }
 
@@ -168,7 +171,7 @@ fn combine_matches_the_dense_formula() {
     for ctx in levels() {
         for dtype in [DType::F32, DType::Bf16] {
             for case in cases() {
-                let c = Combined::new(&case, dtype);
+                let c = Combined::new(&ctx, &case, dtype);
                 for (base, extra) in [(true, true), (true, false), (false, true), (false, false)] {
                     let part = |on, b: &Buf| if on { wide(b) } else { vec![0.0; b.len()] };
                     let expected = reference::combine(
@@ -195,7 +198,7 @@ fn permute_then_combine_is_the_dense_mixture() {
         let x = buf(DType::F32, &normals(8, case.tokens() * dim, 1.0));
         let weights = buf(DType::F32, &normals(9, case.indices.len(), 1.0));
         let mut rows = ctx.zeros(DType::F32, case.indices.len() * dim);
-        permute(&ctx, x.view(), dim, k, slot_of_row.view(), rows.view_mut());
+        permute(&ctx, x.view(), dim, k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
         // Expert e multiplies by e + 1.
         for (e, range) in offsets.view().i32().windows(2).enumerate() {
             let own = range[0] as usize * dim..range[1] as usize * dim;
@@ -220,19 +223,19 @@ fn permute_then_combine_is_the_dense_mixture() {
 }
 
 #[test]
-fn same_bits_for_any_thread_count() {
+fn same_bits_on_every_device() {
     for case in [Case::random(700, 16, 4, 96, &(0..16).collect::<Vec<_>>()), Case::random(9, 8, 2, 2050, &[0, 1, 7])] {
-        let c = Combined::new(&case, DType::Bf16);
         let run = |ctx: &Ctx| {
+            let c = Combined::new(ctx, &case, DType::Bf16);
             let [_, row_of_slot, slot_of_row] = case.plan(ctx);
             let mut rows = ctx.zeros(DType::Bf16, c.rows.len());
-            permute(ctx, c.dy.view(), case.dim, case.top_k, slot_of_row.view(), rows.view_mut());
+            permute(ctx, c.dy.view(), case.dim, case.top_k, [row_of_slot.view(), slot_of_row.view()], rows.view_mut());
             let mut dx = c.base.clone();
             permute_backward(ctx, c.rows.view(), case.dim, case.top_k, row_of_slot.view(), dx.view_mut(), true);
             [rows, dx, c.forward(ctx, &case, true, true)]
         };
         let first = run(&ctx());
-        for ctx in contexts() {
+        for ctx in contexts().into_iter().chain(gpu()) {
             run(&ctx).iter().zip(&first).for_each(|(a, b)| assert_same_bits("bits", a, b));
         }
     }
@@ -242,21 +245,24 @@ fn same_bits_for_any_thread_count() {
 #[test]
 fn a_token_keeps_its_bits_in_any_batch() {
     let case = Case::random(30, 8, 3, 64, &(0..8).collect::<Vec<_>>());
-    let c = Combined::new(&case, DType::F32);
-    let whole = c.forward(&ctx(), &case, true, true);
-    let (t, k, dim) = (17, case.top_k, case.dim);
-    let one = Case { experts: 8, top_k: k, dim, indices: case.indices[t * k..][..k].to_vec() };
-    let slots = c.slots(&case)[t * k * dim..][..k * dim].to_vec();
-    let rows: Vec<f32> = to_rows(&slots, dim, &one.plan(&ctx())[2]).iter().map(|&v| v as f32).collect();
-    let part = |b: &Buf, width: usize| buf(DType::F32, &b.view().f32()[t * width..][..width]);
-    let alone = Combined {
-        rows: buf(DType::F32, &rows),
-        weights: part(&c.weights, k),
-        base: part(&c.base, dim),
-        extra: part(&c.extra, dim),
-        dy: part(&c.dy, dim),
-    };
-    assert_eq!(alone.forward(&ctx(), &one, true, true).view().f32(), &whole.view().f32()[t * dim..][..dim]);
+    for ctx in [ctx()].into_iter().chain(gpu()) {
+        let c = Combined::new(&ctx, &case, DType::F32);
+        let whole = c.forward(&ctx, &case, true, true);
+        let (t, k, dim) = (17, case.top_k, case.dim);
+        let one = Case { experts: 8, top_k: k, dim, indices: case.indices[t * k..][..k].to_vec() };
+        let slots = c.slots(&case)[t * k * dim..][..k * dim].to_vec();
+        let rows: Vec<f32> = to_rows(&slots, dim, &one.plan(&ctx)[2]).iter().map(|&v| v as f32).collect();
+        let part = |b: &Buf, width: usize| ctx.from_f32(&b.view().to_f32()[t * width..][..width]);
+        let alone = Combined {
+            rows: ctx.from_f32(&rows),
+            weights: part(&c.weights, k),
+            base: part(&c.base, dim),
+            extra: part(&c.extra, dim),
+            dy: part(&c.dy, dim),
+        };
+        let y = alone.forward(&ctx, &one, true, true);
+        assert_eq!(y.view().to_f32(), whole.view().to_f32()[t * dim..][..dim]);
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //! A NaN choice loses to every number, so that even a broken token gets K distinct experts.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 mod select;
@@ -97,7 +98,7 @@ pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
     let given = a.given.map(|g| g.len());
     assert!(given.is_none_or(|g| g == n * c.top_k), "router: {given:?} given indices, expected {n} * {}", c.top_k);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, c, a),
         Device::Cpu(cpu) => cpu::forward(cpu, c, a),
     }
 }
@@ -136,7 +137,7 @@ pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
         c.top_k
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward(cuda, c, a),
         Device::Cpu(cpu) => cpu::backward(cpu, c, a),
     }
 }

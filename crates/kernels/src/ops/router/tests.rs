@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, levels, normals};
+use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, gpu, levels, normals};
 use crate::{Buf, DType};
 use hadal_numerics::Tolerance;
 
@@ -66,8 +66,12 @@ fn run(ctx: &Ctx, c: &Config, logits: &[f32], bias: Option<&[f32]>, given: Optio
     o
 }
 
+/// The choice of one gate, the same on every device.
 fn chosen(c: &Config, logits: &[f32], bias: &[f32]) -> Vec<i32> {
-    run(&ctx(), c, logits, Some(bias), None).indices.view().i32().to_vec()
+    let mut all = levels().into_iter().map(|ctx| run(&ctx, c, logits, Some(bias), None).indices.view().to_i32());
+    let first = all.next().unwrap();
+    all.for_each(|other| assert_eq!(other, first));
+    first
 }
 
 fn run_backward(ctx: &Ctx, c: &Config, o: &Out, d_weights: &[f32], d_scores: Option<&[f32]>) -> Buf {
@@ -105,7 +109,7 @@ fn reference_gradient_is_the_difference_quotient() {
 }
 
 #[test]
-fn cpu_matches_the_reference() {
+fn every_device_matches_the_reference() {
     for ctx in levels() {
         for c in configs() {
             // None, one, and one past a block of tokens; biases of either sign and far above the scores.
@@ -128,13 +132,13 @@ fn cpu_matches_the_reference() {
                     indices.extend(r.indices.iter().map(|&e| e as i32));
                     weights.extend(r.weights);
                 }
-                assert_eq!(o.indices.view().i32(), indices, "{c:?}");
+                assert_eq!(o.indices.view().to_i32(), indices, "{c:?}");
                 assert_close("scores", &o.scores, &scores, Tolerance::F32_OP);
                 assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
                 assert_close("d_logits", &d_both, &both, Tolerance::F32_OP);
                 if c.experts == 1 {
                     // One normalised weight is constant: its gradient is zero but for rounding.
-                    assert!(d_one.view().f32().iter().all(|d| d.abs() < 1e-6));
+                    assert!(d_one.view().to_f32().iter().all(|d| d.abs() < 1e-6));
                 } else {
                     assert_close("d_logits without d_scores", &d_one, &one, Tolerance::F32_OP);
                 }
@@ -145,29 +149,31 @@ fn cpu_matches_the_reference() {
 
 #[test]
 fn a_given_choice_replaces_selection_only() {
-    let c = v3(16, 4, 4, 2);
-    let logits = normals(5, 3 * 16, 1.0);
-    let bias = normals(6, 16, 1.0);
-    // Not in order of score, and across all groups.
-    let given = [15, 0, 7, 8, 3, 2, 1, 0, 4, 12, 9, 1];
-    let o = run(&ctx(), &c, &logits, Some(&bias), Some(&given));
-    let free = run(&ctx(), &c, &logits, Some(&bias), None);
-    assert_eq!(o.indices.view().i32(), given);
-    assert_same_bits("scores", &o.scores, &free.scores);
-    let dw = normals(7, 12, 1.0);
-    let d = run_backward(&ctx(), &c, &o, &dw, None);
-    let (mut weights, mut d_logits) = (vec![], vec![]);
-    for t in 0..3 {
-        let given: Vec<usize> = given[t * 4..][..4].iter().map(|&e| e as usize).collect();
-        let r = reference::forward(&c, &wide(&logits[t * 16..][..16]), &wide(&bias), Some(&given));
-        d_logits.extend(reference::backward(&c, &r.scores, &given, &wide(&dw[t * 4..][..4]), &[0.0; 16]));
-        weights.extend(r.weights);
+    for ctx in levels() {
+        let c = v3(16, 4, 4, 2);
+        let logits = normals(5, 3 * 16, 1.0);
+        let bias = normals(6, 16, 1.0);
+        // Not in order of score, and across all groups.
+        let given = [15, 0, 7, 8, 3, 2, 1, 0, 4, 12, 9, 1];
+        let o = run(&ctx, &c, &logits, Some(&bias), Some(&given));
+        let free = run(&ctx, &c, &logits, Some(&bias), None);
+        assert_eq!(o.indices.view().to_i32(), given);
+        assert_same_bits("scores", &o.scores, &free.scores);
+        let dw = normals(7, 12, 1.0);
+        let d = run_backward(&ctx, &c, &o, &dw, None);
+        let (mut weights, mut d_logits) = (vec![], vec![]);
+        for t in 0..3 {
+            let given: Vec<usize> = given[t * 4..][..4].iter().map(|&e| e as usize).collect();
+            let r = reference::forward(&c, &wide(&logits[t * 16..][..16]), &wide(&bias), Some(&given));
+            d_logits.extend(reference::backward(&c, &r.scores, &given, &wide(&dw[t * 4..][..4]), &[0.0; 16]));
+            weights.extend(r.weights);
+        }
+        assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
+        assert_close("d_logits", &d, &d_logits, Tolerance::F32_OP);
+        // Its own choice, given back, changes nothing.
+        let replay = run(&ctx, &c, &logits, Some(&bias), Some(&free.indices.view().to_i32()));
+        assert_same_bits("replayed weights", &replay.weights, &free.weights);
     }
-    assert_close("weights", &o.weights, &weights, Tolerance::F32_OP);
-    assert_close("d_logits", &d, &d_logits, Tolerance::F32_OP);
-    // Its own choice, given back, changes nothing.
-    let replay = run(&ctx(), &c, &logits, Some(&bias), Some(free.indices.view().i32()));
-    assert_same_bits("replayed weights", &replay.weights, &free.weights);
 }
 
 #[test]
@@ -202,29 +208,33 @@ fn negative_choices_stay_within_their_groups() {
 
 #[test]
 fn a_broken_token_gets_distinct_experts_and_harms_no_other() {
-    let c = v3(16, 4, 4, 2);
-    let mut logits = normals(8, 32, 1.0);
-    let whole = run(&ctx(), &c, &logits, None, None);
-    logits[..16].fill(f32::NAN);
-    let broken = run(&ctx(), &c, &logits, None, None);
-    assert_eq!(broken.indices.view().i32()[..4], [0, 1, 2, 3]);
-    assert!(broken.weights.view().f32()[..4].iter().all(|w| w.is_nan()));
-    assert_eq!(broken.weights.view().f32()[4..], whole.weights.view().f32()[4..]);
-    // One broken expert among equals: its group still ties with the others, the expert comes after all numbers.
-    logits[..16].fill(0.0);
-    logits[1] = f32::NAN;
-    let one = run(&ctx(), &v3(16, 4, 4, 1), &logits, None, None);
-    assert_eq!(one.indices.view().i32()[..4], [0, 2, 3, 1]);
+    for ctx in levels() {
+        let c = v3(16, 4, 4, 2);
+        let mut logits = normals(8, 32, 1.0);
+        let whole = run(&ctx, &c, &logits, None, None);
+        logits[..16].fill(f32::NAN);
+        let broken = run(&ctx, &c, &logits, None, None);
+        assert_eq!(broken.indices.view().to_i32()[..4], [0, 1, 2, 3]);
+        assert!(broken.weights.view().to_f32()[..4].iter().all(|w| w.is_nan()));
+        assert_eq!(broken.weights.view().to_f32()[4..], whole.weights.view().to_f32()[4..]);
+        // One broken expert among equals: its group still ties with the others, the expert comes after all numbers.
+        logits[..16].fill(0.0);
+        logits[1] = f32::NAN;
+        let one = run(&ctx, &v3(16, 4, 4, 1), &logits, None, None);
+        assert_eq!(one.indices.view().to_i32()[..4], [0, 2, 3, 1]);
+    }
 }
 
 #[test]
 fn saturated_scores_keep_gradients_finite() {
-    let c = v3(8, 2, 1, 1);
-    let logits = [vec![-300.0f32; 8], vec![300.0; 8]].concat();
-    let o = run(&ctx(), &c, &logits, None, None);
-    assert_eq!(o.weights.view().f32(), [0.0, 0.0, 1.25, 1.25]);
-    let d = run_backward(&ctx(), &c, &o, &[1.0, 2.0, 3.0, 4.0], None);
-    assert!(d.view().f32().iter().all(|&x| x == 0.0));
+    for ctx in levels() {
+        let c = v3(8, 2, 1, 1);
+        let logits = [vec![-300.0f32; 8], vec![300.0; 8]].concat();
+        let o = run(&ctx, &c, &logits, None, None);
+        assert_eq!(o.weights.view().to_f32(), [0.0, 0.0, 1.25, 1.25]);
+        let d = run_backward(&ctx, &c, &o, &[1.0, 2.0, 3.0, 4.0], None);
+        assert!(d.view().to_f32().iter().all(|&x| x == 0.0));
+    }
 }
 
 #[test]
@@ -235,20 +245,27 @@ fn same_bits_for_any_thread_count_and_any_batch() {
         let (dw, ds) = (normals(11, n * c.top_k, 1.0), normals(12, n * c.experts, 0.1));
         let whole = run(&ctx(), &c, &logits, Some(&bias), None);
         let d_whole = run_backward(&ctx(), &c, &whole, &dw, Some(&ds));
-        for ctx in contexts() {
+        // A GPU differs only in the order of a sum in softmax's gradient.
+        for ctx in contexts().into_iter().chain(gpu()) {
             let o = run(&ctx, &c, &logits, Some(&bias), None);
-            assert_eq!(o.indices.view().i32(), whole.indices.view().i32());
+            assert_eq!(o.indices.view().to_i32(), whole.indices.view().to_i32());
             assert_same_bits("scores", &o.scores, &whole.scores);
             assert_same_bits("weights", &o.weights, &whole.weights);
-            assert_same_bits("d_logits", &run_backward(&ctx, &c, &o, &dw, Some(&ds)), &d_whole);
+            if o.scores.view().is_host() || c.scoring == Scoring::Sigmoid {
+                assert_same_bits("d_logits", &run_backward(&ctx, &c, &o, &dw, Some(&ds)), &d_whole);
+            }
         }
         let t = 20;
         let (e, k) = (t * c.experts..(t + 1) * c.experts, t * c.top_k..(t + 1) * c.top_k);
-        let alone = run(&ctx(), &c, &logits[e.clone()], Some(&bias), None);
-        assert_eq!(alone.indices.view().i32(), &whole.indices.view().i32()[k.clone()]);
-        assert_eq!(alone.weights.view().f32(), &whole.weights.view().f32()[k.clone()]);
-        let d_alone = run_backward(&ctx(), &c, &alone, &dw[k], Some(&ds[e.clone()]));
-        assert_eq!(d_alone.view().f32(), &d_whole.view().f32()[e]);
+        for ctx in [ctx()].into_iter().chain(gpu()) {
+            let whole = run(&ctx, &c, &logits, Some(&bias), None);
+            let d_whole = run_backward(&ctx, &c, &whole, &dw, Some(&ds));
+            let alone = run(&ctx, &c, &logits[e.clone()], Some(&bias), None);
+            assert_eq!(alone.indices.view().to_i32(), whole.indices.view().to_i32()[k.clone()]);
+            assert_eq!(alone.weights.view().to_f32(), whole.weights.view().to_f32()[k.clone()]);
+            let d_alone = run_backward(&ctx, &c, &alone, &dw[k.clone()], Some(&ds[e.clone()]));
+            assert_eq!(d_alone.view().to_f32(), d_whole.view().to_f32()[e.clone()]);
+        }
     }
 }
 

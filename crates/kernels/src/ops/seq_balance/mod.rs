@@ -5,6 +5,7 @@
 //! A token whose scores are all zero has no share of any expert: it adds nothing to P and gets no gradient.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -49,7 +50,7 @@ pub fn forward_backward(ctx: &Ctx, a: SeqBalance<'_>) {
         a.loss.len()
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward_backward(cuda, a),
         Device::Cpu(cpu) => cpu::forward_backward(cpu, a),
     }
 }

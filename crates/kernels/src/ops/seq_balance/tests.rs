@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, levels, normals};
+use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, gpu, levels, normals};
 use crate::{Buf, DType};
 use hadal_numerics::Tolerance;
 
@@ -52,7 +52,7 @@ fn reference_gradient_is_the_difference_quotient() {
 }
 
 #[test]
-fn cpu_matches_the_reference() {
+fn every_device_matches_the_reference() {
     for ctx in levels() {
         for (experts, k, lengths) in cases() {
             let n: usize = lengths.iter().sum();
@@ -80,34 +80,40 @@ fn cpu_matches_the_reference() {
 #[test]
 fn known_values() {
     // Every expert used alike: the loss is 1. All tokens on one expert that has the share p: E / K * p.
-    let even = [[0.9, 0.1], [0.1, 0.9]].concat();
-    assert_eq!(run(&ctx(), &even, 2, 1, &[2], &[1.0]).0.view().f32(), [1.0]);
-    let skewed = [[0.75, 0.25], [0.75, 0.25]].concat();
-    assert_eq!(run(&ctx(), &skewed, 2, 1, &[2], &[1.0]).0.view().f32(), [1.5]);
-    // A tie counts for the lowest index: f = (2, 0), P = (1/2, 1/2), and the gradient moves share to the other.
-    let (loss, d) = run(&ctx(), &[0.5, 0.5], 2, 1, &[1], &[1.0]);
-    assert_eq!((loss.view().f32(), d.view().f32()), (&[1.0f32][..], &[1.0f32, -1.0][..]));
+    for ctx in levels() {
+        let even = [[0.9, 0.1], [0.1, 0.9]].concat();
+        assert_eq!(run(&ctx, &even, 2, 1, &[2], &[1.0]).0.view().to_f32(), [1.0]);
+        let skewed = [[0.75, 0.25], [0.75, 0.25]].concat();
+        assert_eq!(run(&ctx, &skewed, 2, 1, &[2], &[1.0]).0.view().to_f32(), [1.5]);
+        // A tie counts for the lowest index: f = (2, 0), P = (1/2, 1/2), and the gradient moves share to the other.
+        let (loss, d) = run(&ctx, &[0.5, 0.5], 2, 1, &[1], &[1.0]);
+        assert_eq!((loss.view().to_f32(), d.view().to_f32()), (vec![1.0], vec![1.0, -1.0]));
+    }
 }
 
 /// Where every token takes every expert nothing can be balanced: f = 1, the loss is 1, its gradient zero but for
 /// rounding.
 #[test]
 fn all_experts_chosen() {
-    for (experts, tokens) in [(7, 63), (1, 3)] {
-        let (loss, d) = run(&ctx(), &scores(5, experts * tokens), experts, experts, &[tokens], &[1.0]);
-        assert!((loss.view().f32()[0] - 1.0).abs() < 1e-6);
-        assert!(d.view().f32().iter().all(|d| d.abs() < 1e-12));
+    for ctx in levels() {
+        for (experts, tokens) in [(7, 63), (1, 3)] {
+            let (loss, d) = run(&ctx, &scores(5, experts * tokens), experts, experts, &[tokens], &[1.0]);
+            assert!((loss.view().to_f32()[0] - 1.0).abs() < 1e-6);
+            assert!(d.view().to_f32().iter().all(|d| d.abs() < 1e-12));
+        }
     }
 }
 
 #[test]
 fn a_token_without_scores_is_left_out_and_a_broken_one_is_seen() {
-    let (loss, d) = run(&ctx(), &[0.0, 0.0, 0.75, 0.25], 2, 1, &[2], &[1.0]);
-    assert_eq!(loss.view().f32(), [0.75]);
-    assert_eq!(d.view().f32()[..2], [0.0, 0.0]);
-    let (loss, _) = run(&ctx(), &[f32::NAN, 0.0, 0.75, 0.25], 2, 1, &[1, 1], &[1.0; 2]);
-    assert!(loss.view().f32()[0].is_nan());
-    assert_eq!(loss.view().f32()[1], 1.5);
+    for ctx in levels() {
+        let (loss, d) = run(&ctx, &[0.0, 0.0, 0.75, 0.25], 2, 1, &[2], &[1.0]);
+        assert_eq!(loss.view().to_f32(), [0.75]);
+        assert_eq!(d.view().to_f32()[..2], [0.0, 0.0]);
+        let (loss, _) = run(&ctx, &[f32::NAN, 0.0, 0.75, 0.25], 2, 1, &[1, 1], &[1.0; 2]);
+        assert!(loss.view().to_f32()[0].is_nan());
+        assert_eq!(loss.view().to_f32()[1], 1.5);
+    }
 }
 
 #[test]
@@ -121,9 +127,12 @@ fn same_bits_for_any_thread_count_and_any_neighbours() {
         assert_same_bits("d_scores", &g, &d);
     }
     let own = 70 * experts..270 * experts;
-    let (l, g) = run(&ctx(), &s[own.clone()], experts, k, &[200], &[2.0]);
-    assert_eq!(l.view().f32()[0].to_bits(), loss.view().f32()[1].to_bits());
-    assert_eq!(g.view().f32(), &d.view().f32()[own]);
+    for ctx in [ctx()].into_iter().chain(gpu()) {
+        let (loss, d) = run(&ctx, &s, experts, k, &lengths, &[1.0, 2.0, 3.0]);
+        let (l, g) = run(&ctx, &s[own.clone()], experts, k, &[200], &[2.0]);
+        assert_eq!(l.view().to_f32()[0].to_bits(), loss.view().to_f32()[1].to_bits());
+        assert_eq!(g.view().to_f32(), d.view().to_f32()[own.clone()]);
+    }
 }
 
 #[test]
