@@ -1,8 +1,8 @@
 //! Attention of MLA in its multi-head form, for training and prefill: tiled (no T x T buffer), varlen, causal,
 //! unequal head dims. Query head = `[P nope | R rope]`, key head = `[P from kv_up | R shared k_pe]`, value head = W.
 //! score = (q . k) * scale in f32, softmax in f32; all is summed in f32, outputs are rounded once. With inputs of bf16,
-//! levels that multiply bf16, and GPUs, round the probabilities, and in backward the gradients of the scores, before the products
-//! with values, keys and queries, as FlashAttention does.
+//! levels that multiply bf16, and GPUs, round the probabilities, and in backward the gradients of the scores, before the
+//! products with values, keys and queries, as FlashAttention does.
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
 //! others, to the bit.
 
