@@ -20,7 +20,7 @@ use crate::Global;
 use crate::output::Output;
 use case::Case;
 use clap::{Args, Subcommand};
-use hadal_kernels::Ctx;
+use hadal_kernels::{Ctx, Device};
 use hadal_model::{Layout, ModelConfig, Scope};
 use measure::Budget;
 use peaks::Peaks;
@@ -68,6 +68,9 @@ pub struct Kernels {
     /// More of them until they have taken so long.
     #[arg(long, default_value_t = 0.5, value_name = "S")]
     seconds: f64,
+    /// Where to compute: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu", value_name = "DEV")]
+    device: String,
     /// Print the cases with their sizes and run none.
     #[arg(long)]
     list: bool,
@@ -91,31 +94,38 @@ impl Bench {
 
     /// Runs it.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = context(global)?;
         match &self.kind {
-            Kind::Gemm(k) => k.run("gemm", gemm::cases(), &ctx, out),
-            Kind::GroupedGemm(k) => k.run("grouped_gemm", grouped_gemm::cases(), &ctx, out),
-            Kind::Attention(k) => k.run("attention", attention::cases(), &ctx, out),
-            Kind::MemoryOps(k) => k.run("memory_ops", memory_ops::cases(), &ctx, out),
-            Kind::Peak(k) => k.run("peak", peak::cases(&ctx), &ctx, out),
-            Kind::Train(t) => t.run(&ctx, global, out),
+            Kind::Gemm(k) => k.run("gemm", gemm::cases, global, out),
+            Kind::GroupedGemm(k) => k.run("grouped_gemm", grouped_gemm::cases, global, out),
+            Kind::Attention(k) => k.run("attention", attention::cases, global, out),
+            Kind::MemoryOps(k) => k.run("memory_ops", memory_ops::cases, global, out),
+            Kind::Peak(k) => k.run("peak", peak::cases, global, out),
+            Kind::Train(t) => t.run(&context(global, "cpu")?, global, out),
         }
     }
 }
 
 /// The context of a measurement: threads above the cores would only wait for each other.
-fn context(global: &Global) -> anyhow::Result<Ctx> {
+fn context(global: &Global, device: &str) -> anyhow::Result<Ctx> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     if let Some(found) = global.threads.filter(|n| !(1..=cores).contains(n)) {
         anyhow::bail!("--threads {found}: expected at least 1, at most the {cores} cores of this machine");
     }
-    global.ctx()
+    let ctx = global.ctx()?;
+    Ok(if device == "cpu" { ctx } else { Device::named(device, global.threads)?.ctx() })
 }
 
 impl Kernels {
-    fn run(&self, bench: &'static str, cases: Vec<Case>, ctx: &Ctx, out: &Output) -> anyhow::Result<()> {
-        let budget = Budget::new(self.repeats, self.seconds)?;
-        let cases = self.select(bench, cases)?;
+    fn run(
+        &self,
+        bench: &'static str,
+        cases: impl FnOnce(&Ctx) -> Vec<Case>,
+        global: &Global,
+        out: &Output,
+    ) -> anyhow::Result<()> {
+        let ctx = &context(global, &self.device)?;
+        let budget = Budget::new(self.repeats, self.seconds, &ctx.device)?;
+        let cases = self.select(bench, cases(ctx))?;
         if self.list {
             for c in &cases {
                 out.text(&format!("{}\n", c.name));
@@ -126,7 +136,11 @@ impl Kernels {
         let mut sink = Sink::new(out, self.record);
         let mut peaks = Peaks::default();
         for case in cases {
-            sink.put(case.measure(bench, ctx, budget, &mut peaks))?;
+            sink.put(case.measure(bench, ctx, &budget, &mut peaks))?;
+            // Cases differ in what they need; a GPU's memory is not to be cut into pieces by those that are over.
+            if ctx.device.as_cuda().is_some() {
+                ctx.device.release();
+            }
         }
         Ok(())
     }
