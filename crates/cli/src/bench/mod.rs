@@ -16,11 +16,11 @@ mod row;
 mod tokens;
 mod train;
 
-use crate::Global;
 use crate::output::Output;
+use crate::{Global, Uses};
 use case::Case;
 use clap::{Args, Subcommand};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::Ctx;
 use hadal_model::{Layout, ModelConfig, Scope};
 use measure::Budget;
 use peaks::Peaks;
@@ -68,9 +68,6 @@ pub struct Kernels {
     /// More of them until they have taken so long.
     #[arg(long, default_value_t = 0.5, value_name = "S")]
     seconds: f64,
-    /// Where to compute: cpu, cuda or cuda:N.
-    #[arg(long, default_value = "cpu", value_name = "DEV")]
-    device: String,
     /// Print the cases with their sizes and run none.
     #[arg(long)]
     list: bool,
@@ -80,15 +77,15 @@ pub struct Kernels {
 }
 
 impl Bench {
-    /// Its name, and which of --threads and --seed it has a use for.
-    pub fn uses(&self) -> (&'static str, bool, bool) {
+    /// See [`Uses`].
+    pub fn uses(&self) -> Uses {
         match &self.kind {
-            Kind::Gemm(k) => ("bench gemm", !k.list, false),
-            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false),
-            Kind::Attention(k) => ("bench attention", !k.list, false),
-            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false),
-            Kind::Peak(k) => ("bench peak", !k.list, false),
-            Kind::Train(_) => ("bench train", true, true),
+            Kind::Gemm(k) => ("bench gemm", !k.list, false, true),
+            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false, true),
+            Kind::Attention(k) => ("bench attention", !k.list, false, true),
+            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false, true),
+            Kind::Peak(k) => ("bench peak", !k.list, false, true),
+            Kind::Train(_) => ("bench train", true, true, true),
         }
     }
 
@@ -100,19 +97,18 @@ impl Bench {
             Kind::Attention(k) => k.run("attention", attention::cases, global, out),
             Kind::MemoryOps(k) => k.run("memory_ops", memory_ops::cases, global, out),
             Kind::Peak(k) => k.run("peak", peak::cases, global, out),
-            Kind::Train(t) => t.run(&context(global, "cpu")?, global, out),
+            Kind::Train(t) => t.run(&context(global)?, global, out),
         }
     }
 }
 
 /// The context of a measurement: threads above the cores would only wait for each other.
-fn context(global: &Global, device: &str) -> anyhow::Result<Ctx> {
+fn context(global: &Global) -> anyhow::Result<Ctx> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     if let Some(found) = global.threads.filter(|n| !(1..=cores).contains(n)) {
         anyhow::bail!("--threads {found}: expected at least 1, at most the {cores} cores of this machine");
     }
-    let ctx = global.ctx()?;
-    Ok(if device == "cpu" { ctx } else { Device::named(device, global.threads)?.ctx() })
+    global.ctx()
 }
 
 impl Kernels {
@@ -123,7 +119,7 @@ impl Kernels {
         global: &Global,
         out: &Output,
     ) -> anyhow::Result<()> {
-        let ctx = &context(global, &self.device)?;
+        let ctx = &context(global)?;
         let budget = Budget::new(self.repeats, self.seconds, &ctx.device)?;
         let cases = self.select(bench, cases(ctx))?;
         if self.list {
