@@ -14,12 +14,13 @@
 // Super-rows of tiles that are gone through together: what the blocks read at a time stays in L2.
 #define GROUP (16 / CLUSTER)
 
-// e^x, off by about |x| 2^-23 of itself.
-DEV float fast_exp(float x) {
+DEV float fast_exp2(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// e^x, off by about |x| 2^-23 of itself.
+DEV float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 
 // Tile `t` of a cluster: which tokens and which ids.
 struct Tile {
@@ -100,33 +101,40 @@ DEV void multiply(float (&z)[IDS / 2], int group, int blocks, u32 ring, u32 full
 // Column of z[i] in the tile.
 DEV int column(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + (i & 1); }
 
-// Largest z, sum of e^(z - largest) and of e^(z - largest) (z - largest), of the ids of a tile that there are.
-template <bool WHOLE> DEV float4 summary(const float (&z)[IDS / 2], int half, int ids, float scale) {
-    float max = -INF;
+// Of both rows that a thread has a part of (the second's elements are two behind the first's), over the ids of the tile that
+// there are: the largest z, the sums of e^(z - largest) and of e^(z - largest) (z - largest).
+template <bool WHOLE> DEV void summarise(const float (&z)[IDS / 2], int ids, float scale, float4 (&rows)[2]) {
+    float max[2][2] = {{-INF, -INF}, {-INF, -INF}}, sum[2] = {0.0f, 0.0f}, dot[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int j = 0; j < IDS / 2; j += 4) {
-        if (WHOLE || column(j) < ids) max = fmaxf(max, z[j + half]);
-        if (WHOLE || column(j + 1) < ids) max = fmaxf(max, z[j + half + 1]);
+    for (int i = 0; i < IDS / 2; i++) {
+        if (WHOLE || column(i) < ids) max[i / 2 % 2][i % 2] = fmaxf(max[i / 2 % 2][i % 2], z[i]);
     }
-    max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, 1));
-    max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, 2));
-    float sum = 0.0f, dot = 0.0f;
 #pragma unroll
-    for (int j = 0; j < IDS / 2; j += 4) {
+    for (int h = 0; h < 2; h++) {
+        max[h][0] = fmaxf(max[h][0], max[h][1]);
+        max[h][0] = fmaxf(max[h][0], __shfl_xor_sync(ALL_LANES, max[h][0], 1));
+        max[h][0] = fmaxf(max[h][0], __shfl_xor_sync(ALL_LANES, max[h][0], 2));
+    }
+    // e^x = 2^(x log2 e). The largest is subtracted first, so that of one id alone nothing is left of the rounding.
+    float factor = scale * 1.44269504f;
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            if (WHOLE || column(j + e) < ids) {
-                float t = (z[j + half + e] - max) * scale, p = fast_exp(t);
-                sum += p;
-                dot = fmaf(p, t, dot);
-            }
+    for (int i = 0; i < IDS / 2; i++) {
+        int h = i / 2 % 2;
+        if (WHOLE || column(i) < ids) {
+            float t = (z[i] - max[h][0]) * factor, p = fast_exp2(t);
+            sum[h] += p;
+            dot[h] = fmaf(p, t, dot[h]);
         }
     }
-    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-    dot += __shfl_xor_sync(ALL_LANES, dot, 1);
-    dot += __shfl_xor_sync(ALL_LANES, dot, 2);
-    return make_float4(max * scale, sum, dot, 0.0f);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int lane = 1; lane < 4; lane *= 2) {
+            sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], lane);
+            dot[h] += __shfl_xor_sync(ALL_LANES, dot[h], lane);
+        }
+        rows[h] = make_float4(max[h][0] * scale, sum[h], dot[h] * 0.693147181f, 0.0f);
+    }
 }
 
 #define BARRIERS                                                                                                      \
@@ -165,18 +173,17 @@ head_summaries(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
                 wanted[half] = r < tokens ? targets[r] - tile.col * IDS : -1;
             }
             multiply(z, group, blocks, ring, full, empty, stage, phase, apart);
+            float4 rows[2];
+            if (left >= IDS) summarise<true>(z, left, scale, rows);
+            else summarise<false>(z, left, scale, rows);
 #pragma unroll
-            for (int half = 0; half < 4; half += 2) {
-                int r = first + half * 4;
-                float4 part = left >= IDS ? summary<true>(z, half, left, scale) : summary<false>(z, half, left, scale);
-                if (r >= tokens) continue;
-                if (threadIdx.x % 4 == 0) parts[i64(r) * work.cols + tile.col] = part;
-                int at = wanted[half / 2];
+            for (int half = 0; half < 2; half++) {
+                int r = first + half * 8, at = wanted[half];
+                if (r < tokens && threadIdx.x % 4 == 0) parts[i64(r) * work.cols + tile.col] = rows[half];
                 if (at >= 0 && at < IDS) {
 #pragma unroll
-                    for (int j = 0; j < IDS / 2; j += 4) {
-                        if (column(j) == at) target_z[r] = z[j + half] * scale;
-                        if (column(j + 1) == at) target_z[r] = z[j + half + 1] * scale;
+                    for (int i = 0; i < IDS / 2; i++) {
+                        if (i / 2 % 2 == half && column(i) == at) target_z[r] = z[i] * scale;
                     }
                 }
             }
@@ -249,27 +256,22 @@ head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
                 all[half] = SPREAD && there ? spread[half] * entropy[r] - d_target[half] : -d_target[half];
             }
             multiply(z, group, blocks, ring, full, empty, stage, phase, apart);
+            // What the logits of a row without a gradient are does not matter.
+            bool dense[2] = {d_target[0] != 0.0f || spread[0] != 0.0f, d_target[1] != 0.0f || spread[1] != 0.0f};
 #pragma unroll
-            for (int half = 0; half < 4; half += 2) {
-                int h = half / 2;
-                // What the logits of a row without a gradient are does not matter.
-                bool dense = d_target[h] != 0.0f || spread[h] != 0.0f;
+            for (int i = 0; i < IDS / 2; i++) {
+                int h = i / 2 % 2;
+                float t = fmaf(z[i], scale, -row_lse[h]);
+                float dz = fast_exp(t) * (SPREAD ? fmaf(spread[h], t, all[h]) : all[h]);
+                z[i] = dense[h] ? dz : 0.0f;
+            }
 #pragma unroll
-                for (int j = 0; j < IDS / 2; j += 4) {
+            for (int half = 0; half < 2; half++) {
+                int at = wanted[half] - first_id - tile.col * IDS;
+                if (wanted[half] >= 0 && at >= 0 && at < IDS) {
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float& v = z[j + half + e];
-                        float t = fmaf(v, scale, -row_lse[h]);
-                        float dv = fast_exp(t) * (SPREAD ? fmaf(spread[h], t, all[h]) : all[h]);
-                        v = dense ? dv : 0.0f;
-                    }
-                }
-                int at = wanted[h] - first_id - tile.col * IDS;
-                if (wanted[h] >= 0 && at >= 0 && at < IDS) {
-#pragma unroll
-                    for (int j = 0; j < IDS / 2; j += 4) {
-                        if (column(j) == at) z[j + half] += d_target[h];
-                        if (column(j + 1) == at) z[j + half + 1] += d_target[h];
+                    for (int i = 0; i < IDS / 2; i++) {
+                        if (i / 2 % 2 == half && column(i) == at) z[i] += d_target[half];
                     }
                 }
             }
