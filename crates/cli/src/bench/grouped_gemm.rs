@@ -56,12 +56,9 @@ impl Group {
 pub fn cases(ctx: &Ctx) -> Vec<Case> {
     let gpu = ctx.device.as_cuda().is_some();
     let mut all = if gpu { grid() } else { Vec::new() };
-    let presets = if gpu {
-        [("1b", 16384), ("nano", 16)].to_vec()
-    } else {
-        [("mini", 4096), ("v2-lite", 4096), ("nano", 16)].to_vec()
-    };
-    for (preset, tokens) in presets {
+    let presets: &[_] =
+        if gpu { &[("1b", 16384), ("nano", 16)] } else { &[("mini", 4096), ("v2-lite", 4096), ("nano", 16)] };
+    for &(preset, tokens) in presets {
         let (config, layout) = super::preset(preset);
         let (experts, top_k) = (config.n_routed_experts, config.num_experts_per_tok);
         let moe = layout.blocks.iter().find_map(|b| match b.feed_forward {
