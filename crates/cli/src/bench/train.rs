@@ -274,14 +274,14 @@ impl Job {
                 state_bytes: state,
                 by_op: by_op.map(|b| b.medians()),
             }),
-            ..Row::new("train", self.name.clone(), "tokens/s", rate(median(timed)))
+            ..Row::new(&ctx.device, "train", self.name.clone(), "tokens/s", rate(median(timed)))
         })
     }
 
     /// Of the operations that the model needs, recomputed ones not counted.
     fn share_of_peak(&self, ctx: &Ctx, precision: Precision, tokens_per_s: f64) -> anyhow::Result<Option<f64>> {
         let against = if precision == Precision::Bf16 { Against::Bf16 } else { Against::F32 };
-        let peak = Peaks::default().of(ctx, against, Budget::new(5, 0.2)?);
+        let peak = Peaks::default().of(ctx, against, &Budget::new(5, 0.2, &ctx.device)?);
         let needed = Flops::training(&self.config, self.tokens.seq).total() * tokens_per_s;
         Ok(peak.map(|p| needed / 1e9 / p))
     }

@@ -322,7 +322,7 @@ impl Cuda {
     }
 
     /// Copies elements of one dtype within the device.
-    pub(crate) fn copy(&self, from: View<'_>, mut to: ViewMut<'_>) {
+    pub fn copy(&self, from: View<'_>, mut to: ViewMut<'_>) {
         assert!(from.len() == to.len() && from.dtype() == to.dtype(), "a copy of {from:?} to {to:?}");
         let bytes = from.len() * from.dtype().size();
         if bytes > 0 {
