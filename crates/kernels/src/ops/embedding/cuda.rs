@@ -16,8 +16,6 @@ const BITS: u32 = 9;
 /// Warps of a block that sums.
 const SUM_WARPS: usize = 4;
 const WARP: usize = 32;
-/// Rows that a warp has in flight.
-const DEPTH: usize = 8;
 
 pub fn forward(cuda: &Cuda, ids: View<'_>, table: &Weight<'_>, mut y: ViewMut<'_>) {
     let (n, d) = (ids.len(), table.cols);
@@ -38,7 +36,7 @@ pub fn backward(cuda: &Cuda, ids: View<'_>, dy: View<'_>, d: usize, mut dtable: 
     let pack = 16 / dtype.size();
     let wide = d.is_multiple_of(pack) && aligned(16, &[dy, dtable]);
     let pack = if wide { pack } else { 1 };
-    let defines = [("ELEM", Type(dtype)), ("PACK", Int(pack as i64)), ("DEPTH", Int(DEPTH as i64))];
+    let defines = [("ELEM", Type(dtype)), ("PACK", Int(pack as i64))];
     let kernel = |name| cuda.kernel(&SOURCE, name, &defines);
 
     // Two places for ids and positions, between which the passes go.

@@ -3,7 +3,7 @@
 // registers, and added to the table's row once. Nothing depends on which block comes first.
 //
 // Defines: TABLE (forward: the table's type), ELEM (y's or dy's type), PACK (elements a thread moves at once, which
-// divide a row and begin at a multiple of their size in every array).
+// divide a row and begin at a multiple of their size in every array; backward: 16 bytes of dy, or one).
 
 template <int BYTES> struct Bytes;
 template <> struct Bytes<2> { typedef u16 Type; };
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(TILE)
 
 // A warp's rows in flight, of an id that few positions hold.
 #ifndef DEPTH
-#define DEPTH 8
+#define DEPTH 4
 #endif
 // Warps of a block that sums.
 #define SUM_WARPS 4
@@ -215,35 +215,45 @@ DEV void sum_few(const int* ids, const int* positions, const ELEM* dy, float* to
 }
 
 // Of an id that holds the places from `place` to `end`: their order makes this one chain of additions, which is as fast
-// as rows arrive. Narrow parts of STAGES * GROUP rows are on their way to shared memory at once; a lane reads only what
-// it has fetched itself.
+// as rows arrive. A warp takes 128 bytes of every row; STAGES groups of GROUP rows are on their way to shared memory at
+// once, eight lanes fetching a row.
 #define GROUP 8
 #ifndef STAGES
-#define STAGES 4
+#define STAGES 6
 #endif
-// Columns of a lane: four bytes, the least that can be fetched so; one where rows do not allow that.
+// Columns of a lane; one where rows do not begin at 16 bytes.
 static constexpr int NARROW = PACK > 1 ? 4 / sizeof(ELEM) : 1;
 
 DEV void sum_many(const int* positions, const ELEM* dy, float* to, u32 d, u32 column, int place, int end) {
+    float sum[NARROW] = {};
 #if PACK > 1
-    __shared__ ELEM ring[SUM_WARPS][STAGES][GROUP][WARP * NARROW];
+    __shared__ __align__(16) ELEM ring[SUM_WARPS][STAGES][GROUP][WARP * NARROW];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = end - place;
-    const bool inside = column < d;
+    // What the lane fetches of its rows: 16 bytes.
+    const u32 part = lane % 8 * PACK;
+    const bool inside = column - lane * NARROW + part < d;
+    dy += column - lane * NARROW + part;
     // Positions of the WARP rows that are fetched now and of the next, one a lane.
     int now = 0, next = lane < rows ? positions[place + lane] : 0;
-    float sum[NARROW] = {};
+    int stage = 0;
     for (int fetched = 0; fetched < rows + STAGES * GROUP; fetched += GROUP) {
         // The group that was fetched a whole ring ago has arrived.
         const int row = fetched - STAGES * GROUP;
-        const int stage = fetched / GROUP % STAGES;
         if (row >= 0) {
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            __syncwarp();
+            float x[GROUP][NARROW];
+#pragma unroll
+            for (int j = 0; j < GROUP; j++)
+#pragma unroll
+                for (int e = 0; e < NARROW; e++) x[j][e] = widen(ring[warp][stage][j][lane * NARROW + e]);
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
                 if (row + j < rows) {
 #pragma unroll
-                    for (int e = 0; e < NARROW; e++) sum[e] += widen(ring[warp][stage][j][lane * NARROW + e]);
+                    for (int e = 0; e < NARROW; e++) sum[e] += x[j][e];
                 }
+            __syncwarp();
         }
         if (fetched % WARP == 0) {
             now = next;
@@ -251,22 +261,24 @@ DEV void sum_many(const int* positions, const ELEM* dy, float* to, u32 d, u32 co
             next = i < rows ? positions[place + i] : 0;
         }
 #pragma unroll
-        for (int j = 0; j < GROUP; j++) {
-            const i64 from = __shfl_sync(ALL_LANES, now, (fetched + j) % WARP);
-            const u32 slot = u32(__cvta_generic_to_shared(&ring[warp][stage][j][lane * NARROW]));
-            if (inside && fetched + j < rows)
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(slot), "l"(dy + from * d + column)
-                             : "memory");
+        for (int j = 0; j < GROUP; j += 4) {
+            const int k = j + lane / 8;
+            const i64 from = __shfl_sync(ALL_LANES, now, (fetched + k) % WARP);
+            if (inside && fetched + k < rows) {
+                const u32 slot = u32(__cvta_generic_to_shared(&ring[warp][stage][k][part]));
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot), "l"(dy + from * d) : "memory");
+            }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
+        stage = stage + 1 < STAGES ? stage + 1 : 0;
     }
-    if (!inside) return;
 #else
-    if (column >= d) return;
-    float sum[1] = {};
+    if (column < d) {
 #pragma unroll 8
-    for (int i = place; i < end; i++) sum[0] += widen(dy[i64(positions[i]) * d + column]);
+        for (int i = place; i < end; i++) sum[0] += widen(dy[i64(positions[i]) * d + column]);
+    }
 #endif
+    if (column >= d) return;
     Target<NARROW> target;
     target.load(to + column);
     target.add(sum);
