@@ -37,7 +37,7 @@ pub struct Logits {
 impl Logits {
     /// Writes the file.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = global.ctx()?;
+        let ctx = global.inference()?;
         // Before the work, not after it.
         let parent = self.out.parent().filter(|p| !p.as_os_str().is_empty());
         if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
@@ -61,7 +61,7 @@ impl Logits {
             engine.logits(&ctx, &tokens, CHUNK)
         };
         let logits = logits.with_context(|| self.model.display().to_string())?;
-        let bytes: Vec<u8> = logits.view().f32().iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bytes: Vec<u8> = logits.view().to_f32().iter().flat_map(|x| x.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, vec![self.tokens.len(), vocab], &bytes)?;
         let file = safetensors::serialize([("logits", view)], None)?;
         hadal_files::Disk::new().replace(&self.out, &file)?;

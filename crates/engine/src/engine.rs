@@ -184,14 +184,16 @@ impl Engine {
         let hidden = self.forward(ctx, &plan);
         let (drawn, last) = self.caught_up(&plan);
         let logits = self.last_logits(ctx, &hidden, &last);
-        let mut rows = logits.view().f32().chunks(self.model.config.vocab_size);
+        let host = logits.host();
+        let mut rows = host.view().f32().chunks(self.model.config.vocab_size);
         if let Some(bad) = rows.position(|row| row.iter().any(|l| !l.is_finite())) {
             return Err(self.give_up(&drawn, bad));
         }
         let (tokens, logp) = self.draw(ctx, &logits, &drawn);
-        let answers = drawn.iter().zip(tokens.view().i32()).zip(logp.view().f32());
+        let (tokens, logp) = (tokens.view().to_i32(), logp.view().to_f32());
+        let answers = drawn.iter().zip(tokens).zip(logp);
         // A drawn token is an id, never negative.
-        let events: Vec<Event> = answers.map(|((&i, &t), &p)| self.sequences[i].take(t as u32, p)).collect();
+        let events: Vec<Event> = answers.map(|((&i, t), p)| self.sequences[i].take(t as u32, p)).collect();
         for (&i, event) in drawn.iter().zip(&events).rev() {
             if event.finished.is_some() {
                 self.remove(i);

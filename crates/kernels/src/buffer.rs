@@ -3,6 +3,7 @@
 use crate::cuda::{CudaBuf, CudaView, CudaViewMut};
 use crate::memory::{Block, Memory};
 use hadal_numerics::bf16;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
@@ -200,6 +201,11 @@ impl Buf {
             DType::Bf16 => Self::Bf16(AlignedVec::of(home, len)),
             DType::I32 => Self::I32(AlignedVec::of(home, len)),
         }
+    }
+
+    /// It, or a copy of it, in host memory; from a GPU it waits.
+    pub fn host(&self) -> Cow<'_, Self> {
+        if self.view().is_host() { Cow::Borrowed(self) } else { Cow::Owned(self.to_host()) }
     }
 
     /// A copy in host memory; from a GPU it waits.

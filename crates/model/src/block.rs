@@ -75,7 +75,7 @@ pub fn forward(
         (h, _) => {
             let Some(h) = h else { unreachable!("what attention keeps was dropped because the input is kept") };
             let chosen = dispatch.gate.as_ref().map(|g| g.indices.clone());
-            let balance = options.balance.filter(|_| chosen.is_some()).map(|(_, w)| ctx.from_f32(w.f32()));
+            let balance = options.balance.filter(|_| chosen.is_some()).map(|(_, w)| ctx.copy_of(w));
             Form::Input(Box::new(Again { ids: ids.clone(), h, places: Places::of(depth), chosen, balance }))
         }
     };

@@ -50,15 +50,15 @@ impl Grads {
         for (id, buf) in &mut self.uses {
             let r = self.layout.info(*id).range();
             hadal_kernels::ops::add::accumulate(ctx, buf.view(), self.arena.view_mut().slice(r));
-            buf.view_mut().f32().fill(0.0);
+            buf.clear();
         }
     }
 
     /// Zeros everything for the next step.
     pub fn clear(&mut self) {
-        self.arena.view_mut().f32().fill(0.0);
+        self.arena.clear();
         for (_, buf) in &mut self.uses {
-            buf.view_mut().f32().fill(0.0);
+            buf.clear();
         }
     }
 }

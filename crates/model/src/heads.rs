@@ -41,7 +41,7 @@ pub struct HeadOutput {
     n: usize,
     lse: Shared,
     /// f32 `[n]`: log-probability of the target.
-    pub logp: Buf,
+    pub logp: Shared,
     /// f32 `[n]`, nats.
     pub entropy: Shared,
     /// f32 `[n, G]`.
@@ -108,7 +108,7 @@ pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, reque
         top: top.as_mut().map(|(ids, logp)| (ids.view_mut(), logp.view_mut())),
     };
     head_loss::forward(ctx, inputs, outputs);
-    let (lse, entropy) = (Arc::new(lse), Arc::new(entropy));
+    let (lse, logp, entropy) = (Arc::new(lse), Arc::new(logp), Arc::new(entropy));
     HeadOutput { hidden: Some(hidden.clone()), request, n, lse, logp, entropy, given_logp, top }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::layout::ALIGN;
 use crate::{Kind, Layout, ModelConfig, ParamId, TensorInfo};
-use hadal_kernels::{Buf, Ctx, DType, Device, View, ViewMut, Weight};
+use hadal_kernels::{Buf, Ctx, DType, View, ViewMut, Weight};
 use hadal_numerics::{Purpose, Rng};
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,10 +94,10 @@ impl Params {
     /// Initial weights: normal with `initializer_range`, each number a function of (seed, published name, index), so
     /// that no split changes it; norms 1, correction bias 0 (V3 report 4.2).
     pub fn init(ctx: &Ctx, config: &ModelConfig, layout: Arc<Layout>, precision: Precision, seed: u64) -> Self {
-        let mut params = Self::zeros(ctx, layout.clone(), precision);
         let std = config.initializer_range as f32;
         let cpu = ctx.host();
-        let master = params.master.view_mut().f32();
+        let mut masters = ctx.on_host().zeros(DType::F32, layout.len);
+        let master = masters.view_mut().f32();
         for (_, p) in layout.published().filter(|(t, _)| t.kind != Kind::Buffer) {
             let out = &mut master[p.range()];
             if p.shape.len() == 1 {
@@ -109,8 +109,21 @@ impl Params {
                 out.iter_mut().enumerate().for_each(|(i, w)| *w = rng.normal((b * INIT_BLOCK + i) as u64) * std);
             });
         }
+        Self::of_masters(ctx, layout, precision, masters)
+    }
+
+    /// Masters, in host memory or on the device, and their rounded copy.
+    pub fn of_masters(ctx: &Ctx, layout: Arc<Layout>, precision: Precision, masters: Buf) -> Self {
+        assert_eq!(masters.len(), layout.len, "masters of another layout");
+        let compute = (precision == Precision::Bf16).then(|| ctx.zeros(DType::Bf16, layout.len));
+        let mut params = Self { layout, precision, master: ctx.here(masters), compute, kept: None };
         params.refresh(ctx);
         params
+    }
+
+    /// The same on the context's device.
+    pub(crate) fn here(self, ctx: &Ctx) -> Self {
+        Self { master: ctx.here(self.master), compute: self.compute.map(|c| ctx.here(c)), ..self }
     }
 
     /// Rounds the masters into the compute copy. Without masters the compute weights are all there is.

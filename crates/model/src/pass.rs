@@ -6,7 +6,8 @@ use crate::stages::Norm;
 use crate::trunk::{self, Input, LayerTrace, Options, Routing};
 use crate::weight_grad::{Shared, WeightGrads};
 use crate::{Batch, Depth, Model, MtpHidden, Params, mtp};
-use hadal_kernels::{Buf, Ctx};
+use hadal_kernels::ops::head_loss;
+use hadal_kernels::{Buf, Ctx, DType, Download};
 use std::sync::Arc;
 
 /// Weight of each part of the loss.
@@ -37,6 +38,71 @@ impl Losses {
     pub fn total(&self) -> f64 {
         self.main + self.mtp + self.balance
     }
+
+    /// Each term summed in f64, in order; a log-probability is 0 where there is no target.
+    fn of(terms: impl Iterator<Item = (Part, Vec<f32>, f32)>) -> Self {
+        let mut losses = Self::default();
+        for (part, x, weight) in terms {
+            let sum = f64::from(weight) * x.iter().map(|&x| f64::from(x)).sum::<f64>();
+            match part {
+                Part::Main => losses.main -= sum,
+                Part::Mtp => losses.mtp -= sum,
+                Part::Balance => losses.balance += sum,
+            }
+        }
+        losses
+    }
+}
+
+impl std::iter::Sum for Losses {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        let add = |a: Self, b: Self| Self { main: a.main + b.main, mtp: a.mtp + b.mtp, balance: a.balance + b.balance };
+        all.fold(Self::default(), add)
+    }
+}
+
+/// What a loss is the weighted sum of, on the device: summing it waits for the pass, so that who runs steps decides when.
+#[derive(Clone, Debug, Default)]
+pub struct LossTerms {
+    terms: Vec<(Part, Shared, f32)>,
+}
+
+/// Which part of the loss a term belongs to.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    Main,
+    Mtp,
+    Balance,
+}
+
+/// Terms on their way to the host.
+pub struct LossDownload {
+    terms: Vec<(Part, Download, f32)>,
+}
+
+impl LossTerms {
+    /// Adds what each MoE layer's balance loss is, weighted.
+    fn balance(&mut self, traces: &[LayerTrace], weight: Option<f32>) {
+        let terms = traces.iter().filter_map(|t| Some((Part::Balance, t.balance.clone()?, weight?)));
+        self.terms.extend(terms);
+    }
+
+    /// The sums; waits for a GPU.
+    pub fn read(&self) -> Losses {
+        Losses::of(self.terms.iter().map(|(part, x, weight)| (*part, x.view().to_f32(), *weight)))
+    }
+
+    /// Asks for the terms as they are once the pass is done.
+    pub fn download(&self, ctx: &Ctx) -> LossDownload {
+        LossDownload { terms: self.terms.iter().map(|(part, x, w)| (*part, ctx.download(x.view()), *w)).collect() }
+    }
+}
+
+impl LossDownload {
+    /// The sums; waits until the terms are there.
+    pub fn read(&self) -> Losses {
+        Losses::of(self.terms.iter().map(|(part, x, weight)| (*part, x.f32(), *weight)))
+    }
 }
 
 /// A finished forward pass, ready for backward.
@@ -45,8 +111,8 @@ pub struct Forward {
     norm: Norm,
     head: (HeadOutput, Shared),
     mtp: Vec<(mtp::Saved, HeadOutput, Shared)>,
-    /// Parts of the loss.
-    pub losses: Losses,
+    /// Parts of the loss, to be summed.
+    pub losses: LossTerms,
     /// Routing of every MoE layer, MTP layers last.
     pub traces: Vec<LayerTrace>,
 }
@@ -60,7 +126,7 @@ impl Forward {
     }
 }
 
-/// Runs a head on a depth: its output, d_logp, and the weighted loss.
+/// Runs a head on a depth: its output and d_logp.
 fn predict(
     ctx: &Ctx,
     model: &Model,
@@ -68,28 +134,20 @@ fn predict(
     (k, depth): (usize, &Depth),
     hidden: &Shared,
     weight: f32,
-) -> (HeadOutput, Shared, f64) {
+) -> (HeadOutput, Shared) {
     let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None, top_k: 0 };
     let mut out = heads::forward(ctx, model, params, hidden, request, k);
     if !model.recompute.keeps_norms() {
         out.forget();
     }
-    let d: Vec<f32> = depth.host_targets.iter().map(|&t| if t >= 0 { -weight } else { 0.0 }).collect();
-    // logp is 0 where there is no target.
-    let sum: f64 = out.logp.view().f32().iter().map(|&l| f64::from(l)).sum();
-    (out, Arc::new(ctx.from_f32(&d)), -f64::from(weight) * sum)
+    let mut d = ctx.empty(DType::F32, depth.n);
+    head_loss::target_weights(ctx, depth.targets.view(), weight, d.view_mut());
+    (out, Arc::new(d))
 }
 
 /// f32 `[S]`: the balance weight of every sequence of a depth.
 fn balance_weights(ctx: &Ctx, depth: &Depth, weights: &LossWeights, k: usize) -> Option<Buf> {
-    weights.balance.get(k).map(|&w| ctx.from_f32(&vec![w; depth.cu.len() - 1]))
-}
-
-fn balance_loss(traces: &[LayerTrace], weight: Option<f32>) -> f64 {
-    let sum = |t: &LayerTrace| -> f64 {
-        t.balance.as_ref().map_or(0.0, |b| b.view().f32().iter().map(|&l| f64::from(l)).sum())
-    };
-    traces.iter().map(sum).sum::<f64>() * weight.map_or(0.0, f64::from)
+    weights.balance.get(k).map(|&w| ctx.filled(depth.cu.len() - 1, w))
 }
 
 /// Forward of a whole model over one micro-batch.
@@ -121,8 +179,9 @@ pub fn tail(
     mut traces: Vec<LayerTrace>,
 ) -> Forward {
     let (normed, norm) = heads::final_norm(ctx, model, params, &h);
-    let (out, d, main) = predict(ctx, model, params, (0, &batch.depths[0]), &normed, weights.token);
-    let mut losses = Losses { main, balance: balance_loss(&traces, weights.balance.first().copied()), mtp: 0.0 };
+    let (out, d) = predict(ctx, model, params, (0, &batch.depths[0]), &normed, weights.token);
+    let mut losses = LossTerms { terms: vec![(Part::Main, out.logp.clone(), weights.token)] };
+    losses.balance(&traces, weights.balance.first().copied());
     let mut feed = match model.config.mtp_hidden {
         MtpHidden::PostNorm => normed,
         MtpHidden::PreNorm => h,
@@ -133,9 +192,9 @@ pub fn tail(
         let balance = balance_weights(ctx, depth, weights, k);
         let options = Options { routing, balance: balance.as_ref() };
         let o = mtp::forward(ctx, model, params, k, depth, &feed, options);
-        let (head, d, loss) = predict(ctx, model, params, (k, depth), &o.normed, weights.mtp);
-        losses.mtp += loss;
-        losses.balance += balance_loss(o.trace.as_slice(), weights.balance.get(k).copied());
+        let (head, d) = predict(ctx, model, params, (k, depth), &o.normed, weights.mtp);
+        losses.terms.push((Part::Mtp, head.logp.clone(), weights.mtp));
+        losses.balance(o.trace.as_slice(), weights.balance.get(k).copied());
         traces.extend(o.trace);
         saved.push((o.saved, head, d));
         feed = o.feed;

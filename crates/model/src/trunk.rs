@@ -91,7 +91,7 @@ pub struct LayerTrace {
     /// i32 `[E + 1]`: differences are the load of this rank's tokens.
     pub offsets: Shared,
     /// f32 `[S]`: balance loss of each sequence, without alpha; if it was asked for.
-    pub balance: Option<Buf>,
+    pub balance: Option<Shared>,
 }
 
 impl LayerTrace {
@@ -103,7 +103,7 @@ impl LayerTrace {
 
     /// Tokens of this rank that chose each expert.
     pub fn load(&self) -> Vec<i64> {
-        self.offsets.view().i32().windows(2).map(|w| i64::from(w[1] - w[0])).collect()
+        self.offsets.view().to_i32().windows(2).map(|w| i64::from(w[1] - w[0])).collect()
     }
 }
 

@@ -62,7 +62,7 @@ fn log_likelihood(ctx: &Ctx, model: &Model, params: &Params, batch: &Batch) -> f
     let (normed, _) = heads::final_norm(ctx, model, params, &h);
     let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None, top_k: 0 };
     let out = heads::forward(ctx, model, params, &normed, request, 0);
-    out.logp.view().f32().iter().map(|&l| f64::from(l)).sum()
+    out.logp.view().to_f32().iter().map(|&l| f64::from(l)).sum()
 }
 
 /// A window of T + 1 tokens as T inputs and their targets.

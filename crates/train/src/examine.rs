@@ -85,8 +85,8 @@ fn likeliest(ctx: &Ctx, model: &Model, params: &Params, (k, depth): (usize, &Dep
 
 /// Counts the guesses at depth 1, sequence by sequence, against targets and the main model's `choices` of depth 0.
 fn judge(depth: &Depth, guesses: &Buf, choices: &Buf, drafts: &mut [Drafts]) {
-    let (guesses, choices, from) = (guesses.view().i32(), choices.view().i32(), depth.from.view().i32());
-    for (bounds, drafts) in depth.cu.view().i32().windows(2).zip(drafts) {
+    let [guesses, choices, from, cu] = [guesses, choices, &depth.from, &depth.cu].map(|b| b.view().to_i32());
+    for (bounds, drafts) in cu.windows(2).zip(drafts) {
         let rows = bounds[0] as usize..bounds[1] as usize;
         for row in rows.filter(|&row| depth.host_targets[row] >= 0) {
             // The row continues hidden state i; the main model's own choice of the token at i + 2 is made at i + 1.

@@ -255,22 +255,19 @@ impl State {
         optimizer: &mut Optimizer,
     ) -> Result<(Params, Option<Buf>), TrainError> {
         self.verify()?;
-        let mut params = Params::zeros(ctx, layout.clone(), precision);
         let state = self.dir.join(STATE);
         let (dir, stem) = match precision {
             Precision::Fp32 => (self.dir.as_path(), "model"),
             Precision::Bf16 => (state.as_path(), "master"),
         };
-        read_arena(ctx, dir, stem, layout, params.master.view_mut().f32())?;
-        params.refresh(ctx);
-        let (m, v) = optimizer.moments_mut();
-        read_arena(ctx, &state, "m", layout, m.view_mut().f32())?;
-        read_arena(ctx, &state, "v", layout, v.view_mut().f32())?;
-        optimizer.set_updates(self.saved.updates);
-        let mut ema = self.saved.ema.then(|| ctx.zeros(DType::F32, layout.len));
-        if let Some(ema) = &mut ema {
-            read_arena(ctx, &self.dir.join(EMA), "model", layout, ema.view_mut().f32())?;
-        }
+        let read = |dir: &Path, stem| -> Result<Buf, TrainError> {
+            let mut arena = ctx.on_host().zeros(DType::F32, layout.len);
+            read_arena(ctx, dir, stem, layout, arena.view_mut().f32())?;
+            Ok(ctx.here(arena))
+        };
+        let params = Params::of_masters(ctx, layout.clone(), precision, read(dir, stem)?);
+        optimizer.restore(read(&state, "m")?, read(&state, "v")?, self.saved.updates);
+        let ema = if self.saved.ema { Some(read(&self.dir.join(EMA), "model")?) } else { None };
         Ok((params, ema))
     }
 }

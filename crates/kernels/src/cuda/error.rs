@@ -1,6 +1,7 @@
 //! What can go wrong with a GPU, and how an operation that returns nothing says so.
 
 use super::driver::DriverError;
+use std::cell::Cell;
 
 /// Why a GPU cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -50,18 +51,21 @@ pub enum GpuError {
     },
 }
 
-/// What an operation on a GPU throws when it cannot go on: the payload of an unwinding, with a line for the user.
-/// Operations return nothing (their contracts leave nothing to fail on a CPU); a device that fails in the midst of a
-/// step fails everything after, so that only who runs the step can do something: end it and say why.
-#[derive(Clone, Debug)]
-pub struct Failure(pub String);
-
-/// Unwinds with a message, past the panic hook.
-pub(crate) fn fail(message: String) -> ! {
-    std::panic::resume_unwind(Box::new(Failure(message)))
+thread_local! {
+    static FAILED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The path of an op that is not written yet.
-pub(crate) fn missing() -> ! {
-    fail("this operation has no CUDA path yet".into())
+/// Ends what is going on with a line for the user. Operations return nothing (their contracts leave nothing to fail on
+/// a CPU); a device that fails in the midst of a step fails everything after, so that only who runs the step can do
+/// something: end it and say why. That is a panic whose message is not a fault of ours, see [`is_failure`].
+#[track_caller]
+pub(crate) fn fail(message: String) -> ! {
+    FAILED.set(true);
+    panic!("{message}")
+}
+
+/// Whether the panic under way on this thread is a failure of the device or of what it needs: its message is for the
+/// user.
+pub fn is_failure() -> bool {
+    FAILED.get()
 }

@@ -13,6 +13,8 @@ pub struct Graph {
     exec: sys::CUgraphExec,
     /// Memory that a replay writes over.
     ranges: Vec<Range>,
+    /// What of it was in use at the recording's end: its results.
+    kept: Vec<Range>,
     cuda: Arc<Cuda>,
 }
 
@@ -35,7 +37,7 @@ impl Cuda {
         self.recording.store(true, Ordering::Relaxed);
         let result = f();
         self.recording.store(false, Ordering::Relaxed);
-        let ranges = lock(&self.arena).end_recording();
+        let (ranges, kept) = lock(&self.arena).end_recording();
         let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: ends the recording begun above; the handles are written by the driver and used once.
         unsafe {
@@ -46,16 +48,16 @@ impl Cuda {
                 self.check("preparing a recorded step", e.0);
             }
         }
-        (Graph { exec, ranges, cuda: self.clone() }, result)
+        (Graph { exec, ranges, kept, cuda: self.clone() }, result)
     }
 }
 
 impl Graph {
     /// Gives the device all of it. False, and nothing happens, if memory that the recording used for a while is in use
-    /// for something else: record again.
+    /// for something else, or its results are no longer there: record again.
     #[must_use = "what could not be replayed was not done"]
     pub fn replay(&self) -> bool {
-        if lock(&self.cuda.arena).in_use(&self.ranges) {
+        if lock(&self.cuda.arena).in_use(&self.ranges) != self.kept {
             return false;
         }
         self.cuda.bind();

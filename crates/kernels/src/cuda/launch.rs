@@ -8,33 +8,26 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// CUDA C++ of one file with what it stands on.
+/// CUDA C++ of one file, and what it stands on.
 pub(crate) struct Source {
     /// For messages and names of files.
     pub name: &'static str,
-    /// All of it.
+    /// What comes before it, in order.
+    pub heads: &'static [&'static str],
+    /// The file.
     pub text: &'static str,
 }
 
 /// The source of a file beside the calling one: after the prelude, and after the Hopper helpers if `sm90` says so.
 macro_rules! source {
     ($file:literal) => {
-        $crate::cuda::Source {
-            name: $file,
-            text: concat!(include_str!("../../cuda/prelude.cuh"), "#line 1 \"", $file, "\"\n", include_str!($file)),
-        }
+        $crate::cuda::Source { name: $file, heads: &[$crate::cuda::PRELUDE], text: include_str!($file) }
     };
     (sm90, $file:literal) => {
         $crate::cuda::Source {
             name: $file,
-            text: concat!(
-                include_str!("../../cuda/prelude.cuh"),
-                include_str!("../../cuda/sm90.cuh"),
-                "#line 1 \"",
-                $file,
-                "\"\n",
-                include_str!($file)
-            ),
+            heads: &[$crate::cuda::PRELUDE, $crate::cuda::SM90],
+            text: include_str!($file),
         }
     };
 }
@@ -219,19 +212,22 @@ impl Cuda {
         let (major, minor) = self.arch;
         // wgmma and setmaxnreg belong to the architecture-specific target.
         let suffix = if self.has_wgmma() { "a" } else { "" };
-        let mut options = vec![
+        let options = [
             format!("--gpu-architecture=sm_{major}{minor}{suffix}"),
             "--std=c++17".into(),
             "--device-as-default-execution-space".into(),
         ];
-        options.extend(defines.iter().map(|(name, value)| format!("--define-macro={name}={}", value.text())));
-        let key = (self.ordinal, source.name, options.join(" "));
+        // Not options: those would reach the compiler's own templates, whose parameters have such names too.
+        let define = |(name, value): &(&str, Value)| format!("#define {name} {}\n", value.text());
+        let defines: String = defines.iter().map(define).collect();
+        let key = (self.ordinal, source.name, defines.clone());
         let mut modules = lock(MODULES.get_or_init(Mutex::default));
         if let Some(&module) = modules.get(&key) {
             return module;
         }
         let name = source.name.trim_end_matches(".cu");
-        let (code, unkept) = compile::cubin(name, source.text, &options);
+        let text = format!("{}{defines}#line 1 \"{}\"\n{}", source.heads.concat(), source.name, source.text);
+        let (code, unkept) = compile::cubin(name, &text, &options);
         if let Some(why) = unkept {
             let _ = self.kernels.notice.set(format!("compiled kernels are not kept for the next run: {why}"));
         }

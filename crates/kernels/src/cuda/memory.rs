@@ -113,8 +113,8 @@ impl Arena {
         self.recorded = Some(Vec::new());
     }
 
-    /// What was taken since, in order, neighbours and overlaps merged.
-    pub fn end_recording(&mut self) -> Vec<Range> {
+    /// What was taken since, in order, neighbours and overlaps merged; and what of it is in use now.
+    pub fn end_recording(&mut self) -> (Vec<Range>, Vec<Range>) {
         let mut all = self.recorded.take().unwrap_or_default();
         all.sort_unstable();
         all.dedup_by(|next, kept| {
@@ -122,16 +122,17 @@ impl Arena {
             kept.1 = if joins { kept.1.max(next.1) } else { kept.1 };
             joins
         });
-        all
+        let kept = self.in_use(&all);
+        (all, kept)
     }
 
-    /// Whether anything in use lies within these ranges.
-    pub fn in_use(&self, ranges: &[Range]) -> bool {
-        let live = |&(begin, end): &Range| {
-            let before = self.live.range(..begin).next_back().is_some_and(|(&at, &size)| at + size as u64 > begin);
-            before || self.live.range(begin..end).next().is_some()
+    /// What is in use and lies within these ranges or reaches into them.
+    pub fn in_use(&self, ranges: &[Range]) -> Vec<Range> {
+        let reaches = |&(begin, end): &Range| {
+            let before = self.live.range(..begin).next_back().filter(move |&(&at, &size)| at + size as u64 > begin);
+            before.into_iter().chain(self.live.range(begin..end)).map(|(&at, &size)| (at, at + size as u64))
         };
-        ranges.iter().any(live)
+        ranges.iter().flat_map(reaches).collect()
     }
 
     /// (in use, most in use at once, taken from the driver).
@@ -277,6 +278,11 @@ impl<'a> CudaView<'a> {
         Self { ptr: self.ptr + (r.start * self.dtype.size()) as u64, len: r.len(), ..self }
     }
 
+    /// The same bytes as elements of another type.
+    pub(crate) fn cast(self, dtype: DType) -> Self {
+        Self { len: self.len * self.dtype.size() / dtype.size(), dtype, ..self }
+    }
+
     pub(crate) fn device(self) -> Arc<Cuda> {
         self.device.upgrade().unwrap_or_else(|| error::fail("a buffer was used after its device was closed".into()))
     }
@@ -351,15 +357,15 @@ mod tests {
         let kept = a.take(300).unwrap();
         a.give(y, 512);
         a.give(kept, 300);
-        let ranges = a.end_recording();
-        assert_eq!(ranges, [(x, x + 1024)]);
-        assert!(!a.in_use(&ranges));
+        let (ranges, held) = a.end_recording();
+        assert_eq!((ranges.clone(), held), (vec![(x, x + 1024)], vec![]));
+        assert!(a.in_use(&ranges).is_empty());
         a.give(before, 1000);
         // Best fit: the whole is one free range again, and the first bytes of it are no part of the recording.
         let outside = a.take(1000).unwrap();
-        assert!(!a.in_use(&ranges));
+        assert!(a.in_use(&ranges).is_empty());
         let inside = a.take(1).unwrap();
-        assert!(a.in_use(&ranges));
+        assert_eq!(a.in_use(&ranges), [(inside, inside + 512)]);
         a.give(inside, 1);
         a.give(outside, 1000);
         std::mem::forget(a);

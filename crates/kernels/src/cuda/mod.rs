@@ -5,6 +5,7 @@
 //! A step that is to be captured as a graph must not wait, read device memory on the host or take new memory from the
 //! driver; [`Cuda::waits`] counts what did.
 
+mod blas;
 mod compile;
 mod driver;
 mod error;
@@ -13,9 +14,11 @@ mod launch;
 mod memory;
 mod pinned;
 mod tensor_map;
+#[cfg(test)]
+mod tests;
 
-pub(crate) use error::missing;
-pub use error::{Failure, GpuError};
+pub(crate) use blas::{Operand, Product};
+pub use error::{GpuError, is_failure};
 pub use graph::Graph;
 pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
 pub use memory::{CudaBuf, CudaView, CudaViewMut};
@@ -24,7 +27,7 @@ pub(crate) use tensor_map::{Swizzle, TensorMap};
 
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
-pub(crate) use driver::Event;
+pub use driver::Event;
 use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
@@ -32,6 +35,11 @@ use pinned::Pinned;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// What every kernel's source begins with.
+pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
+/// Hopper's own instructions.
+pub(crate) const SM90: &str = include_str!("sm90.cuh");
 
 /// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
 pub struct Cuda {
@@ -48,6 +56,7 @@ pub struct Cuda {
     arena: Arc<Mutex<Arena>>,
     pinned: Arc<Pinned>,
     kernels: Kernels,
+    blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
     invariant: AtomicBool,
     /// A graph is being recorded.
@@ -104,6 +113,7 @@ impl Cuda {
             arena: Arc::default(),
             pinned: Arc::default(),
             kernels: Kernels::default(),
+            blas: blas::Blas::default(),
             constants: Mutex::default(),
             invariant: AtomicBool::new(false),
             recording: AtomicBool::new(false),
@@ -148,6 +158,12 @@ impl Cuda {
         self.total
     }
 
+    /// Bytes that the driver could still give.
+    pub fn free_memory(&self) -> usize {
+        self.bind();
+        driver::memory_info().map_or(self.total, |(free, _)| free)
+    }
+
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.arch.0 == 9
@@ -176,6 +192,11 @@ impl Cuda {
     /// What a user should know about this device, if anything.
     pub fn notice(&self) -> Option<String> {
         self.kernels.notice()
+    }
+
+    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    pub fn may_record(&self) -> bool {
+        self.profile.get().is_none()
     }
 
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).
@@ -281,6 +302,17 @@ impl Cuda {
             self.bind();
             // SAFETY: callers pass memory of a live buffer of at least so many bytes.
             self.check("filling memory", unsafe { sys::cuMemsetD8Async(ptr, byte, bytes, self.stream.raw()) });
+        }
+    }
+
+    /// Makes every element of four bytes this word.
+    pub(crate) fn fill_words(&self, mut v: ViewMut<'_>, word: u32) {
+        assert_eq!(v.dtype().size(), 4, "words in {v:?}");
+        if !v.is_empty() {
+            self.bind();
+            // SAFETY: the view holds so many words.
+            let result = unsafe { sys::cuMemsetD32Async(v.ptr(), word, v.len(), self.stream.raw()) };
+            self.check("filling memory", result);
         }
     }
 

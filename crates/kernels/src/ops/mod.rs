@@ -12,6 +12,7 @@ pub mod gemm_grouped;
 pub mod grad_norm;
 pub mod head_loss;
 pub mod kv_store;
+mod launch;
 pub mod mla_decode;
 pub mod mla_prefill;
 pub mod moe_permute;

@@ -5,7 +5,7 @@ use super::checkpoint::{Checkpoint, check_shape, derived, mtp_copies};
 use super::error::printable;
 use super::source::Source;
 use crate::{Layout, ModelConfig, Params, Precision, Scope};
-use hadal_kernels::{Ctx, Device, Elem, bf16};
+use hadal_kernels::{Ctx, Elem, bf16};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -61,7 +61,7 @@ impl Checkpoint {
         layout: Arc<Layout>,
         precision: Precision,
     ) -> Result<(Params, Vec<String>), IoError> {
-        self.fill(ctx, config, layout, |layout| Params::zeros(ctx, layout, precision))
+        self.fill(ctx, config, layout, |layout| Params::zeros(&ctx.on_host(), layout, precision))
     }
 
     /// As [`Checkpoint::load`], without masters where bf16 is computed with.
@@ -72,7 +72,7 @@ impl Checkpoint {
         layout: Arc<Layout>,
         precision: Precision,
     ) -> Result<(Params, Vec<String>), IoError> {
-        self.fill(ctx, config, layout, |layout| Params::zeros_for_inference(ctx, layout, precision))
+        self.fill(ctx, config, layout, |layout| Params::zeros_for_inference(&ctx.on_host(), layout, precision))
     }
 
     fn fill(
@@ -105,6 +105,7 @@ impl Checkpoint {
         }
         ctx.host().chunks_mut(&mut jobs, 1, |_, one| one[0].result = one[0].run());
         jobs.into_iter().try_for_each(|job| job.result)?;
+        let mut params = params.here(ctx);
         params.refresh(ctx);
         Ok((params, warnings))
     }

@@ -50,7 +50,8 @@ pub fn save_checkpoint(
     vacant(dir)?;
     let disk = Disk::new();
     let staged = Staged::begin(&disk, dir)?;
-    write_model(&disk, staged.path(), config, &params.layout, params.master.view().f32(), options)?;
+    let master = params.master.host();
+    write_model(&disk, staged.path(), config, &params.layout, master.view().f32(), options)?;
     write_extra(&disk, staged.path(), extra)?;
     Ok(staged.commit()?)
 }

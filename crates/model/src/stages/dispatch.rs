@@ -49,7 +49,7 @@ pub struct Gate {
     pub route: Route,
     d_scores: Option<Buf>,
     /// f32 `[S]`: the balance loss of each sequence, without alpha.
-    pub balance: Option<Buf>,
+    pub balance: Option<Shared>,
 }
 
 impl Saved {
@@ -74,7 +74,7 @@ impl Saved {
     /// Bytes kept until backward (h1 included, the expert rows not: the MLP stage keeps them).
     pub fn bytes(&self) -> usize {
         let gate = self.gate.as_ref().map_or(0, |g| {
-            let extra = g.d_scores.as_ref().map_or(0, Buf::bytes) + g.balance.as_ref().map_or(0, Buf::bytes);
+            let extra = g.d_scores.as_ref().map_or(0, Buf::bytes) + g.balance.as_ref().map_or(0, |b| b.bytes());
             g.scores.bytes()
                 + g.indices.bytes()
                 + g.weights.bytes()
@@ -163,7 +163,7 @@ fn route(
         offsets: Arc::new(offsets),
         route,
         d_scores,
-        balance,
+        balance: balance.map(Arc::new),
     };
     (gate, rows)
 }

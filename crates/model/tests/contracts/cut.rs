@@ -48,7 +48,7 @@ fn run(ctx: &Ctx, stages: &mut [Stage], i: usize, batch: &Batch, step: &mut Step
     let (Input::Hidden(h), Some(saved)) = (input, kept.pop()) else { unreachable!("there is a stage") };
     let last = stages.last_mut().unwrap();
     let f = pass::tail(ctx, &last.model, &last.params, batch, &weights, None, h, saved, traces);
-    step.losses(i, &f.losses);
+    step.losses(i, &f.losses.read());
     step.traces(i, &f);
     let (mut dh, jobs) = pass::backward_input(ctx, &last.model, &last.params, f);
     jobs.run(ctx, &last.params, &mut last.grads);

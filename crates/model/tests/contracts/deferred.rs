@@ -20,7 +20,7 @@ fn a_queue_run_after_all_micro_batches_gives_the_same_bits() {
         let batches = make();
         let forward = |b| pass::forward(ctx, &model, &params, b, &loss_weights(config), None);
         for (i, f) in batches.iter().map(forward).collect::<Vec<_>>().into_iter().enumerate() {
-            step.losses(i, &f.losses);
+            step.losses(i, &f.losses.read());
             step.traces(i, &f);
             let before = (queue.len(), queue.bytes());
             let (dh, jobs) = pass::backward_input(ctx, &model, &params, f);

@@ -191,7 +191,7 @@ impl Pipeline {
         let Part { model, params } = &self.parts[2];
         let (h, saved, _) = trunk::forward(ctx, model, params, &batch.depths[0], Input::Hidden(h), Options::default());
         let f = pass::tail(ctx, model, params, batch, &self.weights, None, h, saved, traces);
-        run.step.losses(i, &f.losses);
+        run.step.losses(i, &f.losses.read());
         run.step.traces(i, &f);
         let (dh, jobs) = pass::backward_input(ctx, model, params, f);
         jobs.run(ctx, params, &mut run.grads[2]);

@@ -12,7 +12,7 @@ fn at_once(ctx: &Ctx, model: &Model, params: &Params, lengths: &[&[usize]], rout
     for (i, lengths) in lengths.iter().enumerate() {
         let batch = batch(ctx, &model.config, lengths, 1 + i as u64);
         let f = pass::forward(ctx, model, params, &batch, &loss_weights(&model.config), routing);
-        step.losses(i, &f.losses);
+        step.losses(i, &f.losses.read());
         step.traces(i, &f);
         let mut jobs = WeightGrads::at_once(ctx, params, &mut grads);
         let dh = pass::backward_into(ctx, model, params, f, &mut jobs);

@@ -251,7 +251,7 @@ pub fn step_with(
     let mut step = Step::default();
     for (i, batch) in batches.iter().enumerate() {
         let f = pass::forward(ctx, model, params, batch, weights, routing);
-        step.losses(i, &f.losses);
+        step.losses(i, &f.losses.read());
         step.traces(i, &f);
         let (dh, jobs) = pass::backward_input(ctx, model, params, f);
         step.input(i, &dh);

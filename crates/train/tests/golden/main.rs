@@ -121,7 +121,8 @@ fn gradients(
     let model = g.model(ctx);
     let params = g.params(ctx, &model.layout, precision);
     let f = pass::forward(ctx, &model, &params, &g.batch(ctx), w, routing);
-    let losses = [f.losses.main, f.losses.mtp, f.losses.balance];
+    let l = f.losses.read();
+    let losses = [l.main, l.mtp, l.balance];
     let mut grads = Grads::zeros(ctx, model.layout.clone());
     pass::backward(ctx, &model, &params, f).run(ctx, &params, &mut grads);
     grads.fold(ctx);

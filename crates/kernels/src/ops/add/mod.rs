@@ -1,6 +1,7 @@
 //! Elementwise sums, blends and conversion, in f32, rounded once.
 
 pub(super) mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -14,7 +15,7 @@ pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert!(a.len() == out.len() && b.len() == out.len(), "{} + {} to {}", a.len(), b.len(), out.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::add(cuda, a, b, out),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(b.dtype(), B => by_dtype!(out.dtype(), T => {
             cpu::add::<A, B, T>(cpu, a, b, out)
         }))),
@@ -26,7 +27,7 @@ pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "adding {} elements to {}", a.len(), out.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::accumulate(cuda, a, out),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::accumulate::<A, T>(cpu, a, out)
         })),
@@ -38,7 +39,7 @@ pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "converting {} elements to {}", a.len(), out.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::convert(cuda, a, out),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::convert::<A, T>(cpu, a, out)
         })),
@@ -51,7 +52,7 @@ pub fn blend(ctx: &Ctx, weight: f32, a: View<'_>, out: ViewMut<'_>) {
     let _timer = ctx.timer("add");
     assert_eq!(a.len(), out.len(), "blending {} elements into {}", a.len(), out.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::blend(cuda, weight, a, out),
         Device::Cpu(cpu) => by_dtype!(a.dtype(), A => by_dtype!(out.dtype(), T => {
             cpu::blend::<A, T>(cpu, weight, a, out)
         })),

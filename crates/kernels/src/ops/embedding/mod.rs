@@ -1,6 +1,7 @@
 //! Token embedding: `y[n]` = `table[ids[n]]`.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -17,7 +18,7 @@ pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
     assert!(table.experts == 1 && table.data.len() == v * d, "table [{v}, {d}] in {}", table.data.len());
     assert_eq!(y.len(), ids.len() * d, "y [{}, {d}]", ids.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, ids, table, y),
         Device::Cpu(cpu) => by_dtype!(table.data.dtype(), W => by_dtype!(y.dtype(), T => {
             cpu::forward::<W, T>(cpu, ids.i32(), table, y)
         })),
@@ -39,7 +40,7 @@ pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
         dtable.len()
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward(cuda, ids, dy, d, dtable),
         Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => cpu::backward::<T>(cpu, ids.i32(), dy, d, dtable)),
     }
 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, contexts, ctx, finite_difference, levels, normals, op_tolerance,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -13,9 +13,10 @@ fn ids(n: usize, vocabulary: usize) -> Vec<i32> {
     (0..n).map(|i| ((i * i * 31 + i / 3) % vocabulary) as i32).collect()
 }
 
-/// (N, V, D): scaled down, ragged, one, one past a block of rows, empty.
-const SHAPES: [(usize, usize, usize); 6] =
-    [(100, 50, 64), (7, 65, 100), (1, 1, 1), (300, 129, 33), (0, 5, 4), (2000, 3, 130)];
+/// (N, V, D): scaled down, ragged, one, one past a block of rows, empty, many of an id, ids of more than one digit of a
+/// sort.
+const SHAPES: [(usize, usize, usize); 7] =
+    [(100, 50, 64), (7, 65, 100), (1, 1, 1), (300, 129, 33), (0, 5, 4), (2000, 3, 130), (3000, 1100, 24)];
 
 #[test]
 fn reference_gradient() {
@@ -36,7 +37,7 @@ fn matches_reference() {
             let ids = ids(n, v);
             let id_buf = ctx.from_i32(&ids);
             for (dw, dt) in [(F32, F32), (F32, Bf16), (Bf16, Bf16)] {
-                let table = buf(dw, &normals(1, v * d, 1.0));
+                let table = buf_on(&ctx, dw, &normals(1, v * d, 1.0));
                 let mut y = ctx.zeros(dt, n * d);
                 let weight = Weight { data: table.view(), experts: 1, rows: v, cols: d };
                 forward(&ctx, id_buf.view(), &weight, y.view_mut());
@@ -45,8 +46,8 @@ fn matches_reference() {
                 assert_same_bits("y", &y, &buf(dt, &expected));
             }
             for dt in [F32, Bf16] {
-                let dy = buf(dt, &normals(2, n * d, 1.0));
-                let mut dtable = buf(F32, &vec![1.0; v * d]);
+                let dy = buf_on(&ctx, dt, &normals(2, n * d, 1.0));
+                let mut dtable = ctx.from_f32(&vec![1.0; v * d]);
                 backward(&ctx, id_buf.view(), dy.view(), dtable.view_mut());
                 let expected: Vec<f64> = reference::backward(&ids, &wide(&dy), d, v).iter().map(|x| x + 1.0).collect();
                 assert_close("dtable", &dtable, &expected, op_tolerance(F32));
@@ -76,20 +77,22 @@ fn same_bits_for_every_thread_count() {
 /// The gradient of a batch is added as if computed alone, in order of position.
 #[test]
 fn a_finished_sum_is_added() {
-    let ctx = ctx();
-    let (n, v, d) = (500, 9, 70);
-    let dy = buf(F32, &normals(5, n * d, 1.0));
-    let old = buf(F32, &normals(6, v * d, 100.0));
-    let alone = gradient(&ctx, &ids(n, v), &dy, &ctx.zeros(F32, v * d));
-    let mut in_order = vec![0.0f32; v * d];
-    for (i, id) in ids(n, v).into_iter().enumerate() {
-        for c in 0..d {
-            in_order[id as usize * d + c] += dy.view().f32()[i * d + c];
+    for ctx in levels() {
+        for (n, v, d) in [(500, 9, 70), (2500, 700, 64), (1100, 1, 5)] {
+            let dy = buf_on(&ctx, F32, &normals(5, n * d, 1.0));
+            let old = buf_on(&ctx, F32, &normals(6, v * d, 100.0));
+            let alone = gradient(&ctx, &ids(n, v), &dy, &ctx.zeros(F32, v * d));
+            let (mut in_order, values) = (vec![0.0f32; v * d], dy.view().to_f32());
+            for (i, id) in ids(n, v).into_iter().enumerate() {
+                for c in 0..d {
+                    in_order[id as usize * d + c] += values[i * d + c];
+                }
+            }
+            assert_same_bits("alone", &alone, &buf(F32, &in_order));
+            let sum: Vec<f32> = old.view().to_f32().iter().zip(&in_order).map(|(a, b)| a + b).collect();
+            assert_same_bits("added", &gradient(&ctx, &ids(n, v), &dy, &old), &buf(F32, &sum));
         }
     }
-    assert_same_bits("alone", &alone, &buf(F32, &in_order));
-    let sum: Vec<f32> = old.view().f32().iter().zip(&in_order).map(|(a, b)| a + b).collect();
-    assert_same_bits("added", &gradient(&ctx, &ids(n, v), &dy, &old), &buf(F32, &sum));
 }
 
 #[test]

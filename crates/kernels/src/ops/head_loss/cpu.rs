@@ -94,6 +94,11 @@ pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
     }
 }
 
+/// See the module's contract; sizes have been checked.
+pub(super) fn target_weights(targets: View<'_>, weight: f32, out: ViewMut<'_>) {
+    out.f32().iter_mut().zip(targets.i32()).for_each(|(o, &t)| *o = if t < 0 { 0.0 } else { weight });
+}
+
 /// The fixed slices of a vocabulary of `v` ids.
 fn slices(v: usize) -> impl Iterator<Item = Range<usize>> {
     (0..v).step_by(SLICE).map(move |start| start..v.min(start + SLICE))

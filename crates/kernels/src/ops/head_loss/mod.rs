@@ -8,6 +8,7 @@
 //! d_logp (1`[j = target]` - p_j) - d_entropy p_j (z_j - lse + entropy) + sum_g d_given_g (1`[j = given_g]` - p_j).
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -64,8 +65,8 @@ pub fn forward(ctx: &Ctx, x: Inputs<'_>, out: Outputs<'_>) {
         return;
     }
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::forward(ctx, cpu, x, out),
+        Device::Cuda(cuda) => cuda::forward(ctx, cuda, x, out),
     }
 }
 
@@ -115,13 +116,26 @@ pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
         return;
     }
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
         Device::Cpu(cpu) => cpu::backward(ctx, cpu, x, b),
+        Device::Cuda(cuda) => cuda::backward(ctx, cuda, x, b),
+    }
+}
+
+/// out (f32 `[N]`) = `weight` where there is a target, else 0: the gradient of `weight` times the sum of all logp.
+pub fn target_weights(ctx: &Ctx, targets: View<'_>, weight: f32, out: ViewMut<'_>) {
+    let _timer = ctx.timer("head_loss target weights");
+    assert_eq!(out.len(), targets.len(), "head_loss target weights: out and targets differ in size");
+    if out.is_empty() {
+        return;
+    }
+    match &ctx.device {
+        Device::Cpu(_) => cpu::target_weights(targets, weight, out),
+        Device::Cuda(cuda) => cuda::target_weights(cuda, targets, weight, out),
     }
 }
 
 impl Inputs<'_> {
-    /// Panics unless sizes fit and ids are in range; returns N.
+    /// Panics unless sizes fit and, where the host can look, ids are in range; returns N.
     #[track_caller]
     fn check(&self) -> usize {
         let (n, v, d) = (self.targets.len(), self.weight.rows, self.weight.cols);
@@ -135,10 +149,10 @@ impl Inputs<'_> {
         );
         let t = self.temperature;
         assert!(t > 0.0 && t.is_finite(), "head_loss: temperature {t}, expected a finite positive number");
-        check_ids("target", self.targets.i32(), -1, v);
+        check_ids("target", self.targets, -1, v);
         if let Some(given) = self.given {
             per_row("given ids", given.len(), n);
-            check_ids("given id", given.i32(), 0, v);
+            check_ids("given id", given, 0, v);
         }
         n
     }
@@ -153,7 +167,11 @@ fn per_row(name: &str, len: usize, n: usize) -> usize {
 }
 
 #[track_caller]
-fn check_ids(name: &str, ids: &[i32], lowest: i32, v: usize) {
+fn check_ids(name: &str, ids: View<'_>, lowest: i32, v: usize) {
+    if !ids.is_host() {
+        return;
+    }
+    let ids = ids.i32();
     if let Some(i) = ids.iter().position(|&id| id < lowest || id as i64 >= v as i64) {
         panic!("head_loss: {name} [{i}] is {}, expected {lowest}..{v}", ids[i]);
     }

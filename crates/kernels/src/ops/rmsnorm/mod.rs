@@ -3,6 +3,7 @@
 //! a wider projection (the latent of kv_a_proj_with_mqa).
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -35,7 +36,7 @@ pub fn forward(ctx: &Ctx, a: Forward<'_>) {
     assert_rows("x", n, d, a.x_stride, a.x.len());
     assert_eq!(a.y.len(), n * d, "y [{n}, {d}]");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::forward::<T>(cpu, a)),
     }
 }
@@ -69,7 +70,7 @@ pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
     assert_rows("dx", n, d, a.dx_stride, a.dx.len());
     assert_eq!(a.dy.len(), n * d, "dy [{n}, {d}]");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward_input(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::backward_input::<T>(cpu, a)),
     }
 }
@@ -82,7 +83,7 @@ pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rs
     assert_rows("x", n, d, x_stride, x.len());
     assert_eq!(dy.len(), n * d, "dy [{n}, {d}]");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward_weight(cuda, dy, x, x_stride, rstd, dw),
         Device::Cpu(cpu) => by_dtype!(x.dtype(), T => cpu::backward_weight::<T>(cpu, dy, x, x_stride, rstd, dw)),
     }
 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, contexts, ctx, finite_difference, gpu, levels, normals, op_tolerance,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -10,10 +10,20 @@ fn wide(b: &Buf) -> Vec<f64> {
     b.view().to_f32().into_iter().map(f64::from).collect()
 }
 
-/// (N, D, distance of rows): scaled down, part of a wider projection, ragged, one row, one past a block, empty. Not one
-/// column: there dx is all cancellation, of which f32 keeps no digit.
-const SHAPES: [(usize, usize, usize); 7] =
-    [(64, 128, 128), (100, 64, 96), (7, 33, 40), (1, 3, 3), (129, 17, 17), (0, 8, 8), (3, 9000, 9000)];
+/// (N, D, distance of rows): scaled down, part of a wider projection, ragged, one row, one past a block, empty, long
+/// rows, more rows than one block of a weight's gradient. Not one column: there dx is all cancellation, of which f32
+/// keeps no digit.
+const SHAPES: [(usize, usize, usize); 9] = [
+    (64, 128, 128),
+    (100, 64, 96),
+    (7, 33, 40),
+    (1, 3, 3),
+    (129, 17, 17),
+    (0, 8, 8),
+    (3, 9000, 9000),
+    (5, 7168, 7176),
+    (700, 264, 264),
+];
 
 struct Case {
     n: usize,
@@ -28,7 +38,7 @@ struct Case {
 }
 
 impl Case {
-    fn new((n, d, stride): (usize, usize, usize), dtype: DType) -> Self {
+    fn new(ctx: &Ctx, (n, d, stride): (usize, usize, usize), dtype: DType) -> Self {
         let dense = buf(dtype, &normals(1, n * d, 2.0));
         let mut x = vec![f32::NAN; n * stride];
         for (row, dense) in x.chunks_exact_mut(stride).zip(dense.view().to_f32().chunks_exact(d)) {
@@ -38,11 +48,11 @@ impl Case {
             n,
             d,
             stride,
-            x: buf(dtype, &x),
+            x: buf_on(ctx, dtype, &x),
             dense_x: wide(&dense),
-            w: buf(F32, &normals(2, d, 1.0)),
-            dy: buf(dtype, &normals(3, n * d, 1.0)),
-            old: buf(dtype, &normals(4, n * stride, 1.0)),
+            w: buf_on(ctx, F32, &normals(2, d, 1.0)),
+            dy: buf_on(ctx, dtype, &normals(3, n * d, 1.0)),
+            old: buf_on(ctx, dtype, &normals(4, n * stride, 1.0)),
         }
     }
 
@@ -67,7 +77,7 @@ impl Case {
             accumulate,
         };
         backward_input(ctx, a);
-        let mut dw = buf(F32, &vec![1.0; self.d]);
+        let mut dw = ctx.from_f32(&vec![1.0; self.d]);
         backward_weight(ctx, self.dy.view(), self.x.view(), self.stride, rstd.view(), dw.view_mut());
         (dx, dw)
     }
@@ -89,7 +99,7 @@ fn matches_reference() {
     for ctx in levels() {
         for shape in SHAPES {
             for dtype in [F32, Bf16] {
-                let case = Case::new(shape, dtype);
+                let case = Case::new(&ctx, shape, dtype);
                 let w = wide(&case.w);
                 let (y, rstd) = case.forward(&ctx);
                 let (ey, er) = reference::forward(&case.dense_x, &w, f64::from(EPS));
@@ -116,12 +126,13 @@ fn matches_reference() {
 
 #[test]
 fn gaps_between_rows_stay_untouched() {
-    let case = Case::new((9, 33, 40), F32);
-    let ctx = ctx();
-    let (_, rstd) = case.forward(&ctx);
-    let (dx, _) = case.backward(&ctx, &rstd, false);
-    for (dx, old) in dx.view().f32().chunks_exact(40).zip(case.old.view().f32().chunks_exact(40)) {
-        assert_eq!(dx[33..], old[33..]);
+    for ctx in levels() {
+        let case = Case::new(&ctx, (9, 33, 40), F32);
+        let (_, rstd) = case.forward(&ctx);
+        let (dx, _) = case.backward(&ctx, &rstd, false);
+        for (dx, old) in dx.view().to_f32().chunks_exact(40).zip(case.old.view().to_f32().chunks_exact(40)) {
+            assert_eq!(dx[33..], old[33..]);
+        }
     }
 }
 
@@ -129,7 +140,7 @@ fn gaps_between_rows_stay_untouched() {
 fn same_bits_for_every_thread_count() {
     let contexts = contexts();
     for shape in [(300, 100, 128), (130, 33, 33)] {
-        let case = Case::new(shape, Bf16);
+        let case = Case::new(&contexts[0], shape, Bf16);
         let run = |ctx: &Ctx| {
             let (y, rstd) = case.forward(ctx);
             let (dx, dw) = case.backward(ctx, &rstd, true);
@@ -142,16 +153,36 @@ fn same_bits_for_every_thread_count() {
     }
 }
 
+/// On a GPU every run gives the same bits, those of blocks of rows summed apart too.
+#[test]
+fn same_bits_in_every_run() {
+    let Some(ctx) = gpu() else { return };
+    for shape in [(700, 264, 264), (300, 33, 33)] {
+        let case = Case::new(&ctx, shape, Bf16);
+        let run = || {
+            let (y, rstd) = case.forward(&ctx);
+            let (dx, dw) = case.backward(&ctx, &rstd, true);
+            [y, rstd, dx, dw]
+        };
+        let first = run();
+        for _ in 0..3 {
+            first.iter().zip(&run()).for_each(|(a, b)| assert_same_bits("runs", a, b));
+        }
+    }
+}
+
 /// A row of zeros stays zero (eps keeps the root positive), and a row does not depend on its neighbours.
 #[test]
 fn rows_are_independent() {
-    let ctx = ctx();
-    let case = Case::new((50, 64, 64), F32);
-    let (y, _) = case.forward(&ctx);
-    let alone = Case { n: 1, x: buf(F32, &case.x.view().f32()[20 * 64..21 * 64]), ..Case::new((50, 64, 64), F32) };
-    assert_eq!(alone.forward(&ctx).0.view().f32(), &y.view().f32()[20 * 64..21 * 64]);
-    let zeros = Case { n: 1, x: ctx.zeros(F32, 64), ..Case::new((50, 64, 64), F32) };
-    assert!(zeros.forward(&ctx).0.view().f32().iter().all(|y| *y == 0.0));
+    for ctx in levels() {
+        let case = || Case::new(&ctx, (50, 64, 64), F32);
+        let y = case().forward(&ctx).0.view().to_f32();
+        let row = &case().x.view().to_f32()[20 * 64..21 * 64];
+        let alone = Case { n: 1, x: ctx.from_f32(row), ..case() };
+        assert_eq!(alone.forward(&ctx).0.view().to_f32(), y[20 * 64..21 * 64]);
+        let zeros = Case { n: 1, x: ctx.zeros(F32, 64), ..case() };
+        assert!(zeros.forward(&ctx).0.view().to_f32().iter().all(|y| *y == 0.0));
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! order, and scores do not care. Angles, cosines and sines are taken in f64, so that long contexts lose nothing.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -48,7 +49,7 @@ pub fn apply(ctx: &Ctx, a: Rope<'_>) {
         assert!(a.x.len() >= need, "x holds {} elements, {n} tokens need {need}", a.x.len());
     }
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::apply(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::apply::<T>(cpu, a)),
     }
 }

@@ -1,6 +1,6 @@
 use super::{Rope, apply, reference};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, contexts, ctx, finite_difference, levels, normals, op_tolerance,
 };
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
@@ -72,7 +72,7 @@ impl Layout {
     }
 }
 
-/// A query head's tail, a key shared by all heads at the end of kv_a's rows, dense heads, and nothing.
+/// A query head's tail, a key shared by all heads at the end of kv_a's rows, dense heads, many heads, and nothing.
 fn layouts() -> Vec<Layout> {
     let mut all = Vec::new();
     for interleaved in [true, false] {
@@ -80,6 +80,7 @@ fn layouts() -> Vec<Layout> {
             (37, 3, 64, 192, 128, 576),
             (5, 1, 8, 0, 24, 32),
             (17, 2, 6, 6, 0, 12),
+            (50, 20, 64, 72, 8, 1448),
             (1, 1, 2, 2, 0, 2),
             (0, 4, 8, 8, 0, 32),
             (3, 0, 8, 8, 0, 4),
@@ -112,7 +113,7 @@ fn agrees_with_the_reference_and_leaves_the_rest_alone() {
         for l in layouts() {
             for dtype in [DType::F32, DType::Bf16] {
                 for (factor, inverse) in [(1.0, false), (0.92104, true)] {
-                    let before = buf(dtype, &normals(1, l.len(), 1.0));
+                    let before = buf_on(&ctx, dtype, &normals(1, l.len(), 1.0));
                     let mut x = before.clone();
                     l.run(&ctx, &mut x, factor, inverse);
                     let expected = l.reference(&f64s(&before), factor, inverse);
@@ -133,12 +134,14 @@ fn agrees_with_the_reference_and_leaves_the_rest_alone() {
 
 #[test]
 fn inverse_undoes_forward() {
-    for l in layouts() {
-        let before = buf(DType::F32, &normals(1, l.len(), 1.0));
-        let mut x = before.clone();
-        l.run(&ctx(), &mut x, 1.0, false);
-        l.run(&ctx(), &mut x, 1.0, true);
-        assert_close(&format!("{l:?}"), &x, &f64s(&before), Tolerance::F32_OP);
+    for ctx in levels() {
+        for l in layouts() {
+            let before = buf_on(&ctx, DType::F32, &normals(1, l.len(), 1.0));
+            let mut x = before.clone();
+            l.run(&ctx, &mut x, 1.0, false);
+            l.run(&ctx, &mut x, 1.0, true);
+            assert_close(&format!("{l:?}"), &x, &f64s(&before), Tolerance::F32_OP);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! `scatter_add` adds in f32 and rounds once.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -14,7 +15,7 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
     let _timer = ctx.timer("rows");
     assert_eq!(out.len(), index.len() * dim, "gather of {} rows of {dim}", index.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::gather(cuda, x, dim, index, out),
         Device::Cpu(cpu) => {
             super::by_dtype!(x.dtype(), T => cpu::gather::<T>(cpu, crate::Elem::of(x), dim, index.i32(), crate::Elem::of_mut(out)))
         }
@@ -26,9 +27,9 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
 pub fn scatter_add(ctx: &Ctx, d: View<'_>, dim: usize, index: View<'_>, x: ViewMut<'_>) {
     let _timer = ctx.timer("rows");
     assert_eq!(d.len(), index.len() * dim, "scatter of {} rows of {dim}", index.len());
-    debug_assert!(distinct(index.i32()), "scatter to {:?}: an index occurs twice", index.i32());
+    debug_assert!(!index.is_host() || distinct(index.i32()), "scatter to {index:?}: an index occurs twice");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::scatter_add(cuda, d, dim, index, x),
         Device::Cpu(_) => {
             super::by_dtype!(d.dtype(), T => cpu::scatter_add::<T>(crate::Elem::of(d), dim, index.i32(), crate::Elem::of_mut(x)))
         }
@@ -51,7 +52,7 @@ pub fn copy_strided(
     let _timer = ctx.timer("rows");
     assert!(width <= from_stride && width <= to_stride, "rows of {width} overlap at {from_stride}, {to_stride}");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::copy_strided(cuda, (from, from_stride), (to, to_stride), rows, width),
         Device::Cpu(cpu) => super::by_dtype!(from.dtype(), T => cpu::copy_strided::<T>(
             cpu, (crate::Elem::of(from), from_stride), (crate::Elem::of_mut(to), to_stride), rows, width)),
     }

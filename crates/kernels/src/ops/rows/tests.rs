@@ -1,22 +1,32 @@
 use super::*;
-use crate::testing::{assert_close, buf, contexts, ctx, normals, op_tolerance};
+use crate::testing::{assert_close, buf_on, contexts, ctx, gpu, normals, op_tolerance};
 use crate::{Buf, DType};
 
 fn wide(b: &Buf) -> Vec<f64> {
     b.view().to_f32().iter().map(|&x| f64::from(x)).collect()
 }
 
+fn devices() -> impl Iterator<Item = Ctx> {
+    contexts().into_iter().chain(gpu())
+}
+
 /// (rows of x, D, index).
 fn cases() -> Vec<(usize, usize, Vec<i32>)> {
-    vec![(5, 3, vec![4, 0, 2]), (1, 1, vec![0]), (3, 2, vec![]), (200, 7, (0..199).rev().collect())]
+    vec![
+        (5, 3, vec![4, 0, 2]),
+        (1, 1, vec![0]),
+        (3, 2, vec![]),
+        (200, 7, (0..199).rev().collect()),
+        (50, 264, (3..47).collect()),
+    ]
 }
 
 #[test]
 fn gather_moves_rows() {
-    for ctx in contexts() {
+    for ctx in devices() {
         for dtype in [DType::F32, DType::Bf16] {
             for (rows, dim, index) in cases().into_iter().chain([(3, 2, vec![1, 1, 0, 1])]) {
-                let x = buf(dtype, &normals(1, rows * dim, 1.0));
+                let x = buf_on(&ctx, dtype, &normals(1, rows * dim, 1.0));
                 let mut y = ctx.zeros(dtype, index.len() * dim);
                 gather(&ctx, x.view(), dim, ctx.from_i32(&index).view(), y.view_mut());
                 assert_eq!(wide(&y), reference::gather(&wide(&x), dim, &index));
@@ -28,11 +38,11 @@ fn gather_moves_rows() {
 /// Into values other than zero: rows that are hit keep what they had, rows that are not keep every bit.
 #[test]
 fn scatter_adds_to_what_is_there() {
-    for ctx in contexts() {
+    for ctx in devices() {
         for dtype in [DType::F32, DType::Bf16] {
             for (rows, dim, index) in cases() {
-                let x = buf(dtype, &normals(2, rows * dim, 1.0));
-                let d = buf(dtype, &normals(3, index.len() * dim, 1.0));
+                let x = buf_on(&ctx, dtype, &normals(2, rows * dim, 1.0));
+                let d = buf_on(&ctx, dtype, &normals(3, index.len() * dim, 1.0));
                 let mut y = x.clone();
                 scatter_add(&ctx, d.view(), dim, ctx.from_i32(&index).view(), y.view_mut());
                 let expected = reference::scatter_add(&wide(&d), dim, &index, &wide(&x));
@@ -57,9 +67,9 @@ fn an_index_twice_is_refused() {
 
 #[test]
 fn strided_copy_leaves_the_rest() {
-    for ctx in contexts() {
-        let x = buf(DType::F32, &normals(2, 300 * 5, 1.0));
-        let mut y: Buf = buf(DType::F32, &vec![9.0; 300 * 7]);
+    for ctx in devices() {
+        let x = buf_on(&ctx, DType::F32, &normals(2, 300 * 5, 1.0));
+        let mut y: Buf = buf_on(&ctx, DType::F32, &vec![9.0; 300 * 7]);
         copy_strided(&ctx, (x.view().slice(2..1500), 5), (y.view_mut().slice(1..2100), 7), 300, 3);
         let (xs, ys) = (x.view().to_f32(), y.view().to_f32());
         for r in 0..300 {

@@ -2,6 +2,7 @@
 //! rounded once.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -16,7 +17,7 @@ pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>
     let _timer = ctx.timer("swiglu forward");
     check(width, gate_up.len(), y.len(), rows);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, gate_up, width, rows, y),
         Device::Cpu(cpu) => {
             let rows = rows.map_or(usize::MAX, |r| count(r, y.len() / width));
             by_dtype!(y.dtype(), T => cpu::forward::<T>(cpu, T::of(gate_up), width, rows, T::of_mut(y)))
@@ -52,7 +53,7 @@ pub fn backward(ctx: &Ctx, b: Backward<'_>) {
         b.weights.as_ref().map(|(w, d)| (w.len(), d.len()))
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward(cuda, b),
         Device::Cpu(cpu) => {
             let rows = b.rows.map_or(n, |r| count(r, n));
             let weights = b.weights.map(|(w, d)| (w.f32(), d.f32()));

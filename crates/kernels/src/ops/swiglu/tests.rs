@@ -1,6 +1,6 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, contexts, ctx, finite_difference, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, contexts, ctx, finite_difference, levels, normals, op_tolerance,
 };
 use crate::{Buf, DType};
 
@@ -43,13 +43,13 @@ fn reference_gradients_are_difference_quotients() {
 }
 
 #[test]
-fn cpu_matches_the_reference() {
+fn matches_the_reference() {
     for ctx in levels() {
         for dtype in [DType::F32, DType::Bf16] {
             for (n, f) in CASES {
-                let x = buf(dtype, &normals(3, n * 2 * f, 3.0));
-                let dy = buf(dtype, &normals(4, n * f, 1.0));
-                let weights = buf(DType::F32, &normals(5, n, 1.0));
+                let x = buf_on(&ctx, dtype, &normals(3, n * 2 * f, 3.0));
+                let dy = buf_on(&ctx, dtype, &normals(4, n * f, 1.0));
+                let weights = buf_on(&ctx, DType::F32, &normals(5, n, 1.0));
                 let name = format!("{dtype:?} {n}x{f}");
                 let tolerance = op_tolerance(dtype);
                 let y = run_forward(&ctx, &x, f, None);
@@ -92,20 +92,27 @@ fn same_bits_for_any_thread_count() {
 
 #[test]
 fn rows_past_the_count_are_left_alone_and_rows_below_keep_their_bits() {
-    let (n, f) = (70, 300);
-    let x = buf(DType::F32, &normals(7, n * 2 * f, 2.0));
-    let dy = buf(DType::F32, &normals(8, n * f, 1.0));
-    let w = buf(DType::F32, &normals(9, n, 1.0));
-    let y = run_forward(&ctx(), &x, f, None);
-    let whole = run_backward(&ctx(), &dy, &x, Some(&w), f, None);
+    for ctx in levels() {
+        for f in [300, 301] {
+            rows_past_the_count(&ctx, 70, f);
+        }
+    }
+}
+
+fn rows_past_the_count(ctx: &Ctx, n: usize, f: usize) {
+    let x = buf_on(ctx, DType::F32, &normals(7, n * 2 * f, 2.0));
+    let dy = buf_on(ctx, DType::F32, &normals(8, n * f, 1.0));
+    let w = buf_on(ctx, DType::F32, &normals(9, n, 1.0));
+    let y = run_forward(ctx, &x, f, None).view().to_f32();
+    let whole = run_backward(ctx, &dy, &x, Some(&w), f, None);
     for live in [0, 1, 55, 70] {
-        let part = run_forward(&ctx(), &x, f, Some(live as i32)).view().f32().to_vec();
-        assert_eq!(part[..live * f], y.view().f32()[..live * f]);
+        let part = run_forward(ctx, &x, f, Some(live as i32)).view().to_f32();
+        assert_eq!(part[..live * f], y[..live * f]);
         assert!(part[live * f..].iter().all(|&v| v == 0.0), "rows past {live} were written");
-        let part = run_backward(&ctx(), &dy, &x, Some(&w), f, Some(live as i32));
-        let before = [&dy, &x, &ctx().zeros(DType::F32, n)];
+        let part = run_backward(ctx, &dy, &x, Some(&w), f, Some(live as i32));
+        let before = [&dy, &x, &ctx.zeros(DType::F32, n)];
         for (((part, whole), before), width) in part.iter().zip(&whole).zip(before).zip([f, 2 * f, 1]) {
-            let (part, whole, before) = (part.view().f32(), whole.view().f32(), before.view().f32());
+            let [part, whole, before] = [part, whole, before].map(|b| b.view().to_f32());
             assert_eq!(part[..live * width], whole[..live * width]);
             assert_eq!(part[live * width..], before[live * width..], "rows past {live} were written");
         }
@@ -114,13 +121,15 @@ fn rows_past_the_count_are_left_alone_and_rows_below_keep_their_bits() {
 
 #[test]
 fn saturated_gates_stay_finite() {
-    let x = buf(DType::F32, &[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 2.0, 3.0, 4.0, 5.0]);
-    let dy = buf(DType::F32, &[1.0; 5]);
-    let y = run_forward(&ctx(), &x, 5, None);
-    assert_eq!(y.view().f32()[0], 0.0);
-    assert_eq!(y.view().f32()[2..], [0.0, 400.0, 5e4]);
-    let found = run_backward(&ctx(), &dy, &x, None, 5, None);
-    assert!(found.iter().all(|b| b.view().f32().iter().all(|v| v.is_finite())));
+    for ctx in levels() {
+        let x = ctx.from_f32(&[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        let dy = ctx.from_f32(&[1.0; 5]);
+        let y = run_forward(&ctx, &x, 5, None).view().to_f32();
+        assert_eq!(y[0], 0.0);
+        assert_eq!(y[2..], [0.0, 400.0, 5e4]);
+        let found = run_backward(&ctx, &dy, &x, None, 5, None);
+        assert!(found.iter().all(|b| b.view().to_f32().iter().all(|v| v.is_finite())));
+    }
 }
 
 #[test]

@@ -1,0 +1,113 @@
+//! The device itself: memory, copies, launches, recordings. Each test needs a GPU.
+
+use super::{Cuda, Grid, PRELUDE, Source, Value, args};
+use crate::testing::{gpu, normals};
+use crate::{Buf, Ctx, DType, View};
+use std::sync::Arc;
+
+static SOURCE: Source = Source {
+    name: "test.cu",
+    heads: &[PRELUDE],
+    text: "extern \"C\" __global__ void scale(T* x, int n, float by, const float* more) {
+        int i = blockIdx.x * blockDim.x + threadIdx.x;
+        if (i < n) x[i] = narrow<T>(widen(x[i]) * by * more[0]);
+    }",
+};
+
+fn scale(cuda: &Cuda, x: &mut Buf, by: f32, more: &Buf) {
+    let (n, dtype) = (x.len(), x.dtype());
+    let kernel = cuda.kernel(&SOURCE, "scale", &[("T", Value::Type(dtype))]);
+    let grid = Grid::new([n.div_ceil(128) as u32, 1, 1], 128);
+    cuda.launch(&kernel, grid, &args![x.view_mut().ptr(), n as i32, by, more.view().ptr()]);
+}
+
+/// The context and its GPU, if there is one.
+#[track_caller]
+fn device() -> Option<(Ctx, Arc<Cuda>)> {
+    let ctx = gpu()?;
+    let cuda = ctx.device.as_cuda()?.clone();
+    Some((ctx, cuda))
+}
+
+#[test]
+fn what_goes_up_comes_down() {
+    let Some((ctx, cuda)) = device() else { return };
+    for n in [0usize, 1, 1000, 1 << 20] {
+        let x = normals(1, n, 1.0);
+        let mut on = ctx.from_f32(&x);
+        assert_eq!(on.view().to_f32(), x);
+        let one = ctx.filled(1, 2.0);
+        scale(&cuda, &mut on, 0.5, &one);
+        assert_eq!(on.to_host().view().f32(), x, "{n}");
+        let copy = on.clone();
+        scale(&cuda, &mut on, -1.0, &one);
+        assert_eq!(copy.view().to_f32(), x);
+        on.clear();
+        assert!(on.view().to_f32().iter().all(|&x| x == 0.0));
+    }
+    let ids: Vec<i32> = (0..77).collect();
+    let on = ctx.from_i32(&ids);
+    assert_eq!(on.view().slice(7..70).to_i32(), &ids[7..70]);
+    let later = ctx.download(on.view());
+    assert_eq!(later.i32(), ids);
+    assert!(ctx.empty(DType::F32, 9).view().to_f32().iter().all(|x| x.is_nan()));
+    assert_eq!(cuda.memory().0, 512, "the ids alone are held");
+}
+
+#[test]
+fn a_recording_replays_on_what_memory_holds_then() {
+    let Some((ctx, cuda)) = device() else { return };
+    let mut x = ctx.from_f32(&[1.0; 100]);
+    let mut by = ctx.from_f32(&[3.0]);
+    let step = |x: &mut Buf, by: &Buf| {
+        let copy = ctx.copy_of(by.view());
+        scale(&cuda, x, 1.0, &copy);
+    };
+    step(&mut x, &by);
+    let (graph, ()) = cuda.capture(|| step(&mut x, &by));
+    assert_eq!(x.view().to_f32(), [3.0; 100], "recording does nothing");
+    let (waits, _) = cuda.waits();
+    assert!(graph.replay());
+    by.view_mut().write(&[5.0f32]);
+    assert!(graph.replay());
+    assert_eq!((cuda.waits().0, cuda.replays()), (waits, 2));
+    assert_eq!(x.view().to_f32(), [45.0; 100]);
+    // What the recording used for a while may not be in use for something else.
+    let taken = ctx.empty(DType::F32, 1);
+    assert!(!graph.replay());
+    drop(taken);
+    assert!(graph.replay());
+}
+
+#[test]
+fn tables_are_uploaded_once() {
+    let Some((_, cuda)) = device() else { return };
+    let (a, b) = (cuda.constant(&[1, 2, 3]), cuda.constant(&[1, 2, 4]));
+    assert!(a != b && a == cuda.constant(&[1, 2, 3]));
+    let mut words = [0u32; 3];
+    cuda.read(b, bytemuck::cast_slice_mut(&mut words));
+    assert_eq!(words, [1, 2, 4]);
+}
+
+#[test]
+fn more_memory_than_there_is_says_so() {
+    let Some((ctx, cuda)) = device() else { return };
+    let all = cuda.total_memory();
+    let quiet = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ctx.empty(DType::F32, all)));
+    let failure = quiet.expect_err("four times the memory of the GPU");
+    assert!(super::is_failure());
+    let message = failure.downcast_ref::<String>().expect("a message for the user");
+    assert!(message.contains("GiB wanted") && message.contains("recompute"), "{message}");
+    // And the device goes on.
+    assert_eq!(ctx.from_f32(&[1.0]).view().to_f32(), [1.0]);
+}
+
+#[test]
+fn views_of_the_wrong_place_are_refused() {
+    let host = Buf::host_zeros(DType::F32, 1);
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| host.view().ptr()));
+    assert!(refused.is_err());
+    let Some((ctx, _)) = device() else { return };
+    let on = ctx.from_f32(&[1.0]);
+    assert!(matches!(on.view(), View::Cuda(_)) && !on.view().is_host());
+}
