@@ -7,7 +7,7 @@ use crate::cuda::{Cuda, Grid, Source, Value::Int, args, source};
 
 static SOURCE: Source = source!("adamw.cu");
 /// Elements of a block, counted from the arena's start.
-const BLOCK: usize = 8192;
+const BLOCK: usize = 2048;
 
 /// One update of every element in a segment.
 pub(super) fn step(cuda: &Cuda, mut a: AdamW<'_>) {
