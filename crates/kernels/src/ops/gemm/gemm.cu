@@ -293,7 +293,10 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
     const int MI = WARP_M / 16, NJ = WARP_N / 16, STEPS = TILE_K / 16;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int wm = warp / WARPS_N * WARP_M, wn = warp % WARPS_N * WARP_N;
-    float sums[MI][NJ * 2][4] = {};
+    // The matrix unit cuts off what it adds instead of rounding, an error that grows with a chain's length: fine for
+    // operands in bf16, but what stands for f32 is summed by it over 32 of k only, and from there in f32.
+    const bool SHORT = A_PLANES + B_PLANES > 2;
+    float sums[MI][NJ * 2][4] = {}, part[MI][NJ * 2][4];
     int count = (p.k + TILE_K - 1) / TILE_K;
 
     auto fetch = [&](int t) {
@@ -343,7 +346,11 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
                 arrived();
                 load((s + 1) % 2, t + 1, 0);
             }
-            if (s == 0) fetch(t + STAGES - 1);
+            auto& to = SHORT ? part : sums;
+            if (SHORT && s % 2 == 0) {
+#pragma unroll
+                for (int i = 0; i < MI * NJ * 8; i++) (&part[0][0][0])[i] = 0.0f;
+            }
             // Small planes first.
 #pragma unroll
             for (int pa = A_PLANES - 1; pa >= 0; pa--)
@@ -355,9 +362,15 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
 #pragma unroll
                             for (int j = 0; j < NJ * 2; j++) {
                                 const u32(&y)[4] = fb[s % 2][pb][j / 2];
-                                mma(sums[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
+                                mma(to[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
                             }
                     }
+            if (SHORT && s % 2 == 1) {
+#pragma unroll
+                for (int i = 0; i < MI * NJ * 8; i++) (&sums[0][0][0])[i] += (&part[0][0][0])[i];
+            }
+            // While the matrix unit works off what it was given.
+            if (s == 0) fetch(t + STAGES - 1);
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");
