@@ -18,7 +18,6 @@ mod tensor_map;
 mod tests;
 
 pub(crate) use blas::{Operand, Product};
-pub(crate) use error::missing;
 pub use error::{GpuError, is_failure};
 pub use graph::Graph;
 pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
@@ -28,7 +27,7 @@ pub(crate) use tensor_map::{Swizzle, TensorMap};
 
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
-pub(crate) use driver::Event;
+pub use driver::Event;
 use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
@@ -159,6 +158,12 @@ impl Cuda {
         self.total
     }
 
+    /// Bytes that the driver could still give.
+    pub fn free_memory(&self) -> usize {
+        self.bind();
+        driver::memory_info().map_or(self.total, |(free, _)| free)
+    }
+
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.arch.0 == 9
@@ -187,6 +192,11 @@ impl Cuda {
     /// What a user should know about this device, if anything.
     pub fn notice(&self) -> Option<String> {
         self.kernels.notice()
+    }
+
+    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    pub fn may_record(&self) -> bool {
+        self.profile.get().is_none()
     }
 
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).

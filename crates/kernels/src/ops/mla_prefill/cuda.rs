@@ -1,0 +1,15 @@
+//! Attention on a GPU: Hopper's own kernels where they take the case, else those for any GPU and head dims.
+
+use super::{Backward, Inputs, Shape, any};
+use crate::ViewMut;
+use crate::cuda::Cuda;
+
+/// See [`super::forward`].
+pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, out: ViewMut<'_>, lse: ViewMut<'_>) {
+    any::forward(cuda, shape, x, out, lse);
+}
+
+/// See [`super::backward`].
+pub(super) fn backward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, b: Backward<'_>) {
+    any::backward(cuda, shape, x, b);
+}
