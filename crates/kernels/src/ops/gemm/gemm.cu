@@ -97,6 +97,7 @@ DEV bool find_expert(const int* offsets, int id, int& expert, int& begin, int& e
         to[r] = offsets[min(e + 1, EXPERTS)];
     }
     int before = 0;
+    bool found = false;
 #pragma unroll
     for (int r = 0; r < rounds; r++) {
         int tiles = (to[r] - from[r] + TILE_M - 1) / TILE_M, sum = tiles;
@@ -105,18 +106,18 @@ DEV bool find_expert(const int* offsets, int id, int& expert, int& begin, int& e
             int left = __shfl_up_sync(ALL_LANES, sum, d);
             if (lane >= d) sum += left;
         }
-        u32 hit = __ballot_sync(ALL_LANES, id < before + sum);
+        u32 hit = __ballot_sync(ALL_LANES, !found && id < before + sum);
         if (hit) {
             int l = __ffs(hit) - 1;
             expert = r * WARP + l;
             begin = __shfl_sync(ALL_LANES, from[r], l);
             end = __shfl_sync(ALL_LANES, to[r], l);
             tile = id - before - __shfl_sync(ALL_LANES, sum - tiles, l);
-            return true;
+            found = true;
         }
         before += __shfl_sync(ALL_LANES, sum, WARP - 1);
     }
-    return false;
+    return found;
 }
 
 // Where this block works; false if it has nothing to do. `k` is cut into gridDim.y pieces of `piece` (DENSE only), whose
