@@ -113,10 +113,10 @@ impl Tile {
 /// By mma.sync; the chain over k, and so the bits, are the same in all.
 const LARGE: Tile = Tile::new((128, 128, 64), (64, 64), 3, 2);
 const MIDDLE: Tile = Tile::new((64, 64, 64), (32, 32), 4, 2);
-const FEW_ROWS: Tile = Tile::new((16, 16, 128), (16, 16), 6, 4);
+const FEW_ROWS: Tile = Tile::new((16, 32, 128), (16, 16), 4, 2);
 /// With planes; likewise. The fewer stages, the more planes.
 const MIDDLE_PLANES: Tile = Tile::new((64, 64, 64), (32, 32), 3, 2);
-const FEW_ROWS_PLANES: Tile = Tile::new((16, 16, 128), (16, 16), 3, 2);
+const FEW_ROWS_PLANES: Tile = Tile::new((16, 16, 128), (16, 16), 4, 2);
 /// By multiply-adds; likewise.
 const LARGE_SIMT: Tile = Tile::new((128, 128, 16), (8, 8), 0, 1);
 const MIDDLE_SIMT: Tile = Tile::new((64, 64, 16), (4, 4), 0, 2);
@@ -189,10 +189,13 @@ impl Product<'_> {
             Rows::ByExpert { offsets, capacity } => capacity.div_ceil(offsets.len() - 1),
             _ => self.m,
         };
-        match rows {
-            0..=16 => few_rows,
-            _ if rows <= 64 || self.blocks(large) < sms => middle,
-            _ => large,
+        // Few tiles of a weight gradient are cut along k instead.
+        if self.a.inner_k && (rows <= 16 || self.blocks(middle) * 4 <= sms) {
+            few_rows
+        } else if rows <= 64 || self.blocks(large) < sms {
+            middle
+        } else {
+            large
         }
     }
 

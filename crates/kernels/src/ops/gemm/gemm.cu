@@ -97,6 +97,7 @@ DEV bool find_expert(const int* offsets, int id, int& expert, int& begin, int& e
         to[r] = offsets[min(e + 1, EXPERTS)];
     }
     int before = 0;
+    bool found = false;
 #pragma unroll
     for (int r = 0; r < rounds; r++) {
         int tiles = (to[r] - from[r] + TILE_M - 1) / TILE_M, sum = tiles;
@@ -105,18 +106,18 @@ DEV bool find_expert(const int* offsets, int id, int& expert, int& begin, int& e
             int left = __shfl_up_sync(ALL_LANES, sum, d);
             if (lane >= d) sum += left;
         }
-        u32 hit = __ballot_sync(ALL_LANES, id < before + sum);
+        u32 hit = __ballot_sync(ALL_LANES, !found && id < before + sum);
         if (hit) {
             int l = __ffs(hit) - 1;
             expert = r * WARP + l;
             begin = __shfl_sync(ALL_LANES, from[r], l);
             end = __shfl_sync(ALL_LANES, to[r], l);
             tile = id - before - __shfl_sync(ALL_LANES, sum - tiles, l);
-            return true;
+            found = true;
         }
         before += __shfl_sync(ALL_LANES, sum, WARP - 1);
     }
-    return false;
+    return found;
 }
 
 // Where this block works; false if it has nothing to do. `k` is cut into gridDim.y pieces of `piece` (DENSE only), whose
@@ -293,7 +294,10 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
     const int MI = WARP_M / 16, NJ = WARP_N / 16, STEPS = TILE_K / 16;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int wm = warp / WARPS_N * WARP_M, wn = warp % WARPS_N * WARP_N;
-    float sums[MI][NJ * 2][4] = {};
+    // The matrix unit cuts off what it adds instead of rounding, an error that grows with a chain's length: fine for
+    // operands in bf16, but what stands for f32 is summed by it over 32 of k only, and from there in f32.
+    const bool SHORT = A_PLANES + B_PLANES > 2;
+    float sums[MI][NJ * 2][4] = {}, part[MI][NJ * 2][4];
     int count = (p.k + TILE_K - 1) / TILE_K;
 
     auto fetch = [&](int t) {
@@ -343,7 +347,11 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
                 arrived();
                 load((s + 1) % 2, t + 1, 0);
             }
-            if (s == 0) fetch(t + STAGES - 1);
+            auto& to = SHORT ? part : sums;
+            if (SHORT && s % 2 == 0) {
+#pragma unroll
+                for (int i = 0; i < MI * NJ * 8; i++) (&part[0][0][0])[i] = 0.0f;
+            }
             // Small planes first.
 #pragma unroll
             for (int pa = A_PLANES - 1; pa >= 0; pa--)
@@ -355,9 +363,15 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
 #pragma unroll
                             for (int j = 0; j < NJ * 2; j++) {
                                 const u32(&y)[4] = fb[s % 2][pb][j / 2];
-                                mma(sums[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
+                                mma(to[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
                             }
                     }
+            if (SHORT && s % 2 == 1) {
+#pragma unroll
+                for (int i = 0; i < MI * NJ * 8; i++) (&sums[0][0][0])[i] += (&part[0][0][0])[i];
+            }
+            // While the matrix unit works off what it was given.
+            if (s == 0) fetch(t + STAGES - 1);
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");
