@@ -47,6 +47,9 @@ pub struct Global {
     /// Worker threads `[default: all cores]`.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Where to compute: cpu, cuda or cuda:N, the GPU of that number.
+    #[arg(long, global = true, value_name = "D", default_value = "cpu")]
+    device: String,
     /// Seed of weights, data order and sampling.
     #[arg(long, global = true, value_name = "N")]
     seed: Option<u64>,
@@ -101,6 +104,12 @@ impl Global {
         if let Some(notice) = Isa::notice() {
             eprintln!("{notice}");
         }
+        let device = Device::named(&self.device, self.threads)?;
+        Ok(device.ctx())
+    }
+
+    /// For what computes on the host alone.
+    fn host(&self) -> anyhow::Result<Ctx> {
         Ok(Device::cpu(self.threads)?.ctx())
     }
 }
@@ -118,7 +127,10 @@ fn main() -> ExitCode {
     };
     let out = Output::new(cli.global.json, matches!(cli.verb, Verb::Pretrain(_)));
     // A panic is a fault of ours, never a message for the user to decode.
-    std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
+    std::panic::set_hook(Box::new(move |info| match info.payload().downcast_ref::<String>() {
+        Some(message) if hadal_kernels::cuda::is_failure() => out.error(message),
+        _ => out.error(&format!("internal, please report it: {info}")),
+    }));
     let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = cli.global.has_effect(&cli.verb).and_then(|()| match &cli.verb {
         Verb::Pretrain(v) => v.run(&cli.global, &out),

@@ -55,6 +55,14 @@ pub fn gpu() -> Option<Ctx> {
     Some(Device::cuda(0, Some(2)).unwrap().ctx())
 }
 
+/// As [`gpu`], with products that are batch-invariant.
+#[track_caller]
+pub fn invariant_gpu() -> Option<Ctx> {
+    let ctx = gpu()?;
+    ctx.device.as_cuda()?.set_invariant(true);
+    Some(ctx)
+}
+
 /// As [`buf`], on the context's device.
 pub fn buf_on(ctx: &Ctx, dtype: DType, values: &[f32]) -> Buf {
     ctx.upload(&buf(dtype, values))

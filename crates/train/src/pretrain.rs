@@ -15,6 +15,7 @@ use hadal_files::{Disk, Lock};
 use hadal_kernels::Ctx;
 use hadal_model::io::SaveOptions;
 use hadal_model::{Model, ModelConfig, Params};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 /// Everything a run is made of.
@@ -272,7 +273,8 @@ impl Begun {
         let saver =
             Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best, initial: c.save_initial }, c.save_beside)?;
         let fresh = state.is_none();
-        Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh }.go(ctx)
+        let (unread, before) = (VecDeque::new(), None);
+        Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh, unread, before }.go(ctx)
     }
 }
 

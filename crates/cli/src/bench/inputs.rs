@@ -10,7 +10,7 @@ const DRAWN: usize = 1 << 14;
 pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
     let rng = Rng::new(0, Purpose::Test, stream);
     let block: Vec<f32> = (0..DRAWN.min(len) as u64).map(|i| rng.normal(i)).collect();
-    let mut buf = ctx.zeros(dtype, len);
+    let mut buf = ctx.on_host().zeros(dtype, len);
     let cpu = ctx.host();
     match &mut buf {
         Buf::F32(to) => cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()])),
@@ -18,9 +18,9 @@ pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
             let block: Vec<bf16> = block.iter().map(|&x| <bf16 as Elem>::round(x)).collect();
             cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()]));
         }
-        Buf::I32(_) => panic!("expected a float dtype"),
+        Buf::I32(_) | Buf::Cuda(_) => panic!("expected a float dtype"),
     }
-    buf
+    ctx.here(buf)
 }
 
 /// `len` integers below `n`.

@@ -141,7 +141,7 @@ impl Drop for Stream {
 
 /// A mark in a stream.
 #[derive(Debug)]
-pub(crate) struct Event(sys::CUevent);
+pub struct Event(sys::CUevent);
 
 // SAFETY: the driver's calls on events may come from any thread.
 unsafe impl Send for Event {}
@@ -149,14 +149,14 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    pub fn new() -> Result<Self, DriverError> {
+    pub(super) fn new() -> Result<Self, DriverError> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes one handle.
         check(unsafe { sys::cuEventCreate(&mut raw, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) })?;
         Ok(Self(raw))
     }
 
-    pub fn raw(&self) -> sys::CUevent {
+    pub(super) fn raw(&self) -> sys::CUevent {
         self.0
     }
 

@@ -5,6 +5,7 @@
 //! A step that is to be captured as a graph must not wait, read device memory on the host or take new memory from the
 //! driver; [`Cuda::waits`] counts what did.
 
+mod blas;
 mod compile;
 mod driver;
 mod error;
@@ -16,6 +17,7 @@ mod tensor_map;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use blas::{Operand, Product};
 pub(crate) use error::missing;
 pub use error::{GpuError, is_failure};
 pub use graph::Graph;
@@ -26,7 +28,7 @@ pub(crate) use tensor_map::{Swizzle, TensorMap};
 
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
-pub(crate) use driver::Event;
+pub use driver::Event;
 use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
@@ -37,6 +39,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What every kernel's source begins with.
 pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
+/// Hopper's own instructions.
+pub(crate) const SM90: &str = include_str!("sm90.cuh");
 
 /// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
 pub struct Cuda {
@@ -53,6 +57,7 @@ pub struct Cuda {
     arena: Arc<Mutex<Arena>>,
     pinned: Arc<Pinned>,
     kernels: Kernels,
+    blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
     invariant: AtomicBool,
     /// A graph is being recorded.
@@ -109,6 +114,7 @@ impl Cuda {
             arena: Arc::default(),
             pinned: Arc::default(),
             kernels: Kernels::default(),
+            blas: blas::Blas::default(),
             constants: Mutex::default(),
             invariant: AtomicBool::new(false),
             recording: AtomicBool::new(false),
@@ -181,6 +187,11 @@ impl Cuda {
     /// What a user should know about this device, if anything.
     pub fn notice(&self) -> Option<String> {
         self.kernels.notice()
+    }
+
+    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    pub fn may_record(&self) -> bool {
+        self.profile.get().is_none()
     }
 
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).

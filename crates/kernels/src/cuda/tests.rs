@@ -51,7 +51,7 @@ fn what_goes_up_comes_down() {
     let later = ctx.download(on.view());
     assert_eq!(later.i32(), ids);
     assert!(ctx.empty(DType::F32, 9).view().to_f32().iter().all(|x| x.is_nan()));
-    assert_eq!(cuda.memory().0, 2 * 512);
+    assert_eq!(cuda.memory().0, 512, "the ids alone are held");
 }
 
 #[test]

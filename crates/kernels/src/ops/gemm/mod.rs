@@ -6,9 +6,11 @@
 //! equals the same row among any others. Accumulation over k has a fixed order that depends on k alone.
 //! Accumulating adds the finished product to the old C: C = C + (sum over k), so that gradients of two micro-batches
 //! add as if each had been computed alone.
+//! A GPU may cut k into pieces, by the shape, where A is transposed: a weight gradient, whose rows are no batch.
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
 pub(super) mod cpu;
+pub(super) mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -74,7 +76,7 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     let a = Operand { data: g.a.data, ld: g.a.ld, k_contiguous: !g.ta };
     let b = Operand { data: g.b.data, ld: g.b.ld, k_contiguous: g.tb };
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::gemm(cuda, g),
         Device::Cpu(cpu) => {
             let product = cpu::Product { m, n, k, a, b, c: 0, ldc: g.c.ld };
             cpu::run(cpu, &[product], g.c.data, g.accumulate);

@@ -131,8 +131,12 @@ extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
 // The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's BLOCK_ROWS, STEP of
 // them in flight. What the warps found is added in their order, then what the blocks found in theirs.
 #define WARPS 8
-#define BLOCK_ROWS 256
+#ifndef BLOCK_ROWS
+#define BLOCK_ROWS 128
+#endif
+#ifndef STEP
 #define STEP 4
+#endif
 
 // Of one block of rows: added to dw if it is the only one, else to `partial[blocks][d]`.
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
@@ -189,12 +193,21 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
         partial[i64(blockIdx.y) * d + column] = total;
 }
 
-// dw += the blocks' sums, in their order.
-extern "C" __global__ void rmsnorm_backward_weight_sum(const float* partial, float* dw, int blocks, int d) {
-    const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= d) return;
-    float total = 0.0f;
-#pragma unroll 16
-    for (int b = 0; b < blocks; b++) total += partial[i64(b) * d + column];
+// dw += the blocks' sums: a warp adds every WARPS-th of them, in order, then the warps' sums are added in theirs.
+extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+    rmsnorm_backward_weight_sum(const float* partial, float* dw, int blocks, int d) {
+    __shared__ float sums[WARPS][WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (column < d) {
+#pragma unroll 8
+        for (int b = warp; b < blocks; b += WARPS) sum += partial[i64(b) * d + column];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= d) return;
+    float total = sums[0][lane];
+#pragma unroll
+    for (int i = 1; i < WARPS; i++) total += sums[i][lane];
     dw[column] += total;
 }
