@@ -47,9 +47,9 @@ pub struct Global {
     /// Worker threads `[default: all cores]`.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
-    /// Where to compute: cpu, cuda or cuda:N, the GPU of that number.
-    #[arg(long, global = true, value_name = "D", default_value = "cpu")]
-    device: String,
+    /// Where to compute: cpu, cuda or cuda:N, the GPU of that number `[default: cpu]`.
+    #[arg(long, global = true, value_name = "DEV")]
+    device: Option<String>,
     /// Seed of weights, data order and sampling.
     #[arg(long, global = true, value_name = "N")]
     seed: Option<u64>,
@@ -73,15 +73,17 @@ enum Verb {
     Bench(bench::Bench),
 }
 
+/// A verb's name, and which of --threads, --seed and --device it has a use for.
+type Uses = (&'static str, bool, bool, bool);
+
 impl Verb {
-    /// Its name, and which of --threads and --seed it has a use for.
-    fn uses(&self) -> (&'static str, bool, bool) {
+    fn uses(&self) -> Uses {
         match self {
-            Self::Pretrain(_) => ("pretrain", true, true),
-            Self::Generate(_) => ("generate", true, true),
-            Self::Logits(_) => ("logits", true, false),
-            Self::Inspect(_) => ("inspect", false, false),
-            Self::Convert(_) => ("convert", true, false),
+            Self::Pretrain(_) => ("pretrain", true, true, true),
+            Self::Generate(_) => ("generate", true, true, true),
+            Self::Logits(_) => ("logits", true, false, true),
+            Self::Inspect(_) => ("inspect", false, false, true),
+            Self::Convert(_) => ("convert", true, false, false),
             Self::Tokenizer(v) => v.uses(),
             Self::Bench(v) => v.uses(),
         }
@@ -91,10 +93,12 @@ impl Verb {
 impl Global {
     /// An option that the verb would ignore is an error.
     fn has_effect(&self, verb: &Verb) -> anyhow::Result<()> {
-        let (name, threads, seed) = verb.uses();
-        for (option, idle) in
-            [("--threads", self.threads.is_some() && !threads), ("--seed", self.seed.is_some() && !seed)]
-        {
+        let (name, threads, seed, device) = verb.uses();
+        for (option, idle) in [
+            ("--threads", self.threads.is_some() && !threads),
+            ("--seed", self.seed.is_some() && !seed),
+            ("--device", self.device.is_some() && !device),
+        ] {
             anyhow::ensure!(!idle, "{option} has no effect on hadal {name}");
         }
         Ok(())
@@ -104,8 +108,20 @@ impl Global {
         if let Some(notice) = Isa::notice() {
             eprintln!("{notice}");
         }
-        let device = Device::named(&self.device, self.threads)?;
-        Ok(device.ctx())
+        Ok(Device::named(self.device_name(), self.threads)?.ctx())
+    }
+
+    /// As [`Global::ctx`], for inference: a token's numbers are the same whatever else is computed beside it.
+    fn inference(&self) -> anyhow::Result<Ctx> {
+        let ctx = self.ctx()?;
+        if let Some(cuda) = ctx.device.as_cuda() {
+            cuda.set_invariant(true);
+        }
+        Ok(ctx)
+    }
+
+    fn device_name(&self) -> &str {
+        self.device.as_deref().unwrap_or("cpu")
     }
 
     /// For what computes on the host alone.

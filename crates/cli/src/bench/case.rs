@@ -3,7 +3,7 @@
 use super::measure::{Budget, Work, median, spread};
 use super::peaks::Peaks;
 use super::row::Row;
-use hadal_kernels::{Ctx, Device, Isa};
+use hadal_kernels::{Ctx, Isa};
 use serde_json::{Value, json};
 
 /// What is counted.

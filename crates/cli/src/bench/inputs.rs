@@ -1,6 +1,6 @@
 //! Numbers to compute with: what they are does not matter to speed, as long as they are ordinary ones.
 
-use hadal_kernels::{Buf, Ctx, DType, Device, Elem, bf16};
+use hadal_kernels::{Buf, Ctx, DType, Elem, bf16};
 use hadal_numerics::{Purpose, Rng};
 
 /// Numbers drawn; what is longer repeats them.

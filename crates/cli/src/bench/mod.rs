@@ -16,8 +16,8 @@ mod row;
 mod tokens;
 mod train;
 
-use crate::Global;
 use crate::output::Output;
+use crate::{Global, Uses};
 use case::Case;
 use clap::{Args, Subcommand};
 use hadal_kernels::Ctx;
@@ -77,15 +77,15 @@ pub struct Kernels {
 }
 
 impl Bench {
-    /// Its name, and which of --threads and --seed it has a use for.
-    pub fn uses(&self) -> (&'static str, bool, bool) {
+    /// See [`Uses`].
+    pub fn uses(&self) -> Uses {
         match &self.kind {
-            Kind::Gemm(k) => ("bench gemm", !k.list, false),
-            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false),
-            Kind::Attention(k) => ("bench attention", !k.list, false),
-            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false),
-            Kind::Peak(k) => ("bench peak", !k.list, false),
-            Kind::Train(_) => ("bench train", true, true),
+            Kind::Gemm(k) => ("bench gemm", !k.list, false, !k.list),
+            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false, !k.list),
+            Kind::Attention(k) => ("bench attention", !k.list, false, !k.list),
+            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false, !k.list),
+            Kind::Peak(k) => ("bench peak", !k.list, false, !k.list),
+            Kind::Train(_) => ("bench train", true, true, true),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::case::{Against, Case, Ready, Unit};
 use super::peaks;
-use hadal_kernels::{Ctx, Device, peak};
+use hadal_kernels::{Ctx, peak};
 use serde_json::json;
 
 /// One for each loop.

@@ -2,7 +2,7 @@
 
 use super::case::Against;
 use super::measure::{Budget, Work, median};
-use hadal_kernels::{Ctx, DType, Device, peak};
+use hadal_kernels::{Ctx, DType, peak};
 use std::time::{Duration, Instant};
 
 /// After this long a peak is measured again.

@@ -49,9 +49,6 @@ pub struct Train {
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
-    /// Where to compute: cpu.
-    #[arg(long, default_value = "cpu", value_name = "DEV")]
-    device: String,
     /// Write the model (FP32), its tokens and the optimiser's constants to a new directory, and train nothing.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "record"])]
     export: Option<PathBuf>,
@@ -115,7 +112,6 @@ struct Job {
 impl Train {
     /// Measures, or exports.
     pub fn run(&self, ctx: &Ctx, global: &Global, out: &Output) -> anyhow::Result<()> {
-        ensure!(self.device == "cpu", "--device {}: expected cpu, the only device there is so far", self.device);
         let precision = precision(&self.dtype)?;
         // What the process holds before the model is built: nothing of what follows is to hide in it.
         let before = resident::now();
@@ -137,7 +133,7 @@ impl Train {
         }
         let mut row = job.measure(ctx, model, params, before, self.by_op)?;
         let Tokens { batch, seq, .. } = job.tokens;
-        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, self.device));
+        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name()));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
         Sink::new(out, self.record).put(row)
     }

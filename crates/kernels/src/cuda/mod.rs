@@ -18,7 +18,6 @@ mod tensor_map;
 mod tests;
 
 pub(crate) use blas::{Operand, Product};
-pub(crate) use error::missing;
 pub use error::{GpuError, is_failure};
 pub use graph::Graph;
 pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
@@ -157,6 +156,12 @@ impl Cuda {
     /// Bytes of its memory.
     pub fn total_memory(&self) -> usize {
         self.total
+    }
+
+    /// Bytes that the driver could still give.
+    pub fn free_memory(&self) -> usize {
+        self.bind();
+        driver::memory_info().map_or(self.total, |(free, _)| free)
     }
 
     /// Hopper, the one architecture with wgmma.

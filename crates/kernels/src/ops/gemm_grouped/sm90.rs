@@ -274,16 +274,6 @@ pub fn supports_dense(cuda: &Cuda, g: &Gemm<'_>) -> bool {
 /// C (+)= op(A) op(B) with the bits of a row independent of the other rows.
 pub fn dense(cuda: &Cuda, g: Gemm<'_>) {
     let [a, b, c] = matrices(&g);
-    Product {
-        trans: (g.ta, !g.tb),
-        a,
-        b,
-        c,
-        n: g.n,
-        k: g.k,
-        experts: 1,
-        offsets: None,
-        accumulate: g.accumulate,
-    }
-    .run(cuda);
+    Product { trans: (g.ta, !g.tb), a, b, c, n: g.n, k: g.k, experts: 1, offsets: None, accumulate: g.accumulate }
+        .run(cuda);
 }

@@ -1,6 +1,6 @@
 //! Attention on a GPU: Hopper's own kernels where they take the case, else those for any GPU and head dims.
 
-use super::{Backward, Inputs, Shape, any};
+use super::{Backward, Inputs, Shape, any, sm90_backward};
 use crate::ViewMut;
 use crate::cuda::Cuda;
 
@@ -11,5 +11,9 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, out: ViewMut<'_
 
 /// See [`super::backward`].
 pub(super) fn backward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, b: Backward<'_>) {
-    any::backward(cuda, shape, x, b);
+    if sm90_backward::supports(cuda, &shape, x, &b) {
+        sm90_backward::backward(cuda, &shape, x, b);
+    } else {
+        any::backward(cuda, shape, x, b);
+    }
 }

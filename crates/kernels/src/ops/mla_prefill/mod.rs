@@ -13,6 +13,7 @@ mod cuda;
 mod panels;
 #[cfg(test)]
 pub(super) mod reference;
+mod sm90_backward;
 #[cfg(test)]
 mod tests;
 pub(super) mod tile;
