@@ -19,11 +19,6 @@ static const int KEYS = 64;
 // Rows per step of a backward kernel; two steps are in flight.
 static const int STEP = 32;
 static const int THREADS = 128;
-// Warps of a block of `forward`, each of 16 queries.
-#ifndef WARPS
-#define WARPS 4
-#endif
-static const int QUERIES = 16 * WARPS;
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -34,7 +29,7 @@ static const int QUERIES = 16 * WARPS;
 struct Tile {
     int seq, at, n;
 };
-template <int OWN> DEV bool find_tile(const int* cu, int seqs, int slot, Tile& t) {
+DEV bool find_tile(const int* cu, int seqs, int slot, Tile& t) {
     int low = 0, high = seqs;
     while (high - low > 1) {
         int s = (low + high) / 2;
@@ -62,29 +57,29 @@ template <int N> DEV void wait_for_all_but() { asm volatile("cp.async.wait_group
 
 // A thread copies the same columns of every so many rows: what it computes for a copy is little beside the products.
 // Loops over rows stay rolled: unrolled, their addresses take the registers that the sums need.
-template <int COUNT, int ROWS, int PADDED, typename F> DEV void for_pieces(F piece) {
+template <int ROWS, int PADDED, typename F> DEV void for_pieces(F piece) {
     const int CHUNKS = PADDED / 8, LANES = CHUNKS >= 8 ? 8 : CHUNKS >= 4 ? 4 : 2;
     int c = threadIdx.x % LANES * 8;
 #pragma unroll 1
-    for (int r = threadIdx.x / LANES; r < ROWS; r += COUNT / LANES)
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
 #pragma unroll
         for (int j = 0; j < CHUNKS; j += LANES)
             if (CHUNKS % LANES == 0 || j * 8 + c < PADDED) piece(r, j * 8, c);
 }
-template <int COUNT, int ROWS, int PADDED, typename F> DEV void for_elements(F element) {
+template <int ROWS, int PADDED, typename F> DEV void for_elements(F element) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * PADDED; i += COUNT) element(i / PADDED, i % PADDED);
+    for (int i = threadIdx.x; i < ROWS * PADDED; i += THREADS) element(i / PADDED, i % PADDED);
 }
 
-// COUNT threads copy n of ROWS rows of WIDTH elements, and write zeros to what is left of [ROWS][PADDED].
-template <int COUNT, int ROWS, int WIDTH, int PADDED> DEV void load_rows(bf16* to, const bf16* from, i64 stride, int n) {
+// The block copies n of ROWS rows of WIDTH elements, and writes zeros to what is left of [ROWS][PADDED].
+template <int ROWS, int WIDTH, int PADDED> DEV void load_rows(bf16* to, const bf16* from, i64 stride, int n) {
     if (WIDE) {
-        for_pieces<COUNT, ROWS, PADDED>([&](int r, int j, int c) {
+        for_pieces<ROWS, PADDED>([&](int r, int j, int c) {
             bool there = r < n && (WIDTH == PADDED || j + c < WIDTH);
             copy16(to + r * (PADDED + 8) + c + j, from + r * stride + c + j, there);
         });
     } else {
-        for_elements<COUNT, ROWS, PADDED>([&](int r, int c) {
+        for_elements<ROWS, PADDED>([&](int r, int c) {
             bf16 x = {0};
             if (r < n && c < WIDTH) x = from[r * stride + c];
             to[r * (PADDED + 8) + c] = x;
@@ -93,17 +88,17 @@ template <int COUNT, int ROWS, int WIDTH, int PADDED> DEV void load_rows(bf16* t
 }
 
 // The same of keys: P elements of kv_up, then R of k_pe.
-template <int COUNT, int ROWS>
+template <int ROWS>
 DEV void load_keys(bf16* to, const bf16* up, i64 up_stride, const bf16* pe, i64 pe_stride, int n) {
     if (WIDE) {
-        for_pieces<COUNT, ROWS, DP>([&](int r, int j, int c) {
+        for_pieces<ROWS, DP>([&](int r, int j, int c) {
             // With P a multiple of all lanes' pieces, the choice is the compiler's.
             bool is_up = P % 64 == 0 ? j < P : j + c < P;
             const bf16* from = is_up ? up + r * up_stride + c + j : pe + r * pe_stride + c + (j - P);
             copy16(to + r * LD + c + j, from, r < n && (D == DP || j + c < D));
         });
     } else {
-        for_elements<COUNT, ROWS, DP>([&](int r, int c) {
+        for_elements<ROWS, DP>([&](int r, int c) {
             bf16 x = {0};
             if (r < n && c < D) x = c < P ? up[r * up_stride + c] : pe[r * pe_stride + (c - P)];
             to[r * LD + c] = x;
@@ -201,16 +196,16 @@ DEV void store2(bf16* to, int column, int width, float x, float y) {
 // ---- Kernels
 
 // out and lse; scale > 0, so that the largest product has the largest score. Grid: heads x slots; those with the most keys first.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_any_forward(
+extern "C" __global__ void __launch_bounds__(THREADS) mla_any_forward(
     const bf16* q, const bf16* kv_up, const bf16* k_pe, const int* cu_q, const int* cu_k, bf16* out, float* lse,
     int seqs, int heads, int slots, i64 pe_stride, float scale) {
     extern __shared__ __align__(16) u8 shared[];
     bf16* sq = reinterpret_cast<bf16*>(shared);
-    bf16* sk = sq + QUERIES * LD;
+    bf16* sk = sq + OWN * LD;
     bf16* sv = sk + KEYS * LD;
     int head = blockIdx.x % heads;
     Tile t;
-    if (!find_tile<QUERIES>(cu_q, seqs, slots - 1 - blockIdx.x / heads, t)) return;
+    if (!find_tile(cu_q, seqs, slots - 1 - blockIdx.x / heads, t)) return;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, row = warp * 16 + lane / 4;
     int q0 = cu_q[t.seq] + t.at, k0 = cu_k[t.seq], k_len = cu_k[t.seq + 1] - k0;
     // Query i of the tile sees the keys below ahead + i.
@@ -220,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_any_forward(
     const bf16* pe = k_pe + k0 * pe_stride;
     const i64 up_stride = i64(heads) * UP;
 
-    load_rows<32 * WARPS, QUERIES, D, DP>(sq, q + (i64(q0) * heads + head) * D, i64(heads) * D, t.n);
-    if (keys > 0) load_keys<32 * WARPS, KEYS>(sk, up, up_stride, pe, pe_stride, min(keys, KEYS));
+    load_rows<OWN, D, DP>(sq, q + (i64(q0) * heads + head) * D, i64(heads) * D, t.n);
+    if (keys > 0) load_keys<KEYS>(sk, up, up_stride, pe, pe_stride, min(keys, KEYS));
     commit();
     float o[WP / 8][4];
     clear(o);
@@ -231,14 +226,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_any_forward(
         int n = min(keys - base, KEYS);
         wait_for_all_but<0>();
         __syncthreads();
-        load_rows<32 * WARPS, KEYS, W, WP>(sv, up + base * up_stride + P, up_stride, n);
+        load_rows<KEYS, W, WP>(sv, up + base * up_stride + P, up_stride, n);
         commit();
         float s[KEYS / 8][4];
         clear(s);
         multiply_rows<KEYS / 8, DP / 16>(s, sq + warp * 16 * LD, sk, LD);
         __syncthreads();
         int next = base + KEYS;
-        if (next < keys) load_keys<32 * WARPS, KEYS>(sk, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, min(keys - next, KEYS));
+        if (next < keys) load_keys<KEYS>(sk, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, min(keys - next, KEYS));
         commit();
         if (base + KEYS > ahead + warp * 16) {
 #pragma unroll
@@ -314,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_queries(
     bf16* sv = sk + 2 * STEP * LD;
     int head = blockIdx.x % heads;
     Tile t;
-    if (!find_tile<OWN>(cu_q, seqs, slots - 1 - blockIdx.x / heads, t)) return;
+    if (!find_tile(cu_q, seqs, slots - 1 - blockIdx.x / heads, t)) return;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, row = warp * 16 + lane / 4;
     int q0 = cu_q[t.seq] + t.at, k0 = cu_k[t.seq], k_len = cu_k[t.seq + 1] - k0;
     int ahead = k_len - (cu_q[t.seq + 1] - cu_q[t.seq]) + t.at + 1;
@@ -323,11 +318,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_queries(
     const bf16* pe = k_pe + k0 * pe_stride;
     const i64 up_stride = i64(heads) * UP, at = i64(q0) * heads + head;
 
-    load_rows<THREADS, OWN, D, DP>(sq, q + at * D, i64(heads) * D, t.n);
-    load_rows<THREADS, OWN, W, WP>(sd, dout + at * W, i64(heads) * W, t.n);
+    load_rows<OWN, D, DP>(sq, q + at * D, i64(heads) * D, t.n);
+    load_rows<OWN, W, WP>(sd, dout + at * W, i64(heads) * W, t.n);
     if (keys > 0) {
-        load_keys<THREADS, STEP>(sk, up, up_stride, pe, pe_stride, min(keys, STEP));
-        load_rows<THREADS, STEP, W, WP>(sv, up + P, up_stride, min(keys, STEP));
+        load_keys<STEP>(sk, up, up_stride, pe, pe_stride, min(keys, STEP));
+        load_rows<STEP, W, WP>(sv, up + P, up_stride, min(keys, STEP));
     }
     commit();
     float lse2[2], mean[2];
@@ -344,8 +339,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_queries(
         int next = base + STEP;
         if (next < keys) {
             int n = min(keys - next, STEP);
-            load_keys<THREADS, STEP>(sk + (stage ^ 1) * STEP * LD, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, n);
-            load_rows<THREADS, STEP, W, WP>(sv + (stage ^ 1) * STEP * LW, up + next * up_stride + P, up_stride, n);
+            load_keys<STEP>(sk + (stage ^ 1) * STEP * LD, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, n);
+            load_rows<STEP, W, WP>(sv + (stage ^ 1) * STEP * LW, up + next * up_stride + P, up_stride, n);
         }
         commit();
         wait_for_all_but<1>();
@@ -394,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_keys(
     float* smean = slse + 2 * STEP;
     int head = first + blockIdx.x % some;
     Tile t;
-    if (!find_tile<OWN>(cu_k, seqs, blockIdx.x / some, t)) return;
+    if (!find_tile(cu_k, seqs, blockIdx.x / some, t)) return;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, row = warp * 16 + lane / 4;
     int k0 = cu_k[t.seq] + t.at, q0 = cu_q[t.seq], q_len = cu_q[t.seq + 1] - q0;
     // Key i of the tile is seen by the queries from behind + i on.
@@ -406,16 +401,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_keys(
 
     auto load_queries = [&](int query, int stage) {
         int n = min(q_len - query, STEP);
-        load_rows<THREADS, STEP, D, DP>(sq + stage * STEP * LD, q + at * D + query * q_stride, q_stride, n);
-        load_rows<THREADS, STEP, W, WP>(sd + stage * STEP * LW, dout + at * W + query * d_stride, d_stride, n);
+        load_rows<STEP, D, DP>(sq + stage * STEP * LD, q + at * D + query * q_stride, q_stride, n);
+        load_rows<STEP, W, WP>(sd + stage * STEP * LW, dout + at * W + query * d_stride, d_stride, n);
         int i = threadIdx.x;
         if (i < STEP) {
             slse[stage * STEP + i] = lse2_of(lse, at + i64(query + i) * heads, i < n);
             smean[stage * STEP + i] = i < n ? delta[at + i64(query + i) * heads] : 0.0f;
         }
     };
-    load_keys<THREADS, OWN>(sk, up, up_stride, k_pe + k0 * pe_stride, pe_stride, t.n);
-    load_rows<THREADS, OWN, W, WP>(sv, up + P, up_stride, t.n);
+    load_keys<OWN>(sk, up, up_stride, k_pe + k0 * pe_stride, pe_stride, t.n);
+    load_rows<OWN, W, WP>(sv, up + P, up_stride, t.n);
     if (from < q_len) load_queries(from, 0);
     commit();
     float dk[DP / 8][4], dv[WP / 8][4];

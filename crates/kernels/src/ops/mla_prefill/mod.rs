@@ -13,6 +13,8 @@ mod cuda;
 mod panels;
 #[cfg(test)]
 pub(super) mod reference;
+mod sm90_backward;
+mod sm90_forward;
 #[cfg(test)]
 mod tests;
 pub(super) mod tile;

@@ -183,7 +183,7 @@ DEV Last rank(Shared& s, const Row& row, bool weighs, u64 need) {
         if (row.key(j) != key || !row.keeps(key, j)) return 0;
         return weighs ? row.weight(key) : 1;
     };
-    Last last = {key, 0xffffffffu};
+    Last last = {key, key == row.last.key ? row.last.id : 0xffffffffu};
     if (s.count[key & 1023] > 1) {
         sum_chunks(s, row.v, equal);
         last.id = walk(s, row.v, need - before, equal);
