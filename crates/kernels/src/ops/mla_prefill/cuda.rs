@@ -1,12 +1,16 @@
 //! Attention on a GPU: Hopper's own kernels where they take the case, else those for any GPU and head dims.
 
-use super::{Backward, Inputs, Shape, any, sm90_backward};
+use super::{Backward, Inputs, Shape, any, sm90_backward, sm90_forward};
 use crate::ViewMut;
 use crate::cuda::Cuda;
 
 /// See [`super::forward`].
 pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, out: ViewMut<'_>, lse: ViewMut<'_>) {
-    any::forward(cuda, shape, x, out, lse);
+    if sm90_forward::supports(cuda, &shape, x, &out) {
+        sm90_forward::forward(cuda, shape, x, out, lse);
+    } else {
+        any::forward(cuda, shape, x, out, lse);
+    }
 }
 
 /// See [`super::backward`].

@@ -14,6 +14,7 @@ mod panels;
 #[cfg(test)]
 pub(super) mod reference;
 mod sm90_backward;
+mod sm90_forward;
 #[cfg(test)]
 mod tests;
 pub(super) mod tile;
