@@ -24,6 +24,12 @@ template <int L> DEV u64 desc(u32 at, u32 block) {
     return u64((at & 0x3ffff) >> 4) | u64(block >> 4) << 16 | u64(L * 16 >> 4) << 32 | swizzle << 62;
 }
 
+// Brings a box into the L2 cache.
+DEV void tma_prefetch_box(const TensorMap* map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3) : "memory");
+}
+
 DEV float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -157,6 +163,14 @@ struct Loader {
             }
         __syncwarp();
     }
+    DEV void prefetch_q(const Item& it) const {
+        if (lane == 0 && it.q >= 0)
+            for (int w = 0; w < WGS; w++) {
+                tma_prefetch_box(maps.q_nope, 0, it.q + 64 * w, 0, it.head);
+                tma_prefetch_box(maps.q_rope, 0, it.q + 64 * w, 0, it.head);
+            }
+        __syncwarp();
+    }
     DEV void load_k(const Item& it, int n) {
         if (lane == 0) {
             u32 full = smem(&sh.k_full[k.at]), to = smem(sh.k[k.at]);
@@ -213,13 +227,15 @@ DEV Item item_at(const int* plan, int tiles, int index, int heads, int group) {
     return it;
 }
 
+// What comes first of an item is loaded before the next item is asked for, whose Q is then on its way to the L2 cache
+// for as long as this item takes: there is room for one Q only.
 DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
     Loader load(sh, maps);
-    int lane = threadIdx.x % WARP, tiles = plan[0], index = blockIdx.x;
+    int lane = threadIdx.x % WARP, tiles = plan[0];
     Ring<ITEMS> items;
     u32 q_parity = 0;
+    Item it = item_at(plan, tiles, blockIdx.x, heads, group);
     while (true) {
-        Item it = item_at(plan, tiles, index, heads, group);
         if (lane == 0) {
             mbar_wait(smem(&sh.item_empty[items.at]), items.parity ^ 1);
             int4* to = reinterpret_cast<int4*>(sh.item[items.at]);
@@ -230,20 +246,23 @@ DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
         __syncwarp();
         items.next();
         if (it.q < 0) return;
-        int next = 0;
-        if (lane == 0) next = gridDim.x + atomicAdd(&plan[1], 1);
-        int blocks = it.blocks(it.rows);
-        if (blocks > 0) {
-            load.load_k(it, blocks - 1);
+        int n = it.blocks(it.rows) - 1;
+        if (n >= 0) {
+            load.load_k(it, n);
             load.load_q(it, q_parity);
             q_parity ^= 1;
-            for (int n = blocks - 1; n > 0; n--) {
-                load.load_k(it, n - 1);
-                load.load_v(it, n);
-            }
-            load.load_v(it, 0);
+            if (n > 0) load.load_k(it, n - 1);
+            load.load_v(it, n);
         }
-        index = __shfl_sync(ALL_LANES, next, 0);
+        int index = 0;
+        if (lane == 0) index = gridDim.x + atomicAdd(&plan[1], 1);
+        Item next = item_at(plan, tiles, __shfl_sync(ALL_LANES, index, 0), heads, group);
+        load.prefetch_q(next);
+        for (n--; n >= 0; n--) {
+            if (n > 0) load.load_k(it, n - 1);
+            load.load_v(it, n);
+        }
+        it = next;
     }
 }
 
