@@ -1,15 +1,15 @@
-// Attention forward on Hopper. Defines: NOPE, ROPE, VDIM (P, R, W of the contract), WGS consumer warpgroups of 64 queries
-// each, BN keys a block, STAGES blocks of keys and of values in flight.
+// Attention forward on Hopper. Defines: NOPE, ROPE, VDIM (P, R, W of the contract), WGS warpgroups that compute, of 64
+// queries each, BN keys a block, STAGES blocks of keys and of values in flight.
 //
-// A block of threads stays on its multiprocessor and takes items of work (64 * WGS queries of one sequence, one head) until
-// none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head and the
-// k_pe that all heads share, side by side) and V blocks. Each consumer warpgroup owns 64 queries: scores by wgmma, softmax
-// in registers, and the probabilities, still in registers, are the next product's A. The softmax of one block runs beside
-// the product of the last block's probabilities with its values, and beside the other warpgroup's products.
+// A block of threads stays on its multiprocessor and takes items of work (64 * WGS queries of one sequence, one head)
+// until none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head and
+// the k_pe that all heads share, side by side) and V blocks. Each computing warpgroup owns 64 queries: scores by wgmma,
+// softmax in registers, and the probabilities, still in registers, are the next product's A. The softmax of one block
+// runs beside the product of the last block's probabilities with its values, and beside the other warpgroup's products.
 //
-// Keys go from the last block that an item sees to the first, so that masks end after the first blocks. Blocks are counted
-// from the sequence's first key, and one that a query does not see leaves that query's state as it is, to the bit. So
-// what a query gets depends on its own sequence alone, and not on how that was cut into tiles of queries.
+// Keys go from the last block that an item sees to the first, so that masks end after the first blocks. Blocks are
+// counted from the sequence's first key, and one that a query does not see leaves that query's state as it is, to the
+// bit. So what a query gets depends on its own sequence alone, and not on how that was cut into tiles of queries.
 
 #define BM (64 * WGS)
 #define LOG2E 1.4426950408889634f
@@ -17,8 +17,8 @@
 // Elements of a swizzled line: 128, 64 or 32 bytes.
 constexpr int line(int d) { return d % 64 == 0 ? 64 : d % 32 == 0 ? 32 : 16; }
 
-// Descriptors of matrices that TMA wrote as boxes of lines of L elements, with the swizzle of that width. `block` is the
-// distance in bytes of boxes side by side, for operands whose lines are along m or n.
+// Descriptors of matrices that TMA wrote as boxes of lines of L elements, with the swizzle of that width. `block` is
+// the distance in bytes of boxes side by side, for operands whose lines are along m or n.
 template <int L> DEV u64 desc(u32 at, u32 block) {
     const u64 swizzle = L == 64 ? 1 : L == 32 ? 2 : 3;
     return u64((at & 0x3ffff) >> 4) | u64(block >> 4) << 16 | u64(L * 16 >> 4) << 32 | swizzle << 62;
@@ -43,7 +43,7 @@ DEV float exp2_(float x) {
 #define K_BYTES (K_NOPE + BN * ROPE * 2)
 #define V_BYTES (BN * VDIM * 2)
 #define ITEMS 2
-// Steps of 16 along the head whose Q the consumers keep in registers: that spares shared memory a third of what QK^T reads.
+// Steps of 16 along the head whose Q is kept in registers: the product reads a third less of shared memory there.
 #define HELD (NOPE / 16 < 8 ? NOPE / 16 : 8)
 
 struct Shared {
@@ -85,8 +85,8 @@ struct Item {
 #define PLAN_HEADER 8
 #define PLAN_ENTRY 8
 
-// Tile slot i: sequence s has the slots from cu_q[s] / BM + s on, of which it fills as many as it has tiles. So the slots
-// are known without a sum over the sequences. Returns whether the slot is filled.
+// Tile slot i: sequence s has the slots from cu_q[s] / BM + s on, of which it fills as many as it has tiles. So the
+// slots are known without a sum over the sequences. Returns whether the slot is filled.
 DEV bool tile_of(int slot, const int* cu_q, const int* cu_k, int sequences, Item& tile) {
     int low = 0, high = sequences;
     while (high - low > 1) {
@@ -182,7 +182,7 @@ struct Loader {
         __syncwarp();
         k.next();
     }
-    // Probabilities of keys past the sequence's end are zero, but what lies there in memory may be NaN: zeros replace it.
+    // Probabilities of keys past the sequence's end are zero, but what lies there in memory may be NaN: it is cleared.
     DEV void load_v(const Item& it, int n) {
         u32 full = smem(&sh.v_full[v.at]), to = smem(sh.v[v.at]), landed = smem(&sh.v_landed);
         bool partial = (n + 1) * BN > it.keys;
@@ -287,7 +287,8 @@ DEV void hold(u32 (&held)[HELD][4], u32 q) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int d = j * 16 + (i & 2) * 4, row = t / 32 * 16 + t % 32 / 4 + (i & 1) * 8, chunk = d % L / 8;
-            u32 at = q + d / L * (64 * L * 2) + row * (L * 2) + ((chunk ^ (row * L / 64 & (L / 8 - 1))) << 4) + t % 4 * 4;
+            u32 to = row * (L * 2) + ((chunk ^ (row * L / 64 & (L / 8 - 1))) << 4) + t % 4 * 4;
+            u32 at = q + step_at<64>(d / L * L) + to;
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(held[j][i]) : "r"(at) : "memory");
         }
 }
@@ -314,8 +315,8 @@ DEV void values(float (&o)[VDIM / 2], const u32 (&p)[BN / 16][4], u32 v) {
 // ---- softmax ----
 
 // Of this thread's two rows (8 apart): the maximum that exponents are taken against, this thread's part of the sum, and
-// what turns sums against the last maximum into sums against this one. Roundings are spelled out: they have to be the same
-// with and without masks.
+// what turns sums against the last maximum into sums against this one. Roundings are spelled out: they have to be the
+// same with and without masks.
 struct Softmax {
     float max[2] = {-INF, -INF}, sum[2] = {0, 0}, factor[2];
 
@@ -336,7 +337,7 @@ struct Softmax {
             t = fmaxf(t, __shfl_xor_sync(ALL_LANES, t, 1));
             t = fmaxf(t, __shfl_xor_sync(ALL_LANES, t, 2));
             t = fmaxf(t, max[r]);
-            // Probabilities and sums 2^8 times larger than need be lose nothing, and a maximum that stays spares rescaling.
+            // Probabilities and sums up to 2^8 times larger lose nothing, and a maximum that stays spares rescaling.
             bool stays = (t - max[r]) * scale <= 8.0f;
             t = stays ? max[r] : t;
             // Only where keys are masked can a row have seen none so far.
@@ -404,8 +405,8 @@ struct Consumer {
         release_k();
         if (last) release_q();
         softmax.block<MASK>(s, scale, seen);
-        // No sum is negative, which the compiler does not know: it cannot move the exponentials behind this wait, and so
-        // not behind the next, for the product that they are to run beside.
+        // No sum is negative, which the compiler does not know: it cannot move the exponentials behind this wait, and
+        // so not behind the next, for the product that they are to run beside.
         if (!last) mbar_wait(smem(&sh.k_full[k.at]), k.parity ^ (fminf(softmax.sum[0], softmax.sum[1]) < 0));
         wgmma_wait<0>();
         wgmma_pin(o);
@@ -455,7 +456,8 @@ struct Consumer {
     }
 
     // Four lanes share a row; they exchange pairs so that each writes 16 bytes, four lines of 8 columns at a time.
-    DEV void store(const Item& it, float (&o)[VDIM / 2], Softmax& softmax, float log_scale, int heads, bf16* out, float* lse) {
+    DEV void store(const Item& it, float (&o)[VDIM / 2], Softmax& softmax, float log_scale, int heads, bf16* out,
+                   float* lse) {
         int t = threadIdx.x % 128, quad = lane % 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
