@@ -1,15 +1,15 @@
-// Attention forward on Hopper. Defines: NOPE, ROPE, VDIM (P, R, W of the contract), WGS consumer warpgroups of 64 queries
-// each, BN keys a block, STAGES blocks of keys and of values in flight.
+// Attention forward on Hopper. Defines: NOPE, ROPE, VDIM (P, R, W of the contract), WGS warpgroups that compute, of 64
+// queries each, BN keys a block, STAGES blocks of keys and of values in flight.
 //
-// A block of threads stays on its multiprocessor and takes items of work (64 * WGS queries of one sequence, one head) until
-// none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head and the
-// k_pe that all heads share, side by side) and V blocks. Each consumer warpgroup owns 64 queries: scores by wgmma, softmax
-// in registers, and the probabilities, still in registers, are the next product's A. The softmax of one block runs beside
-// the product of the last block's probabilities with its values, and beside the other warpgroup's products.
+// A block of threads stays on its multiprocessor and takes items of work (64 * WGS queries of one sequence, one head)
+// until none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head and
+// the k_pe that all heads share, side by side) and V blocks. Each computing warpgroup owns 64 queries: scores by wgmma,
+// softmax in registers, and the probabilities, still in registers, are the next product's A. The softmax of one block
+// runs beside the product of the last block's probabilities with its values, and beside the other warpgroup's products.
 //
-// Keys go from the last block that an item sees to the first, so that masks end after the first blocks. Blocks are counted
-// from the sequence's first key, and one that a query does not see leaves that query's state as it is, to the bit. So
-// what a query gets depends on its own sequence alone, and not on how that was cut into tiles of queries.
+// Keys go from the last block that an item sees to the first, so that masks end after the first blocks. Blocks are
+// counted from the sequence's first key, and one that a query does not see leaves that query's state as it is, to the
+// bit. So what a query gets depends on its own sequence alone, and not on how that was cut into tiles of queries.
 
 #define BM (64 * WGS)
 #define LOG2E 1.4426950408889634f
@@ -17,11 +17,17 @@
 // Elements of a swizzled line: 128, 64 or 32 bytes.
 constexpr int line(int d) { return d % 64 == 0 ? 64 : d % 32 == 0 ? 32 : 16; }
 
-// Descriptors of matrices that TMA wrote as boxes of lines of L elements, with the swizzle of that width. `block` is the
-// distance in bytes of boxes side by side, for operands whose lines are along m or n.
+// Descriptors of matrices that TMA wrote as boxes of lines of L elements, with the swizzle of that width. `block` is
+// the distance in bytes of boxes side by side, for operands whose lines are along m or n.
 template <int L> DEV u64 desc(u32 at, u32 block) {
     const u64 swizzle = L == 64 ? 1 : L == 32 ? 2 : 3;
     return u64((at & 0x3ffff) >> 4) | u64(block >> 4) << 16 | u64(L * 16 >> 4) << 32 | swizzle << 62;
+}
+
+// Brings a box into the L2 cache.
+DEV void tma_prefetch_box(const TensorMap* map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3) : "memory");
 }
 
 DEV float exp2_(float x) {
@@ -37,7 +43,7 @@ DEV float exp2_(float x) {
 #define K_BYTES (K_NOPE + BN * ROPE * 2)
 #define V_BYTES (BN * VDIM * 2)
 #define ITEMS 2
-// Steps of 16 along the head whose Q the consumers keep in registers: that spares shared memory a third of what QK^T reads.
+// Steps of 16 along the head whose Q is kept in registers: the product reads a third less of shared memory there.
 #define HELD (NOPE / 16 < 8 ? NOPE / 16 : 8)
 
 struct Shared {
@@ -79,8 +85,8 @@ struct Item {
 #define PLAN_HEADER 8
 #define PLAN_ENTRY 8
 
-// Tile slot i: sequence s has the slots from cu_q[s] / BM + s on, of which it fills as many as it has tiles. So the slots
-// are known without a sum over the sequences. Returns whether the slot is filled.
+// Tile slot i: sequence s has the slots from cu_q[s] / BM + s on, of which it fills as many as it has tiles. So the
+// slots are known without a sum over the sequences. Returns whether the slot is filled.
 DEV bool tile_of(int slot, const int* cu_q, const int* cu_k, int sequences, Item& tile) {
     int low = 0, high = sequences;
     while (high - low > 1) {
@@ -157,6 +163,14 @@ struct Loader {
             }
         __syncwarp();
     }
+    DEV void prefetch_q(const Item& it) const {
+        if (lane == 0 && it.q >= 0)
+            for (int w = 0; w < WGS; w++) {
+                tma_prefetch_box(maps.q_nope, 0, it.q + 64 * w, 0, it.head);
+                tma_prefetch_box(maps.q_rope, 0, it.q + 64 * w, 0, it.head);
+            }
+        __syncwarp();
+    }
     DEV void load_k(const Item& it, int n) {
         if (lane == 0) {
             u32 full = smem(&sh.k_full[k.at]), to = smem(sh.k[k.at]);
@@ -168,7 +182,7 @@ struct Loader {
         __syncwarp();
         k.next();
     }
-    // Probabilities of keys past the sequence's end are zero, but what lies there in memory may be NaN: zeros replace it.
+    // Probabilities of keys past the sequence's end are zero, but what lies there in memory may be NaN: it is cleared.
     DEV void load_v(const Item& it, int n) {
         u32 full = smem(&sh.v_full[v.at]), to = smem(sh.v[v.at]), landed = smem(&sh.v_landed);
         bool partial = (n + 1) * BN > it.keys;
@@ -213,13 +227,15 @@ DEV Item item_at(const int* plan, int tiles, int index, int heads, int group) {
     return it;
 }
 
+// What comes first of an item is loaded before the next item is asked for, whose Q is then on its way to the L2 cache
+// for as long as this item takes: there is room for one Q only.
 DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
     Loader load(sh, maps);
-    int lane = threadIdx.x % WARP, tiles = plan[0], index = blockIdx.x;
+    int lane = threadIdx.x % WARP, tiles = plan[0];
     Ring<ITEMS> items;
     u32 q_parity = 0;
+    Item it = item_at(plan, tiles, blockIdx.x, heads, group);
     while (true) {
-        Item it = item_at(plan, tiles, index, heads, group);
         if (lane == 0) {
             mbar_wait(smem(&sh.item_empty[items.at]), items.parity ^ 1);
             int4* to = reinterpret_cast<int4*>(sh.item[items.at]);
@@ -230,20 +246,23 @@ DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
         __syncwarp();
         items.next();
         if (it.q < 0) return;
-        int next = 0;
-        if (lane == 0) next = gridDim.x + atomicAdd(&plan[1], 1);
-        int blocks = it.blocks(it.rows);
-        if (blocks > 0) {
-            load.load_k(it, blocks - 1);
+        int n = it.blocks(it.rows) - 1;
+        if (n >= 0) {
+            load.load_k(it, n);
             load.load_q(it, q_parity);
             q_parity ^= 1;
-            for (int n = blocks - 1; n > 0; n--) {
-                load.load_k(it, n - 1);
-                load.load_v(it, n);
-            }
-            load.load_v(it, 0);
+            if (n > 0) load.load_k(it, n - 1);
+            load.load_v(it, n);
         }
-        index = __shfl_sync(ALL_LANES, next, 0);
+        int index = 0;
+        if (lane == 0) index = gridDim.x + atomicAdd(&plan[1], 1);
+        Item next = item_at(plan, tiles, __shfl_sync(ALL_LANES, index, 0), heads, group);
+        load.prefetch_q(next);
+        for (n--; n >= 0; n--) {
+            if (n > 0) load.load_k(it, n - 1);
+            load.load_v(it, n);
+        }
+        it = next;
     }
 }
 
@@ -268,7 +287,8 @@ DEV void hold(u32 (&held)[HELD][4], u32 q) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int d = j * 16 + (i & 2) * 4, row = t / 32 * 16 + t % 32 / 4 + (i & 1) * 8, chunk = d % L / 8;
-            u32 at = q + d / L * (64 * L * 2) + row * (L * 2) + ((chunk ^ (row * L / 64 & (L / 8 - 1))) << 4) + t % 4 * 4;
+            u32 to = row * (L * 2) + ((chunk ^ (row * L / 64 & (L / 8 - 1))) << 4) + t % 4 * 4;
+            u32 at = q + step_at<64>(d / L * L) + to;
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(held[j][i]) : "r"(at) : "memory");
         }
 }
@@ -295,8 +315,8 @@ DEV void values(float (&o)[VDIM / 2], const u32 (&p)[BN / 16][4], u32 v) {
 // ---- softmax ----
 
 // Of this thread's two rows (8 apart): the maximum that exponents are taken against, this thread's part of the sum, and
-// what turns sums against the last maximum into sums against this one. Roundings are spelled out: they have to be the same
-// with and without masks.
+// what turns sums against the last maximum into sums against this one. Roundings are spelled out: they have to be the
+// same with and without masks.
 struct Softmax {
     float max[2] = {-INF, -INF}, sum[2] = {0, 0}, factor[2];
 
@@ -317,7 +337,7 @@ struct Softmax {
             t = fmaxf(t, __shfl_xor_sync(ALL_LANES, t, 1));
             t = fmaxf(t, __shfl_xor_sync(ALL_LANES, t, 2));
             t = fmaxf(t, max[r]);
-            // Probabilities and sums 2^8 times larger than need be lose nothing, and a maximum that stays spares rescaling.
+            // Probabilities and sums up to 2^8 times larger lose nothing, and a maximum that stays spares rescaling.
             bool stays = (t - max[r]) * scale <= 8.0f;
             t = stays ? max[r] : t;
             // Only where keys are masked can a row have seen none so far.
@@ -385,8 +405,8 @@ struct Consumer {
         release_k();
         if (last) release_q();
         softmax.block<MASK>(s, scale, seen);
-        // No sum is negative, which the compiler does not know: it cannot move the exponentials behind this wait, and so
-        // not behind the next, for the product that they are to run beside.
+        // No sum is negative, which the compiler does not know: it cannot move the exponentials behind this wait, and
+        // so not behind the next, for the product that they are to run beside.
         if (!last) mbar_wait(smem(&sh.k_full[k.at]), k.parity ^ (fminf(softmax.sum[0], softmax.sum[1]) < 0));
         wgmma_wait<0>();
         wgmma_pin(o);
@@ -436,7 +456,8 @@ struct Consumer {
     }
 
     // Four lanes share a row; they exchange pairs so that each writes 16 bytes, four lines of 8 columns at a time.
-    DEV void store(const Item& it, float (&o)[VDIM / 2], Softmax& softmax, float log_scale, int heads, bf16* out, float* lse) {
+    DEV void store(const Item& it, float (&o)[VDIM / 2], Softmax& softmax, float log_scale, int heads, bf16* out,
+                   float* lse) {
         int t = threadIdx.x % 128, quad = lane % 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
