@@ -116,7 +116,7 @@ const MIDDLE: Tile = Tile::new((64, 64, 64), (32, 32), 4, 2);
 const FEW_ROWS: Tile = Tile::new((16, 32, 128), (16, 16), 4, 2);
 /// With planes; likewise. The fewer stages, the more planes.
 const MIDDLE_PLANES: Tile = Tile::new((64, 64, 64), (32, 32), 3, 2);
-const FEW_ROWS_PLANES: Tile = Tile::new((16, 16, 128), (16, 16), 4, 2);
+const FEW_ROWS_PLANES: Tile = Tile::new((16, 32, 128), (16, 16), 3, 2);
 /// By multiply-adds; likewise.
 const LARGE_SIMT: Tile = Tile::new((128, 128, 16), (8, 8), 0, 1);
 const MIDDLE_SIMT: Tile = Tile::new((64, 64, 16), (4, 4), 0, 2);

@@ -347,6 +347,7 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
                 arrived();
                 load((s + 1) % 2, t + 1, 0);
             }
+            if (s == 0) fetch(t + STAGES - 1);
             auto& to = SHORT ? part : sums;
             if (SHORT && s % 2 == 0) {
 #pragma unroll
@@ -370,8 +371,6 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
 #pragma unroll
                 for (int i = 0; i < MI * NJ * 8; i++) (&sums[0][0][0])[i] += (&part[0][0][0])[i];
             }
-            // While the matrix unit works off what it was given.
-            if (s == 0) fetch(t + STAGES - 1);
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");
