@@ -89,7 +89,11 @@ pub fn backward_weight(cuda: &Cuda, dy: View<'_>, x: View<'_>, x_stride: usize, 
     let partial = partial_view.ptr();
     let grid = Grid::new([tiles, row_blocks, 1], 256);
     let x_stride = x_stride as i64;
-    cuda.launch(&kernel("rmsnorm_backward_weight"), grid, &args![dy, x, x_stride, rstd, partial, dw, int(n), int(d)]);
+    cuda.launch(
+        &kernel("rmsnorm_backward_weight"),
+        grid,
+        &args![dy, x, x_stride, rstd, partial, dw, int(n), int(d), int(rows)],
+    );
     if several > 0 {
         let grid = Grid::new([blocks(d, 32), 1, 1], 256);
         cuda.launch(&kernel("rmsnorm_backward_weight_sum"), grid, &args![partial, dw, int(several), int(d)]);
