@@ -14,8 +14,9 @@ static SOURCE: Source = source!("head_loss.cu");
 
 /// Ids of a slice: wide enough for products at the GPU's rate and for few sums of the states' gradient.
 pub(super) const SLICE: usize = 4096;
-/// Bytes of logits and of the states' gradient in f32 that exist at once, unless `TOKENS` tokens need more.
-const SCRATCH: usize = 256 << 20;
+/// Bytes of logits and of the states' gradient in f32 that exist at once, unless `TOKENS` tokens need more. Tests are to
+/// have several pieces.
+pub(super) const SCRATCH: usize = if cfg!(test) { 16 << 10 } else { 256 << 20 };
 /// Pieces are multiples of so many tokens, which tiles of products divide.
 const TOKENS: usize = 256;
 /// Threads of a block.
