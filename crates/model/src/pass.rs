@@ -141,7 +141,7 @@ fn predict(
         out.forget();
     }
     let mut d = ctx.empty(DType::F32, depth.n);
-    head_loss::target_weights(ctx, depth.targets.view(), weight, d.view_mut());
+    head_loss::target_weights(ctx, depth.targets.view(), -weight, d.view_mut());
     (out, Arc::new(d))
 }
 
