@@ -1,6 +1,6 @@
-//! Hopper: the product with the weight and what is wanted of it in one kernel, so that logits never reach memory. For bf16
-//! operands that the copy engine can read, without given ids and the most likely ones. An element of the product is one
-//! chain over D: a row's bits depend on the row and the weight alone, on any number of tokens.
+//! Hopper: the product with the weight and what is wanted of it in one kernel, so that logits never reach memory. For
+//! bf16 operands that the copy engine can read, without given ids and the most likely ones. An element of the product
+//! is one chain over D: a row's bits depend on the row and the weight alone, whatever the number of tokens.
 
 use super::cuda::{Piece, SCRATCH, piece_of};
 use super::{Backward, Inputs, Outputs};

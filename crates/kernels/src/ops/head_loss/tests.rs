@@ -109,8 +109,8 @@ fn widen(b: &Buf) -> Vec<f64> {
     b.view().to_f32().iter().map(|&x| f64::from(x)).collect()
 }
 
-/// N, D, V, G: one id, one id each side of a slice, ragged, more rows than a task, several slices, of a GPU too, and several
-/// of its pieces.
+/// N, D, V, G: one id, one id each side of a slice, ragged, more rows than a task, several slices, of a GPU too, and
+/// several of its pieces.
 const SHAPES: [[usize; 4]; 13] = [
     [1, 1, 1, 1],
     [3, 8, SLICE - 1, 2],
