@@ -1,6 +1,7 @@
 // What the head does with the logits of some tokens over one slice of the vocabulary: f32 [tokens, cols], rows `ld`
 // apart, ids first..first + cols. A block of BLOCK threads has a row, and what it leaves depends on that row alone.
-// A slice has at most SLICE ids (a multiple of 4 BLOCK); `ld` is a multiple of 4. DZ is the type of the logits' gradients.
+// A slice has at most SLICE ids (a multiple of 4 BLOCK); `ld` is a multiple of 4. DZ is the type of gradients of
+// logits.
 
 #define VECS (SLICE / (4 * BLOCK))
 // A target past the vocabulary, which the host cannot see, gets this log-probability.

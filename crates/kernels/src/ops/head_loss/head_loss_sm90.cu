@@ -54,8 +54,7 @@ DEV void bring(const TensorMap* x, const TensorMap* w, const Work& work, int blo
         Tile tile(t, work.rows, work.cols);
         for (int k = 0; k < blocks; k++) {
             u32 to = ring + stage * STAGE, bar = full + stage * 8;
-            if (CLUSTER > 1) mbar_wait_cluster(empty + stage * 8, phase);
-            else mbar_wait(empty + stage * 8, phase);
+            mbar_wait(empty + stage * 8, phase);
             mbar_expect(bar, STAGE);
             tma_load(to, x, bar, k * COLS, work.first_token(tile));
             if (CLUSTER > 1) {
