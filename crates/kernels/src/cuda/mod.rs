@@ -61,6 +61,8 @@ pub struct Cuda {
     blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
     invariant: AtomicBool,
+    /// Kernels for older GPUs are to be used.
+    plain: AtomicBool,
     /// A graph is being recorded.
     recording: AtomicBool,
     counts: Counts,
@@ -153,6 +155,7 @@ impl Cuda {
             blas: blas::Blas::default(),
             constants: Mutex::default(),
             invariant: AtomicBool::new(false),
+            plain: AtomicBool::new(false),
             recording: AtomicBool::new(false),
             counts: Counts::default(),
             recent: Mutex::default(),
@@ -206,7 +209,13 @@ impl Cuda {
 
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
-        self.arch.0 == 9
+        self.arch.0 == 9 && !self.plain.load(Ordering::Relaxed)
+    }
+
+    /// Takes the kernels for older GPUs from now on, so that they can be tested here.
+    #[cfg(test)]
+    pub(crate) fn set_plain(&self) {
+        self.plain.store(true, Ordering::Relaxed);
     }
 
     /// Whether matrix products must give a row the same bits whatever the other rows are.
