@@ -67,23 +67,33 @@ pub fn backward_input(cuda: &Cuda, mut a: BackwardInput<'_>) {
     cuda.launch(&kernel, grid, &args![dy, x, x_stride, w, rstd, dx, dx_stride, int(n), int(d), accumulate]);
 }
 
-/// Rows that a block of the weight's gradient sums: the kernel's BLOCK_ROWS.
-const BLOCK_ROWS: usize = 128;
+/// Rows that a block of the weight's gradient sums, of n rows that are cut into `tiles` blocks of columns: as many as
+/// leave enough blocks for a large GPU. It depends on shapes alone, as the order of the sum must.
+fn block_rows(n: usize, tiles: usize) -> usize {
+    const ENOUGH: usize = 384;
+    [256, 128, 64].into_iter().find(|rows| n.div_ceil(*rows) * tiles >= ENOUGH).unwrap_or(32)
+}
 
 pub fn backward_weight(cuda: &Cuda, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, mut dw: ViewMut<'_>) {
     let (dtype, n, d) = (x.dtype(), rstd.len(), dw.len());
     let (dy, x, rstd, dw) = (ptr(dy, dtype), x.ptr(), ptr(rstd, DType::F32), ptr_mut(&mut dw, DType::F32));
     let row = Row::new(dtype, d, &[dy, x], &[x_stride]);
     let kernel = |name| row.kernel(cuda, name, (32, 8));
-    let row_blocks = blocks(n, BLOCK_ROWS);
+    let tiles = blocks(row.packs, 32);
+    let rows = block_rows(n, tiles as usize);
+    let row_blocks = blocks(n, rows);
     // One block of rows adds to dw itself.
     let several = if row_blocks > 1 { row_blocks as usize } else { 0 };
     let mut partial = cuda.empty(DType::F32, several * d);
     let mut partial_view = partial.view_mut();
     let partial = partial_view.ptr();
-    let grid = Grid::new([blocks(row.packs, 32), row_blocks, 1], 256);
+    let grid = Grid::new([tiles, row_blocks, 1], 256);
     let x_stride = x_stride as i64;
-    cuda.launch(&kernel("rmsnorm_backward_weight"), grid, &args![dy, x, x_stride, rstd, partial, dw, int(n), int(d)]);
+    cuda.launch(
+        &kernel("rmsnorm_backward_weight"),
+        grid,
+        &args![dy, x, x_stride, rstd, partial, dw, int(n), int(d), int(rows)],
+    );
     if several > 0 {
         let grid = Grid::new([blocks(d, 32), 1, 1], 256);
         cuda.launch(&kernel("rmsnorm_backward_weight_sum"), grid, &args![partial, dw, int(several), int(d)]);

@@ -128,24 +128,19 @@ extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
         }
 }
 
-// The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's BLOCK_ROWS, STEP of
+// The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's `block_rows`, STEP of
 // them in flight. What the warps found is added in their order, then what the blocks found in theirs.
 #define WARPS 8
-#ifndef BLOCK_ROWS
-#define BLOCK_ROWS 128
-#endif
-#ifndef STEP
 #define STEP 4
-#endif
 
 // Of one block of rows: added to dw if it is the only one, else to `partial[blocks][d]`.
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     rmsnorm_backward_weight(const T* dy, const T* x, i64 x_stride, const float* rstd, float* partial, float* dw, int n,
-                            int d) {
+                            int d, int block_rows) {
     __shared__ float sums[WARPS][WARP * N];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int at = (blockIdx.x * WARP + lane) * N;
-    const int begin = blockIdx.y * BLOCK_ROWS, end = min(begin + BLOCK_ROWS, n);
+    const int begin = blockIdx.y * block_rows, end = min(begin + block_rows, n);
     float sum[N] = {};
     if (at < d) {
         int row = begin + warp;
