@@ -157,15 +157,6 @@ DEV bool locate(int m, int n, int k, int piece, i64 lda, i64 ldb, i64 ldc, const
     return p.k > 0 || !add;
 }
 
-// What will be added to is fetched into the second-level cache while the sums are made.
-DEV void expect(const C_TYPE* c, const Part& p, i64 ldc) {
-    const int LINE = 128 / sizeof(C_TYPE), LINES = (TILE_N + LINE - 1) / LINE;
-    for (int i = threadIdx.x; i < TILE_M * LINES; i += blockDim.x) {
-        int row = p.row + i / LINES, col = p.col + i % LINES * LINE;
-        if (row < p.m && col < p.n) asm volatile("prefetch.global.L2 [%0];" ::"l"(c + p.c + row * ldc + col));
-    }
-}
-
 // Stores N finished sums of a row, `left` of them within the matrix.
 template <int N> DEV void put(C_TYPE* c, const float (&sums)[N], int left, bool add) {
     const int W = Vec<C_TYPE>::N;
@@ -343,7 +334,6 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
     };
 #pragma unroll
     for (int t = 0; t < STAGES - 1; t++) fetch(t);
-    if (add) expect(c, p, ldc);
     if (count > 0) {
         arrived();
         load(0, 0, 0);
