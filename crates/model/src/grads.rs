@@ -29,6 +29,11 @@ impl Grads {
         Self { arena: ctx.zeros(DType::F32, layout.len), uses, depth, layout }
     }
 
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.arena.bytes() + self.uses.iter().map(|(_, b)| b.bytes()).sum::<usize>()
+    }
+
     /// Where a tensor's gradient accumulates.
     pub fn of(&mut self, id: ParamId) -> ViewMut<'_> {
         let r = self.layout.info(id).range();

@@ -1,9 +1,10 @@
-// Hopper: the product hidden W^T and what is wanted of it in one kernel, so that logits leave the registers only as sums
-// over 256 ids or as gradients. Operands are bf16 [rows, D], D a multiple of 8.
+// Hopper: the product hidden W^T and what is wanted of it in one kernel, so that logits leave the registers only as
+// sums over 256 ids or as gradients. Operands are bf16 [rows, D], D a multiple of 8.
 //
-// A block computes tiles of 128 tokens x 256 ids, one after the other: a warpgroup brings 64 columns of both operands at a
-// time into a ring of STAGES, two others multiply 64 tokens each. CLUSTER blocks have different tokens and the same ids, and
-// share what they bring of W. An element is one chain of products in order of the columns: it depends on nothing else.
+// A block computes tiles of 128 tokens x 256 ids, one after the other: a warpgroup brings 64 columns of both operands
+// at a time into a ring of STAGES, two others multiply 64 tokens each. CLUSTER blocks have different tokens and the
+// same ids, and share what they bring of W. An element is one chain of products in order of the columns: it depends on
+// nothing else.
 
 #define TOKENS 128
 #define IDS 256
@@ -53,13 +54,13 @@ DEV void bring(const TensorMap* x, const TensorMap* w, const Work& work, int blo
         Tile tile(t, work.rows, work.cols);
         for (int k = 0; k < blocks; k++) {
             u32 to = ring + stage * STAGE, bar = full + stage * 8;
-            if (CLUSTER > 1) mbar_wait_cluster(empty + stage * 8, phase);
-            else mbar_wait(empty + stage * 8, phase);
+            mbar_wait(empty + stage * 8, phase);
             mbar_expect(bar, STAGE);
             tma_load(to, x, bar, k * COLS, work.first_token(tile));
             if (CLUSTER > 1) {
                 int half = IDS / CLUSTER * work.rank;
-                tma_load_to((1 << CLUSTER) - 1, to + BYTES_X + half * COLS * 2, w, bar, k * COLS, tile.col * IDS + half);
+                u32 at = to + BYTES_X + half * COLS * 2;
+                tma_load_to((1 << CLUSTER) - 1, at, w, bar, k * COLS, tile.col * IDS + half);
             } else {
                 tma_load(to + BYTES_X, w, bar, k * COLS, tile.col * IDS);
             }
@@ -101,8 +102,8 @@ DEV void multiply(float (&z)[IDS / 2], int group, int blocks, u32 ring, u32 full
 // Column of z[i] in the tile.
 DEV int column(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + (i & 1); }
 
-// Of both rows that a thread has a part of (the second's elements are two behind the first's), over the ids of the tile that
-// there are: the largest z, the sums of e^(z - largest) and of e^(z - largest) (z - largest).
+// Of both rows that a thread has a part of (the second's elements are two behind the first's), over the ids of the tile
+// that there are: the largest z, the sums of e^(z - largest) and of e^(z - largest) (z - largest).
 template <bool WHOLE> DEV void summarise(const float (&z)[IDS / 2], int ids, float scale, float4 (&rows)[2]) {
     float max[2][2] = {{-INF, -INF}, {-INF, -INF}}, sum[2] = {0.0f, 0.0f}, dot[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -189,6 +190,8 @@ head_summaries(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
             }
         }
     }
+    // No block leaves while another may still signal its barriers.
+    __syncwarp();
     if (CLUSTER > 1) cluster_sync();
 }
 
@@ -302,5 +305,7 @@ head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
         }
         if (threadIdx.x % 128 == 0) tma_wait<0>();
     }
+    // No block leaves while another may still signal its barriers.
+    __syncwarp();
     if (CLUSTER > 1) cluster_sync();
 }

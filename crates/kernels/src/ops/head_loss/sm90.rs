@@ -1,8 +1,8 @@
-//! Hopper: the product with the weight and what is wanted of it in one kernel, so that logits never reach memory. For bf16
-//! operands that the copy engine can read, without given ids and the most likely ones. An element of the product is one
-//! chain over D: a row's bits depend on the row and the weight alone, on any number of tokens.
+//! Hopper: the product with the weight and what is wanted of it in one kernel, so that logits never reach memory. For
+//! bf16 operands that the copy engine can read, without given ids and the most likely ones. An element of the product
+//! is one chain over D: a row's bits depend on the row and the weight alone, whatever the number of tokens.
 
-use super::cuda::{Piece, piece_of};
+use super::cuda::{Piece, SCRATCH, piece_of};
 use super::{Backward, Inputs, Outputs};
 use crate::cuda::{Cuda, Grid, Source, Swizzle, TensorMap, Value::Int, args, source};
 use crate::{DType, View, ViewMut};
@@ -26,8 +26,6 @@ const THREADS: u32 = 384;
 /// Bytes of the ring, and of tiles on their way out: each multiplying warpgroup's 64 tokens x 128 ids.
 const RING: usize = STAGES * (TILE[0] + TILE[1]) * COLS * 2;
 const OUT: usize = 2 * 64 * 128 * 2;
-/// Bytes of tiles' summaries that exist at once.
-const SCRATCH: usize = 256 << 20;
 
 /// Whether these kernels can read the operands.
 pub(super) fn supports(cuda: &Cuda, x: &Inputs<'_>) -> bool {
