@@ -128,8 +128,16 @@ pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMu
     );
 }
 
-/// `dW[rows, cols]` += `dy[N, rows]`^T `x[N, cols]`; dW is f32, and may be columns of a wider matrix.
-pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize, cols: usize, dw: MatMut<'_>) {
+/// `dW[rows, cols]` (+)= `dy[N, rows]`^T `x[N, cols]`; dW is f32, and may be columns of a wider matrix.
+pub fn linear_backward_weight(
+    ctx: &Ctx,
+    x: View<'_>,
+    dy: View<'_>,
+    rows: usize,
+    cols: usize,
+    dw: MatMut<'_>,
+    accumulate: bool,
+) {
     let _timer = ctx.timer("gemm backward weight");
     let n = rows_of(x.len(), cols, "x");
     assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");
@@ -144,7 +152,7 @@ pub fn linear_backward_weight(ctx: &Ctx, x: View<'_>, dy: View<'_>, rows: usize,
             b: Mat { data: x, ld: cols },
             tb: false,
             c: dw,
-            accumulate: true,
+            accumulate,
         },
     );
 }
