@@ -120,7 +120,7 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
         &args![x.cu_q.ptr(), x.cu_k.ptr(), sequences as i32, slots as i32, plan.ptr()],
     );
 
-    let together = (CACHED / (nk * up * DType::Bf16.size())).clamp(1, heads);
+    let sections = (x.kv_up.len() * DType::Bf16.size()).div_ceil(CACHED).min(heads);
     let blocks = (slots * heads).min(cuda.sms() as usize);
     let threads = 128 * (WARPGROUPS + 1);
     let kernel = cuda.kernel(&SOURCE, "mla_prefill_forward", &defines);
@@ -135,7 +135,7 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
             keys(nope, v),
             plan.ptr(),
             heads as i32,
-            together as i32,
+            sections as i32,
             scale,
             out.ptr(),
             lse.ptr()
