@@ -63,6 +63,14 @@ pub fn invariant_gpu() -> Option<Ctx> {
     Some(ctx)
 }
 
+/// As [`invariant_gpu`], with the kernels that a GPU before Hopper gets.
+#[track_caller]
+pub fn older_gpu() -> Option<Ctx> {
+    let ctx = invariant_gpu()?;
+    ctx.device.as_cuda()?.set_plain();
+    Some(ctx)
+}
+
 /// As [`buf`], on the context's device.
 pub fn buf_on(ctx: &Ctx, dtype: DType, values: &[f32]) -> Buf {
     ctx.upload(&buf(dtype, values))

@@ -7,6 +7,7 @@ mod examine;
 mod load;
 mod metrics;
 mod optimizer;
+pub mod plan;
 mod prepare;
 mod pretrain;
 mod record;
@@ -26,7 +27,7 @@ pub use optimizer::{AdamW, Optimizer};
 pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};
 pub use record::Recorder;
 pub use schedule::Schedule;
-pub use step::{Objective, StepReport, Trainer};
+pub use step::{Objective, StepReport, StepUnderWay, Trainer};
 
 use std::path::Path;
 

@@ -5,6 +5,7 @@ use crate::config::saved::{self, Build, RUN_FILE};
 use crate::config::{DataSettings, TrainConfig};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::Optimizer;
+use crate::plan::{self, StepSize};
 use crate::prepare::{Prepared, prepare, with_special_tokens};
 use crate::record;
 use crate::run_loop::Loop;
@@ -222,6 +223,7 @@ impl Begun {
         let Self { data, state, remarks } = self;
         let config = with_special_tokens(run.model.clone(), &data.tokenizer);
         let c = &run.config;
+        plan::reserve(ctx, &step_size(&config, c)).map_err(|what| TrainError::Config { what })?;
         let mut model = Model::whole(ctx, config.clone());
         model.recompute = c.recompute;
         let layout = model.layout.clone();
@@ -275,6 +277,19 @@ impl Begun {
         let fresh = state.is_none();
         let (unread, before) = (VecDeque::new(), None);
         Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh, unread, before }.go(ctx)
+    }
+}
+
+/// One of the steps that a run consists of.
+fn step_size(config: &ModelConfig, c: &TrainConfig) -> StepSize {
+    StepSize {
+        config: config.clone(),
+        precision: c.precision,
+        recompute: c.recompute,
+        sequences: c.micro_batch,
+        tokens: c.seq,
+        objective: c.objective,
+        average: c.ema_decay > 0.0,
     }
 }
 

@@ -52,12 +52,35 @@ pub struct Training {
     pub peak_bytes: Option<u64>,
     /// Parameters, gradients and state of the optimiser.
     pub state_bytes: u64,
+    /// How far the host was ahead of a GPU.
+    #[serde(flatten)]
+    pub ahead: Option<Ahead>,
     /// Seconds of a step by op, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub by_op: Option<BTreeMap<&'static str, f64>>,
 }
 
+/// Steps that were given to a GPU without waiting for it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Ahead {
+    /// Times a step that the host waited for the device, blocking copies included.
+    pub host_waits: f64,
+    /// Every timed step was a recording replayed.
+    pub graph_replayed: bool,
+}
+
 impl Training {
+    /// Of these losses.
+    pub fn new(
+        losses: &[f64],
+        peak_bytes: Option<u64>,
+        state_bytes: u64,
+        by_op: Option<BTreeMap<&'static str, f64>>,
+    ) -> Self {
+        let mean_loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        Self { first_loss: losses[0], mean_loss, peak_bytes, state_bytes, ahead: None, by_op }
+    }
+
     fn text(&self) -> String {
         let peak = self.peak_bytes.map_or("unknown".into(), |n| crate::inspect::scaled(n as f64, "B"));
         let state = crate::inspect::scaled(self.state_bytes as f64, "B");

@@ -268,6 +268,11 @@ impl Cuda {
     /// The product of the matrices at these addresses by cuBLASLt. False if it was not done: the library is missing or
     /// has nothing for it.
     pub(crate) fn multiply(&self, p: &Product, a: u64, b: u64, c: u64) -> std::result::Result<bool, BlasError> {
+        if self.dry {
+            // The most that an algorithm may take.
+            drop(self.uninit(DType::F32, SCRATCH as usize / 4));
+            return Ok(true);
+        }
         self.bind();
         let Some(handle) = self.blas_handle() else { return Ok(false) };
         let Some(plan) = self.plan(handle, p)? else { return Ok(false) };
@@ -303,5 +308,35 @@ impl Cuda {
     /// Ends what is going on with the library's message.
     pub(crate) fn blas_failed(&self, e: &BlasError) -> ! {
         error::fail(format!("GPU {} ({}): {e}", self.ordinal, self.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operand_knows_its_alignment() {
+        for (ptr, align) in [(1 << 20, 256), (512, 256), (0x100, 256), (0x130, 16), (6, 2), (7, 1), (0, 256)] {
+            assert_eq!(Operand::new(ptr, DType::Bf16, 8, false).align, align, "{ptr:#x}");
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_product() {
+        let operand = |dtype, ld, transposed| Operand::new(256, dtype, ld, transposed);
+        let product = Product {
+            m: 2,
+            n: 3,
+            k: 4,
+            a: operand(DType::Bf16, 4, false),
+            b: operand(DType::Bf16, 5, true),
+            c: operand(DType::F32, 6, false),
+            accumulate: true,
+        };
+        let e = BlasError { doing: "launching", product, status: Status::CUBLAS_STATUS_EXECUTION_FAILED };
+        let expected = "cuBLASLt: launching for C [2, 3] += A B^T, k 4, Bf16 x Bf16 -> F32, rows of 4, 5, 6: \
+                        CUBLAS_STATUS_EXECUTION_FAILED";
+        assert_eq!(e.to_string(), expected);
     }
 }

@@ -127,6 +127,11 @@ impl Stream {
         Ok(Self(raw))
     }
 
+    /// Of a device that is not there.
+    pub fn none() -> Self {
+        Self(std::ptr::null_mut())
+    }
+
     pub fn raw(&self) -> sys::CUstream {
         self.0
     }
@@ -134,8 +139,10 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once. Work in it is completed by the driver before its resources go.
-        unsafe { sys::cuStreamDestroy_v2(self.0) };
+        if !self.0.is_null() {
+            // SAFETY: made by `new`, destroyed once. Work in it is completed by the driver before its resources go.
+            unsafe { sys::cuStreamDestroy_v2(self.0) };
+        }
     }
 }
 
@@ -156,6 +163,11 @@ impl Event {
         Ok(Self(raw))
     }
 
+    /// Of a device that is not there: it has passed.
+    pub(super) fn none() -> Self {
+        Self(std::ptr::null_mut())
+    }
+
     pub(super) fn raw(&self) -> sys::CUevent {
         self.0
     }
@@ -163,13 +175,15 @@ impl Event {
     /// Whether all before the mark is done.
     pub fn has_passed(&self) -> bool {
         // SAFETY: the event is alive. An error counts as not passed, and shows where somebody waits.
-        unsafe { sys::cuEventQuery(self.0) == CUresult::CUDA_SUCCESS }
+        self.0.is_null() || unsafe { sys::cuEventQuery(self.0) == CUresult::CUDA_SUCCESS }
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once; the driver lets a pending event go when it has passed.
-        unsafe { sys::cuEventDestroy_v2(self.0) };
+        if !self.0.is_null() {
+            // SAFETY: made by `new`, destroyed once; the driver lets a pending event go when it has passed.
+            unsafe { sys::cuEventDestroy_v2(self.0) };
+        }
     }
 }

@@ -28,11 +28,12 @@ DEV void mbar_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 DEV void mbar_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
-// Arrives at the same barrier of block `rank` of the cluster (its own included).
+// Arrives at the same barrier of block `rank` of the cluster (its own included). It orders what the barrier itself is
+// for, reads by wgmma before writes by TMA; ordinary stores would need a wider scope, which costs a fence of all memory.
 DEV void mbar_arrive_at(u32 bar, u32 rank) {
     asm volatile(
         "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(rank) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(rank) : "memory");
 }
 DEV bool mbar_try(u32 bar, u32 parity) {
     u32 done;
@@ -45,7 +46,7 @@ DEV void mbar_wait(u32 bar, u32 parity) {
     while (!mbar_try(bar, parity)) {
     }
 }
-// The same, ordered after arrivals from other blocks of the cluster.
+// The same, ordered after ordinary stores that other blocks of the cluster made before they arrived.
 DEV void mbar_wait_cluster(u32 bar, u32 parity) {
     u32 done;
     do {

@@ -114,9 +114,10 @@ impl Tile {
 const LARGE: Tile = Tile::new((128, 128, 64), (64, 64), 3, 2);
 const MIDDLE: Tile = Tile::new((64, 64, 64), (32, 32), 4, 2);
 const FEW_ROWS: Tile = Tile::new((16, 32, 128), (16, 16), 4, 2);
-/// With planes; likewise. The fewer stages, the more planes.
+/// With planes of one operand, or of both; likewise.
 const MIDDLE_PLANES: Tile = Tile::new((64, 64, 64), (32, 32), 3, 2);
-const FEW_ROWS_PLANES: Tile = Tile::new((16, 16, 128), (16, 16), 4, 2);
+const MIDDLE_BOTH_PLANES: Tile = Tile::new((64, 64, 32), (32, 32), 3, 3);
+const FEW_ROWS_PLANES: Tile = Tile::new((16, 32, 128), (16, 16), 3, 2);
 /// By multiply-adds; likewise.
 const LARGE_SIMT: Tile = Tile::new((128, 128, 16), (8, 8), 0, 1);
 const MIDDLE_SIMT: Tile = Tile::new((64, 64, 16), (4, 4), 0, 2);
@@ -128,6 +129,8 @@ const BUSY: usize = 256;
 const PIECE: usize = 512;
 /// bf16 numbers whose sum an f32 number is.
 const PLANES: usize = 3;
+/// As many of them as both operands need for a result in bf16.
+const PLANES_FOR_BF16: usize = 2;
 
 /// An operand as a kernel takes it.
 #[derive(Clone, Copy)]
@@ -151,20 +154,21 @@ impl Matrix {
     }
 
     /// As planes of bf16, `rows` by `cols` as stored; the memory is in the second.
-    fn split(self, cuda: &Cuda, rows: usize, cols: usize) -> (Self, Option<Buf>) {
+    fn split(self, cuda: &Cuda, (rows, cols): (usize, usize), count: usize) -> (Self, Option<Buf>) {
         if self.dtype != DType::F32 {
             return (self, None);
         }
         let pitch = cols.next_multiple_of(8);
         let plane = rows * pitch;
-        let mut planes = cuda.uninit(DType::Bf16, PLANES * plane);
+        let mut planes = cuda.uninit(DType::Bf16, count * plane);
         let ptr = planes.view_mut().ptr();
-        let defines = [("SPLIT", Value::Int(1)), ("WIDE", Value::Int(self.wide().into()))];
+        let wide = Value::Int(self.wide().into());
+        let defines = [("SPLIT", Value::Int(1)), ("PLANES", Value::Int(count as i64)), ("WIDE", wide)];
         let kernel = cuda.kernel(&SOURCE, "gemm_split", &defines);
         let grid = Grid::new([blocks_of((plane / 8).div_ceil(256)), 1, 1], 256);
         let sizes = (number(rows), number(cols), self.ld as i64, number(pitch));
         cuda.launch(&kernel, grid, &args![self.ptr, ptr, sizes.0, sizes.1, sizes.2, sizes.3]);
-        (Self { ptr, dtype: DType::Bf16, ld: pitch, planes: PLANES, plane }, Some(planes))
+        (Self { ptr, dtype: DType::Bf16, ld: pitch, planes: count, plane }, Some(planes))
     }
 }
 
@@ -182,6 +186,9 @@ impl Product<'_> {
     fn tile(&self, unit: Unit, sms: usize) -> Tile {
         let (large, middle, few_rows) = match unit {
             Unit::Mma => (LARGE, MIDDLE, FEW_ROWS),
+            Unit::Planes if self.a.data.dtype() == self.b.data.dtype() => {
+                (MIDDLE_BOTH_PLANES, MIDDLE_BOTH_PLANES, FEW_ROWS_PLANES)
+            }
             Unit::Planes => (MIDDLE_PLANES, MIDDLE_PLANES, FEW_ROWS_PLANES),
             Unit::Simt => (LARGE_SIMT, MIDDLE_SIMT, FEW_ROWS_SIMT),
         };
@@ -226,8 +233,9 @@ impl Product<'_> {
         let (a, b) = (Matrix::of(&self.a), Matrix::of(&self.b));
         let ((a, _planes_of_a), (b, _planes_of_b)) = if unit == Unit::Planes {
             let stored = |inner_k, outer| if inner_k { (outer, self.k) } else { (self.k, outer) };
-            let (rows_of_a, rows_of_b) = (stored(self.a.inner_k, self.m), stored(self.b.inner_k, self.n));
-            (a.split(cuda, rows_of_a.0, rows_of_a.1), b.split(cuda, rows_of_b.0, rows_of_b.1))
+            let count = if a.dtype == b.dtype { PLANES_FOR_BF16 } else { PLANES };
+            let (size_a, size_b) = (stored(self.a.inner_k, self.m), stored(self.b.inner_k, self.n));
+            (a.split(cuda, size_a, count), b.split(cuda, size_b, count))
         } else {
             ((a, None), (b, None))
         };
@@ -289,13 +297,11 @@ impl Product<'_> {
             let args = args![a.ptr, b.ptr, c.ptr, m, n, k, piece, lda, ldb, ldc, offsets, add];
             return cuda.launch(&kernel, grid(parts), &args);
         }
-        // Two operands in planes leave room for one stage less.
-        let stages = if a.planes == b.planes && a.planes > 1 { t.stages - 1 } else { t.stages };
         defines.extend([("MMA", int(1)), ("WARP_M", int(t.part.0)), ("WARP_N", int(t.part.1))]);
-        defines.extend([("STAGES", int(stages)), ("A_PLANES", int(a.planes)), ("B_PLANES", int(b.planes))]);
+        defines.extend([("STAGES", int(t.stages)), ("A_PLANES", int(a.planes)), ("B_PLANES", int(b.planes))]);
         let kernel = cuda.kernel(&SOURCE, "gemm_mma", &defines);
         // The stages; afterwards sixteen rows of sums of each warp.
-        let ring = stages * (a.planes * t.m + b.planes * t.n) * t.k * 2;
+        let ring = t.stages * (a.planes * t.m + b.planes * t.n) * t.k * 2;
         let shared = ring.max(parts * 16 * (t.part.1 + 8) * 4);
         let (plane_a, plane_b) = (a.plane as i64, b.plane as i64);
         let args = args![a.ptr, b.ptr, c.ptr, m, n, k, piece, lda, ldb, ldc, offsets, add, plane_a, plane_b];

@@ -13,8 +13,9 @@
 // into planes.
 //
 // Planes: an f32 number is the sum of three bf16 numbers, exactly (its 24 bits are three times eight), so that a matrix
-// in f32 is three in bf16, and mma.sync computes f32 x bf16 by three products, each exact before it is summed. Of the
-// nine of f32 x f32 the three smallest are left out, less than 2^-24 of the product; only results in bf16 are made so.
+// in f32 is three in bf16, and mma.sync computes f32 x bf16 by three products, each exact before it is summed. For
+// f32 x f32 with a result in bf16 two planes each and the three largest of their products do: what is left out is about
+// 2^-16 of the product, a hundredth of the result's rounding.
 
 #ifdef SUM
 
@@ -31,7 +32,7 @@ gemm_sum(const float* pieces, C_TYPE* c, int count, i64 size, int n, i64 ldc, in
 
 #elif defined(SPLIT)
 
-// Cuts x[rows, cols] into three planes [rows, pitch], the largest part first. A thread has eight columns.
+// Cuts x[rows, cols] into PLANES planes [rows, pitch], the largest part first. A thread has eight columns.
 extern "C" __global__ void __launch_bounds__(256)
 gemm_split(const float* x, bf16* planes, int rows, int cols, i64 ld, int pitch) {
     i64 id = blockIdx.x * i64(256) + threadIdx.x;
@@ -50,7 +51,7 @@ gemm_split(const float* x, bf16* planes, int rows, int cols, i64 ld, int pitch) 
         }
     }
 #pragma unroll
-    for (int p = 0; p < 3; p++) {
+    for (int p = 0; p < PLANES; p++) {
         Vec<bf16> part;
         part.from(v);
         part.store(planes + (i64(p) * rows + row) * pitch + col);
@@ -347,6 +348,7 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
                 arrived();
                 load((s + 1) % 2, t + 1, 0);
             }
+            if (s == 0) fetch(t + STAGES - 1);
             auto& to = SHORT ? part : sums;
             if (SHORT && s % 2 == 0) {
 #pragma unroll
@@ -357,7 +359,7 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
             for (int pa = A_PLANES - 1; pa >= 0; pa--)
 #pragma unroll
                 for (int pb = B_PLANES - 1; pb >= 0; pb--)
-                    if (pa + pb < 3) {
+                    if (pa + pb < (A_PLANES > B_PLANES ? A_PLANES : B_PLANES)) {
 #pragma unroll
                         for (int i = 0; i < MI; i++)
 #pragma unroll
@@ -370,8 +372,6 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
 #pragma unroll
                 for (int i = 0; i < MI * NJ * 8; i++) (&sums[0][0][0])[i] += (&part[0][0][0])[i];
             }
-            // While the matrix unit works off what it was given.
-            if (s == 0) fetch(t + STAGES - 1);
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");

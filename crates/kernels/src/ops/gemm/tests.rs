@@ -1,7 +1,7 @@
 use super::*;
 use crate::testing::{
     assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, invariant_gpu, isas, levels, normals,
-    op_tolerance, thread_counts,
+    older_gpu, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -31,16 +31,16 @@ fn wide(b: &Buf) -> Vec<f64> {
     b.view().to_f32().into_iter().map(f64::from).collect()
 }
 
-/// A context of every level, and of a GPU one with and one without batch invariance, which takes other kernels.
+/// A context of every level, and of a GPU one for each family of kernels: the library's, ours, ours for older GPUs.
 #[track_caller]
 fn paths() -> Vec<Ctx> {
-    levels().into_iter().chain(invariant_gpu()).collect()
+    levels().into_iter().chain(invariant_gpu()).chain(older_gpu()).collect()
 }
 
 /// A context of every level that promises batch invariance.
 #[track_caller]
 fn invariant_paths() -> Vec<Ctx> {
-    isas().into_iter().map(|isa| crate::testing::ctx_of(2, isa)).chain(invariant_gpu()).collect()
+    isas().into_iter().map(|isa| crate::testing::ctx_of(2, isa)).chain(invariant_gpu()).chain(older_gpu()).collect()
 }
 
 /// Dense `[rows, cols]` placed with `ld`; the gaps hold NaN, which would show up if they were read.
@@ -130,7 +130,7 @@ fn matches_reference_in_every_layout_and_dtype() {
 
 #[test]
 fn accumulating_adds_the_finished_product() {
-    for ctx in [Some(ctx()), invariant_gpu()].into_iter().flatten() {
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
         for shape in SHAPES {
             for (da, dc) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
                 // Rows of C that are aligned in one type only may take another kernel, whose bits differ.
@@ -206,7 +206,7 @@ fn strides_are_respected() {
                         op_tolerance(d),
                     );
                     // Kernels of our own take the same order of sums however operands lie in memory.
-                    if !ctx.device.as_cuda().is_some_and(|cuda| !cuda.invariant()) {
+                    if ctx.device.as_cuda().is_none_or(|cuda| cuda.invariant()) {
                         let mut dense = ctx.zeros(d, m * n);
                         case.run(&ctx, &mut dense, false);
                         assert_same_bits("strided and dense", &buf(d, &rows), &dense);
@@ -295,7 +295,7 @@ fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Cl
 /// Also where the batch is large enough for the largest tiles, which the microkernels block otherwise.
 #[test]
 fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
-    for ctx in [Some(ctx()), invariant_gpu()].into_iter().flatten() {
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
         large_batches(&ctx);
     }
 }
@@ -342,11 +342,15 @@ fn linear_and_its_gradients() {
                     let ld = first + cols;
                     let mut dw = buf_on(&ctx, F32, &vec![1.0; rows * ld]);
                     let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
-                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c);
-                    let expected: Vec<f64> = (0..rows * ld)
-                        .map(|i| 1.0 + (i % ld).checked_sub(first).map_or(0.0, |c| ew[i / ld * cols + c]))
-                        .collect();
-                    assert_close("dw", &dw, &expected, op_tolerance(F32));
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
+                    let expected = |base: f64| -> Vec<f64> {
+                        let at = |i: usize| (i % ld).checked_sub(first).map(|c| ew[i / ld * cols + c] + base);
+                        (0..rows * ld).map(|i| at(i).unwrap_or(1.0)).collect()
+                    };
+                    assert_close("dw", &dw, &expected(1.0), op_tolerance(F32));
+                    let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, false);
+                    assert_close("overwritten dw", &dw, &expected(0.0), op_tolerance(F32));
                 }
             }
         }

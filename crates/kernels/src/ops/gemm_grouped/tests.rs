@@ -2,7 +2,7 @@ use super::*;
 use crate::ops::gemm;
 use crate::testing::{
     assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, invariant_gpu, isas, levels, normals,
-    op_tolerance, thread_counts,
+    older_gpu, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -59,7 +59,13 @@ impl Case {
         let (x, dy, w, offsets) = (here(&self.x), here(&self.dy), here(&self.w), ctx.from_i32(&self.offsets));
         grouped(ctx, x.view(), offsets.view(), &self.weight(&w), y.view_mut());
         grouped_backward_input(ctx, dy.view(), offsets.view(), &self.weight(&w), dx.view_mut());
-        grouped_backward_weight(ctx, x.view(), dy.view(), offsets.view(), self.rows, self.cols, dw.view_mut());
+        let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, dw.view_mut(), true);
+        // Zero and then added to is the same as overwritten.
+        let (mut added, mut fresh) = (ctx.zeros(F32, dw.len()), fives(F32, dw.len()));
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, added.view_mut(), true);
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, fresh.view_mut(), false);
+        assert!(added.view().to_f32() == fresh.view().to_f32(), "an overwritten dW");
         (y, dx, dw)
     }
 }
@@ -80,7 +86,7 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference() {
-    for ctx in levels() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
         for counts in COUNTS {
             for (rows, cols) in [(48, 64), (33, 257), (1, 5), (136, 264)] {
                 for d in [F32, Bf16] {
@@ -105,7 +111,7 @@ fn matches_reference() {
 
 #[test]
 fn rows_beyond_the_last_offset_stay_untouched() {
-    for ctx in [Some(ctx()), gpu()].into_iter().flatten() {
+    for ctx in [Some(ctx()), gpu(), older_gpu()].into_iter().flatten() {
         for d in [F32, Bf16] {
             let case = Case::new(&[3, 0, 2], 8, 16, d);
             let (y, dx, _) = case.run(&ctx);
@@ -135,7 +141,7 @@ fn same_bits_for_every_thread_count() {
 /// Every expert's rows have the bits of a plain product of those rows alone, whatever the others got.
 #[test]
 fn a_row_does_not_depend_on_the_split() {
-    for ctx in [Some(ctx()), invariant_gpu()].into_iter().flatten() {
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
         for (rows, cols) in [(40, 300), (64, 256)] {
             for d in [F32, Bf16] {
                 rows_alone(&ctx, &Case::new(&[1, 0, 17, 33, 130, 1, 7], rows, cols, d));
@@ -166,7 +172,7 @@ fn rows_alone(ctx: &Ctx, case: &Case) {
 #[test]
 fn many_experts() {
     let counts: Vec<i32> = (0..96).map(|e| if e % 3 == 0 { 0 } else { 40 / (1 + e) }).chain([200]).collect();
-    for ctx in levels() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
         for d in [F32, Bf16] {
             let case = Case::new(&counts, 24, 40, d);
             let (y, dx, dw) = case.run(&ctx);

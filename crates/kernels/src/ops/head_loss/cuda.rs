@@ -1,6 +1,7 @@
-//! GPUs. The vocabulary is walked in slices of a fixed width, tokens in pieces: of a piece over a slice the logits are all
-//! that ever exists, and their gradients take their place. A row's sums are f32 within a slice and f64 across slices, in an
-//! order that does not depend on the batch. Hopper has a way without logits in memory (`sm90.rs`) for what training asks.
+//! GPUs. The vocabulary is walked in slices of a fixed width, tokens in pieces: of a piece over a slice the logits are
+//! all that ever exists, and their gradients take their place. A row's sums are f32 within a slice and f64 across
+//! slices, in an order that does not depend on the batch. Hopper has a way without logits in memory (`sm90.rs`) for
+//! what training asks.
 
 use super::{Backward, Inputs, Outputs, sm90};
 use crate::cuda::Value::{Int, Type};
@@ -14,8 +15,9 @@ static SOURCE: Source = source!("head_loss.cu");
 
 /// Ids of a slice: wide enough for products at the GPU's rate and for few sums of the states' gradient.
 pub(super) const SLICE: usize = 4096;
-/// Bytes of logits and of the states' gradient in f32 that exist at once, unless `TOKENS` tokens need more.
-const SCRATCH: usize = 256 << 20;
+/// Bytes of logits and of the states' gradient in f32 that exist at once, unless `TOKENS` tokens need more. Tests are
+/// to have several pieces.
+pub(super) const SCRATCH: usize = if cfg!(test) { 16 << 10 } else { 256 << 20 };
 /// Pieces are multiples of so many tokens, which tiles of products divide.
 const TOKENS: usize = 256;
 /// Threads of a block.

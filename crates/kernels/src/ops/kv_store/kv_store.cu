@@ -8,7 +8,8 @@ template <> struct UnitOf<16> { typedef uint4 Type; };
 typedef UnitOf<BYTES>::Type Unit;
 static const int THREADS = 128;
 
-extern "C" __device__ void __assertfail(const char* message, const char* file, u32 line, const char* function, size_t size);
+extern "C" __device__ void __assertfail(
+    const char* message, const char* file, u32 line, const char* function, size_t size);
 
 // Grid: tokens. latent, rope and stride in units; `held` is the number of slots.
 extern "C" __global__ void __launch_bounds__(THREADS) kv_store(

@@ -29,8 +29,8 @@ pub struct Store<'a> {
     pub cache: ViewMut<'a>,
 }
 
-/// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach: a CPU panics and names the token, a GPU
-/// stops with an assertion of the device.
+/// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach: a CPU panics and names the token, a
+/// GPU stops with an assertion of the device.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
     let _timer = ctx.timer("kv_store");
     let (n, c, r) = (a.slots.len(), a.latent, a.rope);

@@ -1,5 +1,5 @@
-//! Absorbed attention on a GPU: parts of each query's keys, then their merger. Queries are taken some at a time, so that
-//! what the parts leave has a bounded size; the bits do not depend on how many.
+//! Absorbed attention on a GPU: parts of each query's keys, then their merger. Queries are taken some at a time, so
+//! that what the parts leave has a bounded size; the bits do not depend on how many.
 
 use super::{BLOCK, Decode};
 use crate::DType;
@@ -21,7 +21,8 @@ const STEP: usize = 64;
 /// Widest row for which the other has room in shared memory.
 const WIDEST: usize = 576;
 
-/// What finds the parts, its threads and the bytes that a block shares: by mma.sync for bf16 in whole vectors of 16 bytes.
+/// What finds the parts, its threads and the bytes that a block shares: by mma.sync for bf16 in whole vectors of 16
+/// bytes.
 fn finder(cuda: &Cuda, a: &Decode<'_>) -> (Kernel, u32, usize) {
     let width = a.latent + a.rope;
     let mut defines = vec![("LATENT", Value::Int(a.latent as i64)), ("ROPE", Value::Int(a.rope as i64))];

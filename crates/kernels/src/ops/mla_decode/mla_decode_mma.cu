@@ -32,14 +32,16 @@ struct Shared {
 DEV u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 // Sixteen bytes, or zeros where `there` is false: then nothing is read.
 DEV void copy16(bf16* to, const bf16* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0));
+    int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
 }
 DEV void wait_for_copies() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
 // n of ROWS rows, zeros in what is left of [ROWS][WP].
 template <int ROWS> DEV void load_rows(bf16* to, const bf16* from, int n) {
     for (int r = threadIdx.x / WARP; r < ROWS; r += WARPS)
 #pragma unroll
-        for (int c = threadIdx.x % WARP * 8; c < WP; c += WARP * 8) copy16(to + r * LD + c, from + r * WIDTH + c, r < n && c < WIDTH);
+        for (int c = threadIdx.x % WARP * 8; c < WP; c += WARP * 8)
+            copy16(to + r * LD + c, from + r * WIDTH + c, r < n && c < WIDTH);
 }
 
 // The left operand's 16 x 16 at `p`, rows `ld` apart; also the right one's 16 (k) x 16 (n) stored as [k][n], turned.

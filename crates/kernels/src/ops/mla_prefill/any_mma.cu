@@ -49,7 +49,8 @@ DEV u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p));
 
 // Sixteen bytes, or zeros where `there` is false: then nothing is read.
 DEV void copy16(bf16* to, const bf16* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0));
+    int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
 }
 DEV void commit() { asm volatile("cp.async.commit_group;"); }
 // Waits until at most N of the groups of copies that this thread began are under way.
@@ -151,7 +152,8 @@ template <int N, int K> DEV void multiply_rows(float (&c)[N][4], const bf16* lef
     }
 }
 // c [16][8 N] += left [16][8 K] x right, the left one another product's result, right in shared memory as [k][n].
-template <int N, int K> DEV void multiply_result(float (&c)[N][4], const float (&left)[K][4], const bf16* right, int ld) {
+template <int N, int K>
+DEV void multiply_result(float (&c)[N][4], const float (&left)[K][4], const bf16* right, int ld) {
 #pragma unroll
     for (int k = 0; k < K / 2; k++) {
         const float(&l)[4] = left[2 * k];
@@ -195,7 +197,8 @@ DEV void store2(bf16* to, int column, int width, float x, float y) {
 
 // ---- Kernels
 
-// out and lse; scale > 0, so that the largest product has the largest score. Grid: heads x slots; those with the most keys first.
+// out and lse; scale > 0, so that the largest product has the largest score. Grid: heads x slots; those with the most
+// keys first.
 extern "C" __global__ void __launch_bounds__(THREADS) mla_any_forward(
     const bf16* q, const bf16* kv_up, const bf16* k_pe, const int* cu_q, const int* cu_k, bf16* out, float* lse,
     int seqs, int heads, int slots, i64 pe_stride, float scale) {
@@ -233,7 +236,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_forward(
         multiply_rows<KEYS / 8, DP / 16>(s, sq + warp * 16 * LD, sk, LD);
         __syncthreads();
         int next = base + KEYS;
-        if (next < keys) load_keys<KEYS>(sk, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, min(keys - next, KEYS));
+        if (next < keys) {
+            const bf16 *next_up = up + next * up_stride, *next_pe = pe + next * pe_stride;
+            load_keys<KEYS>(sk, next_up, up_stride, next_pe, pe_stride, min(keys - next, KEYS));
+        }
         commit();
         if (base + KEYS > ahead + warp * 16) {
 #pragma unroll
@@ -339,8 +345,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_any_backward_queries(
         int next = base + STEP;
         if (next < keys) {
             int n = min(keys - next, STEP);
-            load_keys<STEP>(sk + (stage ^ 1) * STEP * LD, up + next * up_stride, up_stride, pe + next * pe_stride, pe_stride, n);
-            load_rows<STEP, W, WP>(sv + (stage ^ 1) * STEP * LW, up + next * up_stride + P, up_stride, n);
+            const bf16 *next_up = up + next * up_stride, *next_pe = pe + next * pe_stride;
+            load_keys<STEP>(sk + (stage ^ 1) * STEP * LD, next_up, up_stride, next_pe, pe_stride, n);
+            load_rows<STEP, W, WP>(sv + (stage ^ 1) * STEP * LW, next_up + P, up_stride, n);
         }
         commit();
         wait_for_all_but<1>();

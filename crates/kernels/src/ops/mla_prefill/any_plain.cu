@@ -97,7 +97,8 @@ DEV void store_tile(Scratch& s, const float (&x)[4][4]) {
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        *reinterpret_cast<float4*>(s.tile + (tx * 4 + j) * LD + ty * 4) = make_float4(x[0][j], x[1][j], x[2][j], x[3][j]);
+        *reinterpret_cast<float4*>(s.tile + (tx * 4 + j) * LD + ty * 4) =
+            make_float4(x[0][j], x[1][j], x[2][j], x[3][j]);
 }
 
 template <int G> DEV void clear(float (&c)[G][4][4]) {
@@ -140,8 +141,8 @@ DEV Head head_at(const T* q, const T* kv_up, const T* k_pe, i64 q0, i64 k0, int 
 
 // out and lse. Grid: heads x slots; those with the most keys first.
 extern "C" __global__ void __launch_bounds__(THREADS) mla_plain_forward(
-    const T* q, const T* kv_up, const T* k_pe, const int* cu_q, const int* cu_k, T* out, float* lse, int seqs, int heads,
-    int slots, i64 pe_stride, float scale) {
+    const T* q, const T* kv_up, const T* k_pe, const int* cu_q, const int* cu_k, T* out, float* lse, int seqs,
+    int heads, int slots, i64 pe_stride, float scale) {
     __shared__ __align__(16) Scratch scratch;
     int head = blockIdx.x % heads;
     Rows t;
@@ -344,7 +345,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_delta(const T* out, co
     i64 row = i64(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;
     float sum = 0.0f;
-    for (int c = threadIdx.x % WARP; c < W; c += WARP) sum = fmaf(widen(out[row * W + c]), widen(dout[row * W + c]), sum);
+    for (int c = threadIdx.x % WARP; c < W; c += WARP)
+        sum = fmaf(widen(out[row * W + c]), widen(dout[row * W + c]), sum);
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) delta[row] = sum;
 }

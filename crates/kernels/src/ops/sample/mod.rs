@@ -5,8 +5,8 @@
 //! cumulative probability exceeds it. Ties in rank go to the lowest id.
 //!
 //! A logit of minus infinity is a forbidden id. A NaN, plus infinity or a row that forbids everything is a contract
-//! breach: the model upstream has diverged, and a token drawn from it would hide that. A CPU panics and names the row; a
-//! GPU stops with an assertion of the device, which ends the process.
+//! breach: the model upstream has diverged, and a token drawn from it would hide that. A CPU panics and names the row,
+//! a GPU stops with an assertion of the device, which ends the process.
 
 mod cpu;
 mod cuda;

@@ -17,7 +17,8 @@ static const int BINS = 2048;
 static const int LIMBS = 4;
 static const u32 LIMB = 12;
 
-extern "C" __device__ void __assertfail(const char* message, const char* file, u32 line, const char* function, size_t size);
+extern "C" __device__ void __assertfail(
+    const char* message, const char* file, u32 line, const char* function, size_t size);
 
 // As the CPU's: see math.rs. No operation may be fused.
 DEV float exp_as_cpu(float x) {
@@ -97,7 +98,7 @@ DEV u64 sum_up_to(u64 x) {
     return x;
 }
 
-// After `sum_chunks` of the same values: the first id at which their sum is at least `need`, which is at most the whole.
+// After `sum_chunks` of the same values: the first id at which their sum is at least `need`, which is at most all.
 template <typename F> DEV u32 walk(Shared& s, int v, u64 need, F value) {
     if (threadIdx.x == 0) {
         u64 sum = 0;
@@ -193,6 +194,9 @@ DEV Last rank(Shared& s, const Row& row, bool weighs, u64 need) {
 
 // ---- Rows
 
+// Ends the kernel, and with it the process.
+DEV void refuse(const char* message, u32 line) { __assertfail(message, "sample.cu", line, "sample", 1); }
+
 // The largest logit and the first id that has it.
 DEV int most_likely(Shared& s, const float* logits, int v, float& max) {
     float best = -INF;
@@ -203,7 +207,7 @@ DEV int most_likely(Shared& s, const float* logits, int v, float& max) {
         finite &= l < INF;
         if (l > best) best = l, at = j;
     }
-    if (!finite) __assertfail("sample: a logit is infinite or no number: the model's output is not finite", "sample.cu", __LINE__, "sample", 1);
+    if (!finite) refuse("a logit is infinite or no number: the model's output is not finite", __LINE__);
     auto take = [&](float other, int other_at) {
         if (other > best || (other == best && other_at < at)) best = other, at = other_at;
     };
@@ -212,7 +216,7 @@ DEV int most_likely(Shared& s, const float* logits, int v, float& max) {
     if (threadIdx.x % WARP == 0) s.best[threadIdx.x / WARP] = best, s.at[threadIdx.x / WARP] = at;
     __syncthreads();
     for (int w = 0; w < WARPS; w++) take(s.best[w], s.at[w]);
-    if (at == v) __assertfail("sample: all logits of a row are -inf", "sample.cu", __LINE__, "sample", 1);
+    if (at == v) refuse("all logits of a row are -inf", __LINE__);
     max = best;
     return min(at, v - 1);
 }
@@ -225,7 +229,8 @@ struct Params {
 };
 
 // Grid: rows.
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const Params* params, int* tokens, float* logp, int v) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample(
+    const float* logits, const Params* params, int* tokens, float* logp, int v) {
     __shared__ Shared s;
     Params p = params[blockIdx.x];
     Row row;
