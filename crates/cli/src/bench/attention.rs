@@ -22,7 +22,7 @@ pub fn cases(ctx: &Ctx) -> Vec<Case> {
     let on_gpu = [
         ("v2-lite", "4x4096", vec![4096; 4]),
         ("v3", "1x4096", vec![4096]),
-        ("v2-lite", "varlen 16384", vec![6000, 17, 4096, 600, 1, 2400, 190, 3080]),
+        ("v2-lite", "varlen 16384", vec![6000, 17, 4096, 632, 2, 2400, 190, 3047]),
         ("nano", "2x24", vec![24; 2]),
     ];
     for (preset, name, lengths) in if ctx.device.as_cuda().is_some() { on_gpu } else { on_cpu } {

@@ -185,7 +185,7 @@ fn work(group: &Group, ctx: &Ctx) -> Work {
             let (x, dy, mut dw) = (of_in(1), of_out(2), ctx.zeros(DType::F32, experts * out * width));
             Box::new(move || {
                 let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
-                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut());
+                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut(), true);
             })
         }
     }

@@ -137,9 +137,7 @@ extern "C" __global__ void __launch_bounds__(TILE)
 }
 
 // A warp's rows in flight, of an id that few positions hold.
-#ifndef DEPTH
 #define DEPTH 4
-#endif
 // Warps of a block that sums.
 #define SUM_WARPS 4
 
@@ -218,9 +216,7 @@ DEV void sum_few(const int* ids, const int* positions, const ELEM* dy, float* to
 // as rows arrive. A warp takes 128 bytes of every row; STAGES groups of GROUP rows are on their way to shared memory at
 // once, eight lanes fetching a row.
 #define GROUP 8
-#ifndef STAGES
 #define STAGES 6
-#endif
 // Columns of a lane; one where rows do not begin at 16 bytes.
 static constexpr int NARROW = PACK > 1 ? 4 / sizeof(ELEM) : 1;
 

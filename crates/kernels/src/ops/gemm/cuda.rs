@@ -114,8 +114,9 @@ impl Tile {
 const LARGE: Tile = Tile::new((128, 128, 64), (64, 64), 3, 2);
 const MIDDLE: Tile = Tile::new((64, 64, 64), (32, 32), 4, 2);
 const FEW_ROWS: Tile = Tile::new((16, 32, 128), (16, 16), 4, 2);
-/// With planes; likewise.
+/// With planes of one operand, or of both; likewise.
 const MIDDLE_PLANES: Tile = Tile::new((64, 64, 64), (32, 32), 3, 2);
+const MIDDLE_BOTH_PLANES: Tile = Tile::new((64, 64, 32), (32, 32), 3, 3);
 const FEW_ROWS_PLANES: Tile = Tile::new((16, 32, 128), (16, 16), 3, 2);
 /// By multiply-adds; likewise.
 const LARGE_SIMT: Tile = Tile::new((128, 128, 16), (8, 8), 0, 1);
@@ -185,6 +186,9 @@ impl Product<'_> {
     fn tile(&self, unit: Unit, sms: usize) -> Tile {
         let (large, middle, few_rows) = match unit {
             Unit::Mma => (LARGE, MIDDLE, FEW_ROWS),
+            Unit::Planes if self.a.data.dtype() == self.b.data.dtype() => {
+                (MIDDLE_BOTH_PLANES, MIDDLE_BOTH_PLANES, FEW_ROWS_PLANES)
+            }
             Unit::Planes => (MIDDLE_PLANES, MIDDLE_PLANES, FEW_ROWS_PLANES),
             Unit::Simt => (LARGE_SIMT, MIDDLE_SIMT, FEW_ROWS_SIMT),
         };

@@ -206,7 +206,7 @@ fn strides_are_respected() {
                         op_tolerance(d),
                     );
                     // Kernels of our own take the same order of sums however operands lie in memory.
-                    if !ctx.device.as_cuda().is_some_and(|cuda| !cuda.invariant()) {
+                    if ctx.device.as_cuda().is_none_or(|cuda| cuda.invariant()) {
                         let mut dense = ctx.zeros(d, m * n);
                         case.run(&ctx, &mut dense, false);
                         assert_same_bits("strided and dense", &buf(d, &rows), &dense);
@@ -342,11 +342,15 @@ fn linear_and_its_gradients() {
                     let ld = first + cols;
                     let mut dw = buf_on(&ctx, F32, &vec![1.0; rows * ld]);
                     let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
-                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c);
-                    let expected: Vec<f64> = (0..rows * ld)
-                        .map(|i| 1.0 + (i % ld).checked_sub(first).map_or(0.0, |c| ew[i / ld * cols + c]))
-                        .collect();
-                    assert_close("dw", &dw, &expected, op_tolerance(F32));
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
+                    let expected = |base: f64| -> Vec<f64> {
+                        let at = |i: usize| (i % ld).checked_sub(first).map(|c| ew[i / ld * cols + c] + base);
+                        (0..rows * ld).map(|i| at(i).unwrap_or(1.0)).collect()
+                    };
+                    assert_close("dw", &dw, &expected(1.0), op_tolerance(F32));
+                    let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, false);
+                    assert_close("overwritten dw", &dw, &expected(0.0), op_tolerance(F32));
                 }
             }
         }

@@ -38,8 +38,13 @@ pub(super) fn backward_weight(
     offsets: View<'_>,
     rows: usize,
     cols: usize,
-    dw: ViewMut<'_>,
+    mut dw: ViewMut<'_>,
+    accumulate: bool,
 ) {
+    // Experts without rows have no tile that could write their zeros.
+    if !accumulate {
+        cuda.zero(dw.reborrow());
+    }
     if sm90::supports_weight(cuda, x, dy, rows, cols, &dw) {
         return sm90::backward_weight(cuda, x, dy, offsets, rows, cols, dw);
     }

@@ -34,7 +34,8 @@ pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &We
     }
 }
 
-/// `dW_e[out, in]` += `dy[rows of e]`^T `x[rows of e]`; dW f32 `[E, out, in]`.
+/// `dW_e[out, in]` (+)= `dy[rows of e]`^T `x[rows of e]`; dW f32 `[E, out, in]`. Without rows an expert's is unchanged,
+/// or zero if it is overwritten.
 pub fn grouped_backward_weight(
     ctx: &Ctx,
     x: View<'_>,
@@ -43,11 +44,12 @@ pub fn grouped_backward_weight(
     rows: usize,
     cols: usize,
     dw: ViewMut<'_>,
+    accumulate: bool,
 ) {
     let _timer = ctx.timer("gemm_grouped backward weight");
     assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
     match &ctx.device {
-        Device::Cuda(cuda) => cuda::backward_weight(cuda, x, dy, offsets, rows, cols, dw),
-        Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw),
+        Device::Cuda(cuda) => cuda::backward_weight(cuda, x, dy, offsets, rows, cols, dw, accumulate),
+        Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw, accumulate),
     }
 }

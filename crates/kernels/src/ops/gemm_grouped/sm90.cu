@@ -6,9 +6,9 @@
 // Each element of C is one chain of additions over k, 16 at a time in ascending order, whatever the tile: its bits do
 // not depend on the tile shape, on the other rows or on the schedule.
 //
-// Compile-time: TA, TB (A stored [k, m], B stored [k, n]), OUT (float or bf16), ADD (0: C = product; 1: C += product by
-// the copy engine, f32 only; 2: C is read through the ring), GROUPED, tile BM x BN, STAGES, CLUSTER (blocks that share
-// the loads of B), BAND (tiles of m walked together, for reuse in L2).
+// Compile-time: TA, TB (A stored [k, m], B stored [k, n]), OUT (float or bf16), ADD (C += product; the old C comes
+// through the ring, after the operands), GROUPED, tile BM x BN, STAGES, CLUSTER (blocks that share the loads of B), BAND
+// (tiles of m walked together, for reuse in L2).
 //
 // Operands with rows per expert ("segments": A, C and, if TA, B) come as three-dimensional maps of a window: coordinate
 // (col, cap - size + row, offset + size), base moved down by cap rows, strides of both outer dimensions one row. A row
@@ -16,7 +16,7 @@
 // without a descriptor per expert. Stacked weights are (col, row, expert). For a box wholly outside, the engine may look
 // at the map's base, where a window has no memory: such boxes are never asked for.
 
-static const int BK = 64;                                          // one 128-byte swizzled line of bf16
+static const int BK = 64;  // one 128-byte swizzled line of bf16
 static const int GROUPS = BM * BN <= 4096 ? 1 : 2;                 // warpgroups that multiply
 static const int THREADS = 128 * (1 + GROUPS);
 static const int WM = BM == 256 ? 2 : 1;                           // m64 blocks of one of them
@@ -27,7 +27,7 @@ static const int A_BOXES = BM / A_BOX, B_BOXES = BN / B_BOX;
 static const int PIECE_BYTES = 8192;                               // 64 rows, 128 bytes wide, of C
 static const int PIECE = 128 / sizeof(OUT), PIECES = WM * WN / PIECE;  // its columns; how many a warpgroup has
 static const int OLD_PIECES = STAGE_BYTES / PIECE_BYTES;           // of C in a stage
-static const int OLD_STAGES = ADD == 2 ? (GROUPS * PIECES + OLD_PIECES - 1) / OLD_PIECES : 0;
+static const int OLD_STAGES = ADD ? (GROUPS * PIECES + OLD_PIECES - 1) / OLD_PIECES : 0;
 
 struct Shared {
     u8 ring[STAGES][STAGE_BYTES];
@@ -103,18 +103,64 @@ DEV void release(u32 barrier) {
     if (CLUSTER > 1 && lane < CLUSTER) mbar_arrive_at(barrier, lane);
 }
 
-// Two neighbours of C in shared memory, widened.
-DEV void load_pair(u32 at, float& x, float& y, float) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at));
-}
-DEV void load_pair(u32 at, float& x, float& y, bf16) {
-    u32 pair;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
-    x = lower(pair), y = upper(pair);
-}
 DEV void store_pair(u32 at, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
 }
+
+// A piece of C in shared memory, of which a thread has x (`wgmma`'s layout); `lines` are its warp's 16 rows. Of f32, the
+// lanes of odd rows take the blocks of 8 columns in another order than those of even rows: otherwise rows 0 and 1, which
+// the swizzle leaves within the same 32 bytes, would meet in the same banks.
+struct Piece {
+    u32 lines;
+    int lane;
+
+    // Where columns 2 t and 2 t + 1 of block c (c ^ 2 in odd rows) are, 8 h rows down.
+    DEV u32 at(int c, int h) const {
+        int line = lane / 4;
+        return lines + line * 128 + h * 1024 + (c * 32 + lane % 4 * 8 ^ line << 4 ^ (line & 1) << 6);
+    }
+    DEV void put(const float* x, float) const {
+        bool odd = lane & 4;
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *y = x + 4 * c + 2 * h, *z = y + 8;
+                store_pair(at(c, h), odd ? z[0] : y[0], odd ? z[1] : y[1]);
+                store_pair(at(c, h) ^ 64, odd ? y[0] : z[0], odd ? y[1] : z[1]);
+            }
+    }
+    DEV void add_to(float* x, float) const {
+        bool odd = lane & 4;
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float *y = x + 4 * c + 2 * h, *z = y + 8, a0, a1, b0, b1;
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a0), "=f"(a1) : "r"(at(c, h)));
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(at(c, h) ^ 64));
+                y[0] += odd ? b0 : a0, y[1] += odd ? b1 : a1;
+                z[0] += odd ? a0 : b0, z[1] += odd ? a1 : b1;
+            }
+    }
+    DEV void put(const float* x, bf16) const {
+        int line = lane % 16;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            stmatrix4(lines + line * 128 + ((2 * j + lane / 16 ^ line & 7) << 4), narrow2(x[8 * j], x[8 * j + 1]),
+                      narrow2(x[8 * j + 2], x[8 * j + 3]), narrow2(x[8 * j + 4], x[8 * j + 5]),
+                      narrow2(x[8 * j + 6], x[8 * j + 7]));
+    }
+    DEV void add_to(float* x, bf16) const {
+        int line = lane / 4;
+#pragma unroll
+        for (int q = 0; q < 16; q++) {
+            u32 pair, at = lines + line * 128 + q % 2 * 1024 + (q / 2 << 4 ^ line << 4) + lane % 4 * 4;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
+            x[2 * q] += lower(pair), x[2 * q + 1] += upper(pair);
+        }
+    }
+};
 
 // Row and column in the tile of piece p of warpgroup w.
 DEV int piece_row(int p, int w) { return (BM == 64 ? 0 : w * WM * 64) + p / (PIECES / WM) * 64; }
@@ -255,19 +301,12 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
 #pragma unroll
             for (int c = 0; c < OLD_STAGES; c++) {
                 mbar_wait(slot.filled(), slot.phase);
-                u32 lines = slot.data() + warp * 2048 + lane / 4 * 128;
+                u32 lines = slot.data() + warp * 2048;
 #pragma unroll
                 for (int p = 0; p < PIECES; p++) {
                     int place = GROUPS * p + w - c * OLD_PIECES;
                     if (place < 0 || place >= OLD_PIECES) continue;
-#pragma unroll
-                    for (int q = 0; q < PIECE / 4; q++) {
-                        float* x = acc[0] + p * PIECE / 2 + 2 * q;
-                        int byte = (q / 2 * 8 + lane % 4 * 2) * sizeof(OUT);
-                        float x0, x1;
-                        load_pair(lines + place * PIECE_BYTES + q % 2 * 1024 + (byte ^ lane / 4 << 4), x0, x1, OUT());
-                        x[0] += x0, x[1] += x1;
-                    }
+                    Piece{lines + place * PIECE_BYTES, lane}.add_to(acc[0] + p * PIECE / 2, OUT());
                 }
                 fence_async();
                 __syncwarp();
@@ -278,35 +317,16 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
 
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
-                const float* x = acc[0] + p * PIECE / 2;
-                u32 from = staging + buffer * PIECE_BYTES, lines = from + warp * 2048;
+                u32 from = staging + buffer * PIECE_BYTES;
                 if (thread % 128 == 0) tma_wait_read<1>();
                 bar_sync(1 + w, 128);
-                if (sizeof(OUT) == 2) {
-                    int line = lane % 16;
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        stmatrix4(lines + line * 128 + ((2 * j + lane / 16 ^ line & 7) << 4),
-                                  narrow2(x[8 * j], x[8 * j + 1]), narrow2(x[8 * j + 2], x[8 * j + 3]),
-                                  narrow2(x[8 * j + 4], x[8 * j + 5]), narrow2(x[8 * j + 6], x[8 * j + 7]));
-                } else {
-                    int line = lane / 4;
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        u32 at = lines + line * 128 + ((2 * c + lane % 4 / 2 ^ line) << 4) + lane % 2 * 8;
-                        store_pair(at, x[4 * c], x[4 * c + 1]);
-                        store_pair(at + 1024, x[4 * c + 2], x[4 * c + 3]);
-                    }
-                }
+                Piece{from + warp * 2048, lane}.put(acc[0] + p * PIECE / 2, OUT());
                 fence_async();
                 bar_sync(1 + w, 128);
                 if (thread % 128 == 0) {
                     int row = piece_row(p, w), col = piece_col(p, w);
                     int y = tile.row + row + (TA ? 0 : cap - tile.size), z = TA ? tile.expert : tile.offset + tile.size;
-                    if (row < rows && col < cols) {
-                        if (ADD == 1) tma_add(&map_c, from, tile.col + col, y, z);
-                        else tma_store(&map_c, from, tile.col + col, y, z);
-                    }
+                    if (row < rows && col < cols) tma_store(&map_c, from, tile.col + col, y, z);
                     // A group for every piece, that those under way can be counted.
                     tma_commit();
                 }

@@ -101,10 +101,6 @@ impl Tile {
     }
 }
 
-/// Rows per expert from which adding to dW by the copy engine, at the rate of L2's adders but beside the products of the
-/// next tile, is faster than reading dW first.
-const MANY_ROWS: usize = 512;
-
 /// C (+)= op(A) op(B), or one product per expert.
 struct Product<'a> {
     /// A is stored [k, m]; B is stored [k, n].
@@ -128,16 +124,11 @@ impl Product<'_> {
         }
         let (sms, rows) = (cuda.sms() as usize, a.rows.div_ceil(self.experts));
         let tile = Tile::of(self.experts, if ta { c.rows } else { rows }, self.n, sms);
-        let add = match (self.accumulate, c.dtype) {
-            (false, _) => 0,
-            (true, DType::F32) if rows >= MANY_ROWS => 1,
-            (true, _) => 2,
-        };
         let defines = [
             ("TA", Int(ta.into())),
             ("TB", Int(tb.into())),
             ("OUT", Type(c.dtype)),
-            ("ADD", Int(add)),
+            ("ADD", Int(self.accumulate.into())),
             ("GROUPED", Int(self.offsets.is_some().into())),
             ("BM", Int(tile.bm as i64)),
             ("BN", Int(tile.bn as i64)),

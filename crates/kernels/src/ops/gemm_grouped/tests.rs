@@ -59,7 +59,13 @@ impl Case {
         let (x, dy, w, offsets) = (here(&self.x), here(&self.dy), here(&self.w), ctx.from_i32(&self.offsets));
         grouped(ctx, x.view(), offsets.view(), &self.weight(&w), y.view_mut());
         grouped_backward_input(ctx, dy.view(), offsets.view(), &self.weight(&w), dx.view_mut());
-        grouped_backward_weight(ctx, x.view(), dy.view(), offsets.view(), self.rows, self.cols, dw.view_mut());
+        let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, dw.view_mut(), true);
+        // Zero and then added to is the same as overwritten.
+        let (mut added, mut fresh) = (ctx.zeros(F32, dw.len()), fives(F32, dw.len()));
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, added.view_mut(), true);
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, fresh.view_mut(), false);
+        assert!(added.view().to_f32() == fresh.view().to_f32(), "an overwritten dW");
         (y, dx, dw)
     }
 }

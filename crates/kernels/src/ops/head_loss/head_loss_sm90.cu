@@ -2,9 +2,8 @@
 // sums over 256 ids or as gradients. Operands are bf16 [rows, D], D a multiple of 8.
 //
 // A block computes tiles of 128 tokens x 256 ids, one after the other: a warpgroup brings 64 columns of both operands
-// at a time into a ring of STAGES, two others multiply 64 tokens each. CLUSTER blocks have different tokens and the
-// same ids, and share what they bring of W. An element is one chain of products in order of the columns: it depends on
-// nothing else.
+// at a time into a ring of STAGES, two others multiply 64 tokens each. An element is one chain of products in order of
+// the columns: it depends on nothing else.
 
 #define TOKENS 128
 #define IDS 256
@@ -12,8 +11,8 @@
 #define BYTES_X (TOKENS * COLS * 2)
 #define BYTES_W (IDS * COLS * 2)
 #define STAGE (BYTES_X + BYTES_W)
-// Super-rows of tiles that are gone through together: what the blocks read at a time stays in L2.
-#define GROUP (16 / CLUSTER)
+// Rows of tiles that are gone through together: what the blocks read at a time stays in L2.
+#define GROUP 16
 
 DEV float fast_exp2(float x) {
     float y;
@@ -23,64 +22,47 @@ DEV float fast_exp2(float x) {
 // e^x, off by about |x| 2^-23 of itself.
 DEV float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 
-// Tile `t` of a cluster: which tokens and which ids.
-struct Tile {
-    int row, col;
-    DEV Tile(int t, int rows, int cols) {
-        int per_group = GROUP * cols, group = t / per_group, first = group * GROUP, in = t - group * per_group;
-        int high = min(GROUP, rows - first);
-        row = first + in % high;
-        col = in / high;
+// What all blocks together have to do.
+struct Work {
+    int rows, cols, tiles;
+    DEV Work(int tokens, int ids) {
+        rows = (tokens + TOKENS - 1) / TOKENS;
+        cols = (ids + IDS - 1) / IDS;
+        tiles = rows * cols;
     }
 };
 
-struct Work {
-    int rows, cols, clusters, cluster, rank;
-    DEV Work(int tokens, int ids) {
-        rank = CLUSTER > 1 ? cluster_rank() : 0;
-        rows = (tokens + TOKENS * CLUSTER - 1) / (TOKENS * CLUSTER);
-        cols = (ids + IDS - 1) / IDS;
-        clusters = gridDim.x / CLUSTER;
-        cluster = blockIdx.x / CLUSTER;
+// First token of tile `t` and which 256 ids.
+struct Tile {
+    int token, col;
+    DEV Tile(int t, const Work& work) {
+        int per_group = GROUP * work.cols, group = t / per_group, in = t - group * per_group;
+        int first = group * GROUP, high = min(GROUP, work.rows - first);
+        token = (first + in % high) * TOKENS;
+        col = in / high;
     }
-    DEV int tiles() const { return rows * cols; }
-    DEV int first_token(const Tile& t) const { return (t.row * CLUSTER + rank) * TOKENS; }
 };
 
 // The warpgroup that brings operands; one thread of it.
 DEV void bring(const TensorMap* x, const TensorMap* w, const Work& work, int blocks, u32 ring, u32 full, u32 empty) {
     int stage = 0, phase = 1;
-    for (int t = work.cluster; t < work.tiles(); t += work.clusters) {
-        Tile tile(t, work.rows, work.cols);
+    for (int t = blockIdx.x; t < work.tiles; t += gridDim.x) {
+        Tile tile(t, work);
         for (int k = 0; k < blocks; k++) {
             u32 to = ring + stage * STAGE, bar = full + stage * 8;
             mbar_wait(empty + stage * 8, phase);
             mbar_expect(bar, STAGE);
-            tma_load(to, x, bar, k * COLS, work.first_token(tile));
-            if (CLUSTER > 1) {
-                int half = IDS / CLUSTER * work.rank;
-                u32 at = to + BYTES_X + half * COLS * 2;
-                tma_load_to((1 << CLUSTER) - 1, at, w, bar, k * COLS, tile.col * IDS + half);
-            } else {
-                tma_load(to + BYTES_X, w, bar, k * COLS, tile.col * IDS);
-            }
+            tma_load(to, x, bar, k * COLS, tile.token);
+            tma_load(to + BYTES_X, w, bar, k * COLS, tile.col * IDS);
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
     }
 }
 
 // One warpgroup's 64 x 256 of a tile.
-DEV void multiply(float (&z)[IDS / 2], int group, int blocks, u32 ring, u32 full, u32 empty, int& stage, int& phase,
-                  bool& apart) {
+DEV void multiply(float (&z)[IDS / 2], int group, int blocks, u32 ring, u32 full, u32 empty, int& stage, int& phase) {
     int before = 0;
     for (int k = 0; k < blocks; k++) {
-        // The second group begins behind the first, once: from then on each is done with its sums while the other
-        // multiplies.
-        if (!apart && (group > 0 || k == LAG || k == blocks - 1)) {
-            if (LAG > 0 && group > 0) bar_sync(3, 256);
-            if (LAG > 0 && group == 0) bar_arrive(3, 256);
-            apart = true;
-        }
         mbar_wait(full + stage * 8, phase);
         u32 at = ring + stage * STAGE;
         u64 a = desc_k(at + group * 64 * COLS * 2), b = desc_k(at + BYTES_X);
@@ -90,13 +72,13 @@ DEV void multiply(float (&z)[IDS / 2], int group, int blocks, u32 ring, u32 full
         wgmma_commit();
         // The products of the stage before are done: its memory is free.
         wgmma_wait<1>();
-        if (k > 0 && threadIdx.x % 128 < CLUSTER) mbar_arrive_at(empty + before * 8, threadIdx.x % 128);
+        if (k > 0 && threadIdx.x % 128 == 0) mbar_arrive(empty + before * 8);
         before = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     wgmma_wait<0>();
     wgmma_pin(z);
-    if (threadIdx.x % 128 < CLUSTER) mbar_arrive_at(empty + before * 8, threadIdx.x % 128);
+    if (threadIdx.x % 128 == 0) mbar_arrive(empty + before * 8);
 }
 
 // Column of z[i] in the tile.
@@ -143,14 +125,13 @@ template <bool WHOLE> DEV void summarise(const float (&z)[IDS / 2], int ids, flo
     __shared__ u64 bars[2 * STAGES];                                                                                   \
     u32 ring = smem(memory), full = smem(bars), empty = full + STAGES * 8;                                             \
     if (threadIdx.x == 0) {                                                                                            \
-        for (int s = 0; s < STAGES; s++) mbar_init(full + s * 8, 1), mbar_init(empty + s * 8, 2 * CLUSTER);            \
+        for (int s = 0; s < STAGES; s++) mbar_init(full + s * 8, 1), mbar_init(empty + s * 8, 2);                      \
         mbar_init_fence();                                                                                             \
     }                                                                                                                  \
-    if (CLUSTER > 1) cluster_sync();                                                                                   \
-    else __syncthreads();
+    __syncthreads();
 
 // parts[tokens, tiles]: the summary of every tile of 256 ids; and z of the target.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 head_summaries(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, int tokens, int ids, int d,
                float scale, const int* targets, float* target_z, float4* parts) {
     BARRIERS
@@ -163,17 +144,16 @@ head_summaries(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
         regs_up<240>();
         int group = threadIdx.x / 128 - 1, stage = 0, phase = 0;
         float z[IDS / 2];
-        bool apart = false;
-        for (int t = work.cluster; t < work.tiles(); t += work.clusters) {
-            Tile tile(t, work.rows, work.cols);
-            int first = work.first_token(tile) + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        for (int t = blockIdx.x; t < work.tiles; t += gridDim.x) {
+            Tile tile(t, work);
+            int first = tile.token + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
             int left = ids - tile.col * IDS, wanted[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int r = first + half * 8;
                 wanted[half] = r < tokens ? targets[r] - tile.col * IDS : -1;
             }
-            multiply(z, group, blocks, ring, full, empty, stage, phase, apart);
+            multiply(z, group, blocks, ring, full, empty, stage, phase);
             float4 rows[2];
             if (left >= IDS) summarise<true>(z, left, scale, rows);
             else summarise<false>(z, left, scale, rows);
@@ -190,9 +170,6 @@ head_summaries(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
             }
         }
     }
-    // No block leaves while another may still signal its barriers.
-    __syncwarp();
-    if (CLUSTER > 1) cluster_sync();
 }
 
 // A warp merges the summaries of one token, lane by lane and then across lanes.
@@ -224,7 +201,7 @@ head_merge(int tokens, int tiles, const float4* parts, int ids, const int* targe
 }
 
 // dz[tokens, ids] in bf16, ids `first` and on of the vocabulary.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                const __grid_constant__ TensorMap dz, int tokens, int ids, int d, int first_id, float scale,
                const int* targets, const float* lse, const float* entropy, const float* d_logp,
@@ -241,10 +218,9 @@ head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
         // Two boxes of 64 tokens x 64 ids.
         u32 out = ring + STAGES * STAGE + group * 2 * 64 * 128;
         float z[IDS / 2];
-        bool apart = false;
-        for (int t = work.cluster; t < work.tiles(); t += work.clusters) {
-            Tile tile(t, work.rows, work.cols);
-            int token = work.first_token(tile) + group * 64;
+        for (int t = blockIdx.x; t < work.tiles; t += gridDim.x) {
+            Tile tile(t, work);
+            int token = tile.token + group * 64;
             // What the rows need, on its way while they are multiplied: of each half one row.
             int wanted[2];
             float d_target[2], spread[2], row_lse[2], all[2];
@@ -258,7 +234,7 @@ head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
                 spread[half] = SPREAD && there ? -d_entropy[r] * scale : 0.0f;
                 all[half] = SPREAD && there ? spread[half] * entropy[r] - d_target[half] : -d_target[half];
             }
-            multiply(z, group, blocks, ring, full, empty, stage, phase, apart);
+            multiply(z, group, blocks, ring, full, empty, stage, phase);
             // What the logits of a row without a gradient are does not matter.
             bool dense[2] = {d_target[0] != 0.0f || spread[0] != 0.0f, d_target[1] != 0.0f || spread[1] != 0.0f};
 #pragma unroll
@@ -305,7 +281,4 @@ head_gradients(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
         }
         if (threadIdx.x % 128 == 0) tma_wait<0>();
     }
-    // No block leaves while another may still signal its barriers.
-    __syncwarp();
-    if (CLUSTER > 1) cluster_sync();
 }

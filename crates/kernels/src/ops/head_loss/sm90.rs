@@ -17,10 +17,6 @@ const TILE: [usize; 2] = [128, 256];
 const COLS: usize = 64;
 /// Stages of the ring that operands pass through.
 const STAGES: usize = 4;
-/// Stages by which one multiplying warpgroup runs behind the other.
-const LAG: usize = 2;
-/// Blocks that share what they bring of the weight.
-const CLUSTER: usize = 2;
 /// A warpgroup that brings, two that multiply.
 const THREADS: u32 = 384;
 /// Bytes of the ring, and of tiles on their way out: each multiplying warpgroup's 64 tokens x 128 ids.
@@ -37,12 +33,12 @@ pub(super) fn supports(cuda: &Cuda, x: &Inputs<'_>) -> bool {
 pub(super) fn forward(cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_>) {
     let (n, v, d) = (x.targets.len(), x.weight.rows, x.weight.cols);
     let tiles = v.div_ceil(TILE[1]);
-    let tokens = (SCRATCH / (16 * tiles)).max(1).next_multiple_of(TILE[0] * CLUSTER).min(n);
+    let tokens = (SCRATCH / (16 * tiles)).max(1).next_multiple_of(TILE[0]).min(n);
     let (summaries, merge) = (kernel(cuda, "head_summaries", false), kernel(cuda, "head_merge", false));
     let mut parts = cuda.empty(DType::F32, tokens * tiles * 4);
     let mut z = cuda.empty(DType::F32, tokens);
     let (parts, z) = (parts.view_mut().ptr(), z.view_mut().ptr());
-    let w = rows(cuda, x.weight.data, d, TILE[1] / CLUSTER);
+    let w = rows(cuda, x.weight.data, d, TILE[1]);
     for first in (0..n).step_by(tokens) {
         let piece = first..n.min(first + tokens);
         let (m, targets) = (piece.len() as i32, piece_of(x.targets, &piece, n).ptr());
@@ -62,7 +58,7 @@ pub(super) fn gradients(cuda: &Cuda, x: &Inputs<'_>, b: &Backward<'_>, p: &Piece
     let (n, d) = (x.targets.len(), x.weight.cols);
     let kernel = kernel(cuda, "head_gradients", b.d_entropy.is_some());
     let hidden = rows(cuda, piece_of(x.hidden, &p.tokens, n), d, TILE[0]);
-    let w = rows(cuda, x.weight.data.slice(p.ids.start * d..p.ids.end * d), d, TILE[1] / CLUSTER);
+    let w = rows(cuda, x.weight.data.slice(p.ids.start * d..p.ids.end * d), d, TILE[1]);
     let (m, ids) = (p.tokens.len(), p.ids.len());
     let dz = cuda.tensor_map(
         dz.as_view().ptr(),
@@ -81,8 +77,7 @@ pub(super) fn gradients(cuda: &Cuda, x: &Inputs<'_>, b: &Backward<'_>, p: &Piece
 }
 
 fn kernel(cuda: &Cuda, name: &'static str, spread: bool) -> crate::cuda::Kernel {
-    let sizes = [("CLUSTER", Int(CLUSTER as i64)), ("STAGES", Int(STAGES as i64)), ("LAG", Int(LAG as i64))];
-    cuda.kernel(&SOURCE, name, &[&sizes[..], &[("SPREAD", Int(spread.into()))]].concat())
+    cuda.kernel(&SOURCE, name, &[("STAGES", Int(STAGES as i64)), ("SPREAD", Int(spread.into()))])
 }
 
 /// Rows of `d` bf16, as tiles of `tile` rows.
@@ -91,8 +86,7 @@ fn rows(cuda: &Cuda, data: View<'_>, d: usize, tile: usize) -> TensorMap {
     cuda.tensor_map(data.ptr(), DType::Bf16, &dims, &[d as u64 * 2], &[COLS as u32, tile as u32], Swizzle::B128)
 }
 
-/// A block for each multiprocessor, in whole clusters; each goes from tile to tile.
+/// A block for each multiprocessor; each goes from tile to tile.
 fn grid(cuda: &Cuda, shared: usize) -> Grid {
-    let cluster = CLUSTER as u32;
-    Grid::new([(cuda.sms() / cluster).max(1) * cluster, 1, 1], THREADS).shared(shared as u32)
+    Grid::new([cuda.sms(), 1, 1], THREADS).shared(shared as u32)
 }

@@ -1,8 +1,8 @@
 // RMSNorm. A team of TEAM threads holds a row in registers between the sum over it and what is made of it, so that
 // every element is read once. A team is a warp, of which a block has ROWS, or a block of several warps (ROWS is 1).
 //
-// Defines: ELEM (the elements' type), WIDE (rows begin at 16 bytes and their length is a multiple of 16 bytes), TEAM, ROWS, and
-// PER_THREAD, the packs of a row that one thread holds at most: TEAM * PER_THREAD packs are at least a row's.
+// Defines: ELEM (the elements' type), WIDE (rows begin at 16 bytes and their length is a multiple of 16 bytes), TEAM,
+// ROWS, and PER_THREAD, the packs of a row that one thread holds at most: TEAM * PER_THREAD packs are at least a row's.
 
 typedef ELEM T;
 #if WIDE
