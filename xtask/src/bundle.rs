@@ -12,6 +12,7 @@ const LIMIT: u64 = 40 << 20;
 /// Test binaries: the package, what selects the binary, its name in the bundle.
 const TESTS: &[(&str, &[&str], &str)] = &[
     ("hadal-kernels", &["--lib"], "kernels"),
+    ("hadal-engine", &["--lib"], "engine"),
     ("hadal-train", &["--test", "cuda"], "train"),
     ("hadal-train", &["--test", "golden"], "golden"),
 ];

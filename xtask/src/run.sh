@@ -5,8 +5,10 @@ set -uo pipefail
 cd "$(dirname "$0")"
 export HADAL_GOLDENS=$PWD/goldens
 export HADAL_CACHE=${HADAL_CACHE:-$PWD/cache}
+# Kernels are compiled for every architecture, not only for this machine's.
+export HADAL_TEST_ARCHS=${HADAL_TEST_ARCHS:-all}
 parts=("$@")
-[ ${#parts[@]} = 0 ] && parts=(kernels train golden memcheck racecheck)
+[ ${#parts[@]} = 0 ] && parts=(kernels engine train golden cache memcheck racecheck)
 log=$(mktemp)
 : > report.txt
 say() { echo "$*" | tee -a report.txt; }
@@ -32,11 +34,30 @@ sanitize() {
   return $status
 }
 
+# A few kernels with a cache that cannot be made, an empty one, a damaged one: they run, and the user is told what matters.
+cache() {
+  local folder said file
+  folder=$(mktemp -d)
+  few() { HADAL_CACHE=$1 ./bin/hadal bench memory_ops --device cuda --case nano --repeats 1 --seconds 0 2>&1 > "$folder/out"; }
+  said=$(few /dev/null) || { echo "broken: without a cache: $said" && return 1; }
+  [ "$(grep -c 'compiled kernels are not kept for the next run: ' <<< "$said")" = 1 ] || { echo "broken: said: $said" && return 1; }
+  said=$(few "$folder/cache") && [ -z "$said" ] || { echo "broken: with an empty cache: $said" && return 1; }
+  (cd "$folder/cache/kernels" && sha256sum -- *) > "$folder/sums"
+  [ -s "$folder/sums" ] || { echo "broken: nothing was kept" && return 1; }
+  for file in "$folder"/cache/kernels/*; do
+    truncate -s -1 "$file"
+  done
+  said=$(few "$folder/cache") && [ -z "$said" ] || { echo "broken: with a damaged cache: $said" && return 1; }
+  (cd "$folder/cache/kernels" && sha256sum --quiet -c "$folder/sums") || { echo "broken: what was damaged was not mended" && return 1; }
+  rm -r "$folder"
+}
+
 failed=0
 for part in "${parts[@]}"; do
   begin=$SECONDS
   case $part in
-    kernels | train | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    kernels | engine | train | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    cache) cache ;;
     memcheck) sanitize memcheck ./bin/kernels --test-threads 1 small_shapes ;;
     racecheck) sanitize racecheck ./bin/kernels --test-threads 1 small_shapes ;;
     *) echo "no part $part" && false ;;
@@ -48,7 +69,7 @@ for part in "${parts[@]}"; do
   grep -aE '^[A-Za-z0-9]+: loss .* apart$' "$log" | sed 's/^/  /' | tee -a report.txt
   if [ $status != 0 ]; then
     failed=1
-    grep -aE -A4 'panicked|^========= (Invalid|Error|ERROR)' "$log" | head -n 80 | cut -c1-400 | sed 's/^/  /' | tee -a report.txt
+    grep -aE -A4 'panicked|^broken: |^========= (Invalid|Error|ERROR)' "$log" | head -n 80 | cut -c1-400 | sed 's/^/  /' | tee -a report.txt
   fi
 done
 exit $failed

@@ -20,6 +20,7 @@ use hadal_kernels::{Ctx, Device, Isa};
 use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 /// The release and the commit it was built from; a run keeps them.
 const BUILD: Build = Build { version: env!("CARGO_PKG_VERSION"), commit: env!("HADAL_COMMIT") };
@@ -53,6 +54,9 @@ pub struct Global {
     /// Seed of weights, data order and sampling.
     #[arg(long, global = true, value_name = "N")]
     seed: Option<u64>,
+    /// What was opened.
+    #[arg(skip)]
+    opened: OnceLock<Device>,
 }
 
 #[derive(Subcommand)]
@@ -108,7 +112,13 @@ impl Global {
         if let Some(notice) = Isa::notice() {
             eprintln!("{notice}");
         }
-        Ok(Device::named(self.device_name(), self.threads)?.ctx())
+        let device = Device::named(self.device_name(), self.threads)?;
+        Ok(self.opened.get_or_init(|| device).ctx())
+    }
+
+    /// What the user should know of the device once it was used.
+    fn notice(&self) -> Option<String> {
+        self.opened.get()?.as_cuda()?.notice()
     }
 
     /// As [`Global::ctx`], for inference: a token's numbers are the same whatever else is computed beside it.
@@ -157,6 +167,9 @@ fn main() -> ExitCode {
         Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
         Verb::Bench(v) => done(v.run(&cli.global, &out)),
     });
+    if let Some(notice) = cli.global.notice() {
+        eprintln!("{notice}");
+    }
     result.unwrap_or_else(|e| {
         out.error(&format!("{e:#}"));
         ExitCode::FAILURE

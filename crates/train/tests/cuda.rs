@@ -4,8 +4,13 @@
 mod support;
 
 use hadal_kernels::{Ctx, Device};
-use hadal_model::{Model, ModelConfig, Params, Precision, Sequence};
-use hadal_train::{AdamW, Held, Objective, StepReport, Trainer, evaluate};
+use hadal_model::{Model, ModelConfig, Params, Precision, Recompute, Sequence};
+use hadal_train::plan::{StepSize, gpu_memory};
+use hadal_train::{
+    AdamW, Build, DataSettings, Held, Metrics, Objective, Observer, Run, Settings, Start, StepReport, TrainConfig,
+    Trainer, evaluate, pretrain,
+};
+use std::path::Path;
 use support::gpu;
 
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
@@ -160,5 +165,150 @@ fn validation_in_between_changes_nothing() {
         assert_eq!(report.losses, expected.losses, "step {step}");
         let held = Held { stream: &stream, byte_lengths: &byte_lengths, seq: 50, batch: 2, max_tokens: 200 };
         assert!(evaluate(&ctx, &trainer.model, &trainer.params, held).loss.is_finite());
+    }
+}
+
+/// What a step was predicted to hold at its fullest moment is what it holds, within a twentieth and the scratch that the
+/// library of products may or may not want.
+#[test]
+fn memory_is_predicted() {
+    const SCRATCH: usize = 32 << 20;
+    let (config, sequences, tokens) = (nano(), 8, 512);
+    for recompute in [Recompute::None, Recompute::Paper, Recompute::All] {
+        let Some((ctx, cuda)) = gpu() else { return };
+        let (precision, objective, average) = (Precision::Bf16, OBJECTIVE, false);
+        let size = StepSize { config: config.clone(), precision, recompute, sequences, tokens, objective, average };
+        let m = gpu_memory(Some(&cuda), ctx.host(), &size);
+        cuda.reserve(m.total);
+        let taken = cuda.memory().taken;
+
+        let mut model = Model::whole(&ctx, config.clone());
+        model.recompute = recompute;
+        let params = Params::init(&ctx, &config, model.layout.clone(), precision, 3);
+        let mut trainer = Trainer::new(&ctx, model, params, ADAMW, OBJECTIVE);
+        let micro = |step: usize| {
+            vec![(0..sequences).map(|i| sequence(config.vocab_size, tokens, 11 * step + i)).collect::<Vec<_>>()]
+        };
+        for step in 0..4 {
+            trainer.step(&ctx, &micro(step), RATE);
+        }
+        let (found, predicted) = (cuda.memory(), m.weights + m.gradients + m.moments + m.step);
+        println!("{}: {} bytes, predicted {predicted}", recompute.name(), found.peak);
+        assert_eq!(found.taken, taken, "{}: one piece is enough", recompute.name());
+        assert!(
+            found.peak <= predicted + predicted / 20 && predicted <= found.peak + found.peak / 20 + SCRATCH,
+            "{}: {} bytes, predicted {predicted}",
+            recompute.name(),
+            found.peak
+        );
+    }
+}
+
+/// Keeps the losses of a run's steps, and stops it after one of them.
+#[derive(Default)]
+struct Watch {
+    stop_after: Option<u64>,
+    losses: Vec<f64>,
+    resumed: Option<u64>,
+}
+
+impl Observer for Watch {
+    fn phase(&mut self, _: &str) {}
+    fn start(&mut self, _: &Start) {}
+    fn step(&mut self, m: &Metrics) {
+        self.losses.push(m.loss);
+    }
+    fn checkpoint(&mut self, _: &Path) {}
+    fn resumed(&mut self, _: &Path, step: u64, _: &[String]) {
+        self.resumed = Some(step);
+    }
+    fn stop(&self) -> bool {
+        self.stop_after.is_some_and(|n| self.resumed.unwrap_or(0) + self.losses.len() as u64 >= n)
+    }
+}
+
+const SMALL: &str = "
+    preset = \"nano\"
+    vocab_size = 280
+    hidden_size = 32
+    intermediate_size = 48
+    moe_intermediate_size = 16
+    num_hidden_layers = 2
+    first_k_dense_replace = 1
+    num_attention_heads = 2
+    q_lora_rank = 16
+    kv_lora_rank = 16
+    qk_nope_head_dim = 16
+    qk_rope_head_dim = 8
+    v_head_dim = 16
+    n_routed_experts = 4
+    num_experts_per_tok = 2
+    n_group = 2
+    topk_group = 1
+    max_position_embeddings = 64
+";
+
+/// A run in `dir`, or what is left of it.
+fn small_run(dir: &Path, name: &str, dtype: &str, resume: bool) -> Run {
+    let text = dir.join("text");
+    if !text.exists() {
+        let line = |i: usize| format!("{} and {} make {}.\n{}", i, i * 7 % 10, i + i * 7 % 10, ["", "\n"][i % 2]);
+        std::fs::write(&text, (0..900).map(line).collect::<String>()).unwrap();
+    }
+    let model = ModelConfig::from_toml_table(&SMALL.parse().unwrap()).unwrap();
+    let settings = Settings {
+        steps: Some(12),
+        batch: Some(4),
+        seq: Some(48),
+        warmup: Some(1),
+        lr: Some(RATE),
+        dtype: Some(dtype.into()),
+        // What is due is read before the next step, so that a run stops where it is told to.
+        eval_every: Some(1),
+        eval_tokens: Some(96),
+        checkpoint_every: Some(4),
+        ema_decay: Some(0.75),
+        ..Settings::default()
+    };
+    let config = TrainConfig::resolve(settings, &model).unwrap();
+    let data = DataSettings { paths: Some(vec![text]), valid_fraction: Some(0.05), ..DataSettings::default() };
+    let build = Build { version: "0", commit: "test" };
+    Run { model, config, data, out: dir.join(name), resume, override_saved: false, build }
+}
+
+/// The losses of a run whose device changes after some of its steps: (device, the last step on it).
+fn losses(dir: &Path, name: &str, dtype: &str, parts: &[(&Ctx, u64)]) -> Vec<f64> {
+    let mut all = Vec::new();
+    for (i, &(ctx, last)) in parts.iter().enumerate() {
+        let mut watch = Watch { stop_after: Some(last), ..Watch::default() };
+        let done = pretrain(ctx, &small_run(dir, name, dtype, i > 0), &mut watch).unwrap();
+        assert_eq!((done.step, done.finished), (last, last == 12));
+        assert_eq!(watch.resumed, i.checked_sub(1).map(|before| parts[before].1));
+        all.extend(watch.losses);
+    }
+    all
+}
+
+/// A checkpoint holds nothing of the device that it was written on.
+#[test]
+fn a_run_goes_on_on_another_device() {
+    let Some((gpu, _)) = gpu() else { return };
+    let (cpu, dir) = (cpu(), tempfile::tempdir().unwrap());
+    for (dtype, limit) in [("fp32", 1e-3), ("bf16", 1e-2)] {
+        let of = |name: &str, parts: &[(&Ctx, u64)]| losses(dir.path(), &format!("{name}-{dtype}"), dtype, parts);
+        let on_cpu = of("cpu", &[(&cpu, 12)]);
+        let on_gpu = of("gpu", &[(&gpu, 12)]);
+        assert_eq!(of("resumed", &[(&gpu, 3), (&gpu, 8), (&gpu, 12)]), on_gpu, "{dtype}: the same bits on one device");
+        let mixed = [
+            ("gpu alone", on_gpu),
+            ("gpu, then cpu", of("down", &[(&gpu, 5), (&cpu, 12)])),
+            ("cpu, then gpu", of("up", &[(&cpu, 5), (&gpu, 12)])),
+        ];
+        for (name, losses) in mixed {
+            assert_eq!(losses.len(), 12);
+            for (step, (a, b)) in losses.iter().zip(&on_cpu).enumerate() {
+                assert!(((a - b) / b).abs() < limit, "{dtype}, {name}: step {}: {a} and {b}", step + 1);
+            }
+        }
     }
 }

@@ -57,10 +57,10 @@ pub(super) fn lock(arena: &Mutex<Arena>) -> MutexGuard<'_, Arena> {
 }
 
 impl Arena {
-    /// One of addresses alone.
+    /// One of addresses alone, as high as a driver's.
     pub fn endless() -> Self {
         let mut arena = Self::default();
-        arena.endless = Some(1 << 20);
+        arena.endless = Some(1 << 47);
         arena
     }
 

@@ -7,12 +7,16 @@
 
 mod blas;
 mod compile;
+#[cfg(test)]
+mod compiled;
 mod driver;
 mod error;
 mod graph;
 mod launch;
 mod memory;
 mod pinned;
+#[cfg(test)]
+mod small_shapes;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
@@ -124,6 +128,11 @@ impl Cuda {
     pub fn dry(like: Option<&Cuda>, host: Arc<Cpu>) -> Arc<Self> {
         let (arch, sms, total) = like.map_or((Self::HOPPER, Self::SMS, usize::MAX), |g| (g.arch, g.sms, g.total));
         let name = like.map_or("NVIDIA H200", |g| &g.name).to_string();
+        Self::dry_as(name, arch, sms, total, host)
+    }
+
+    /// As [`Cuda::dry`], of these properties.
+    fn dry_as(name: String, arch: (u32, u32), sms: u32, total: usize, host: Arc<Cpu>) -> Arc<Self> {
         let context = std::ptr::null_mut();
         let found = Found { ordinal: 0, name, arch, sms, total, context, dry: true };
         let cuda = Self::of(found, Stream::none(), Arena::endless(), host);
