@@ -190,7 +190,7 @@ fn memory_is_predicted() {
             vec![(0..sequences).map(|i| sequence(config.vocab_size, tokens, 11 * step + i)).collect::<Vec<_>>()]
         };
         for step in 0..4 {
-            trainer.step(&ctx, &micro(step), RATE);
+            trainer.step(&ctx, &micro(step), rate(step));
         }
         let (found, predicted) = (cuda.memory(), m.weights + m.gradients + m.moments + m.step);
         println!("{}: {} bytes, predicted {predicted}", recompute.name(), found.peak);
@@ -261,7 +261,7 @@ fn small_run(dir: &Path, name: &str, dtype: &str, resume: bool) -> Run {
         batch: Some(4),
         seq: Some(48),
         warmup: Some(1),
-        lr: Some(RATE),
+        lr: Some(rate(STEPS)),
         dtype: Some(dtype.into()),
         // What is due is read before the next step, so that a run stops where it is told to.
         eval_every: Some(1),

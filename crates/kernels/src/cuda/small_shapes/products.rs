@@ -50,7 +50,18 @@ pub(in crate::cuda) fn gemm_grouped(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
         let mut dw = floats(ctx, 4, e * rows * cols);
         experts::grouped(ctx, x.view(), offsets.view(), &w, y.view_mut());
         experts::grouped_backward_input(ctx, dy.view(), offsets.view(), &w, dx.view_mut());
-        experts::grouped_backward_weight(ctx, x.view(), dy.view(), offsets.view(), rows, cols, dw.view_mut());
+        for accumulate in [false, true] {
+            experts::grouped_backward_weight(
+                ctx,
+                x.view(),
+                dy.view(),
+                offsets.view(),
+                rows,
+                cols,
+                dw.view_mut(),
+                accumulate,
+            );
+        }
         out.extend([y, dx, dw]);
     }
     out
