@@ -1,12 +1,14 @@
 """Runs hadal and its rivals in turns on this machine (ours, rival, ours, ...), and prints one JSON object a case in the form
 of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds hadal and restricts instruction sets.
 
-    python pairs.py HADAL gemm|attention [--case SUBSTRING] [--pairs 5] [--seconds 0.5]
+    python pairs.py HADAL gemm|attention|grouped_gemm [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--device cpu|cuda]
     python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 3]
-                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4]
+                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4] [--device cpu|cuda]
 
-Every setting of a rival is run once beside ours and recorded; the fastest is the rival, and runs in as many pairs as asked
-for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
+grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
+opening a GPU takes longer than measuring.
+Every setting of a rival, where there are several, is run once beside ours and recorded; the fastest is the rival, and runs in
+as many pairs as asked for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
 and the exit code then 1.
 """
 
@@ -95,6 +97,37 @@ def kernels(args) -> bool:
     return True
 
 
+def kernels_on_gpu(args) -> bool:
+    """Products, experts' products or attention: hadal over all cases, then torch over all of them, in turns."""
+    import torch
+    command = [args.hadal, "bench", args.kind, "--json", "--device", "cuda"]
+    command += ["--case", args.case] if args.case else []
+    of = f"torch {torch.__version__.split('+')[0]}"
+    settings, make = {"gemm": (rival.gemm_settings, rival.gemm),
+                      "grouped_gemm": (rival.grouped_gemm_settings, rival.grouped_gemm),
+                      "attention": (rival.attention_settings, rival.attention)}[args.kind]
+    cases = {case["case"]: case for case in lines([*command, "--list"])}
+    ours, theirs = {name: [] for name in cases}, {name: {} for name in cases}
+    for _ in range(args.pairs):
+        for row in lines([*command, "--seconds", str(args.seconds)]):
+            ours[row["case"]].append(row)
+        for name, case in cases.items():
+            for setting in settings(case, "cuda"):
+                try:
+                    seconds = rival.measure(make(case, setting, "cuda"), args.seconds, 5, "cuda")
+                except Exception as e:
+                    print(f"{name}, {setting}: {str(e).splitlines()[0]}", file=sys.stderr)
+                    continue
+                theirs[name].setdefault(setting, []).append(case["work"] / seconds / 1e9)
+            torch.cuda.empty_cache()
+    for name, found in theirs.items():
+        whole = {s: rates for s, rates in found.items() if len(rates) == len(ours[name])}
+        best = max(whole, key=lambda s: statistics.median(whole[s]), default=None)
+        for setting, rates in whole.items():
+            put(paired(ours[name], f"{of} {setting}", rates, setting == best), args.record)
+    return True
+
+
 def threads(args) -> list[str]:
     return ["--threads", str(args.threads)] if args.threads else []
 
@@ -112,13 +145,14 @@ class Training:
         self.args, self.directory = args, directory
 
     def ours(self, steps: int) -> dict:
-        command = [self.args.hadal, "bench", "train", "--json", "--from", self.directory]
+        command = [self.args.hadal, "bench", "train", "--json", "--from", self.directory, "--device", self.args.device]
         return lines([*command, "--dtype", self.args.dtype, "--steps", str(steps), *threads(self.args)])[-1]
 
     def theirs(self, setting: str, steps: int) -> dict:
         mode, dtype, experts = setting.split("/")
         command = [sys.executable, rival.__file__, self.directory, "--dtype", dtype, "--experts", experts]
         command += ["--compile"] if mode == "compiled" else []
+        command += ["--device", self.args.device]
         return lines([*command, "--steps", str(steps), *threads(self.args)])[-1]
 
     def row(self, setting: str, ours: list[dict], theirs: list[dict], best: bool) -> dict:
@@ -147,8 +181,8 @@ def train(args) -> bool:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         lines([args.hadal, "bench", "train", "--export", directory, "--preset", args.preset, "--batch", str(args.batch),
                "--seq", str(args.seq), "--steps", str(args.steps), "--json"])
-        job, rows = Training(args, directory), {}
-        for setting in args.settings.split(","):
+        job, rows, settings = Training(args, directory), {}, args.settings.split(",")
+        for setting in settings if len(settings) > 1 else []:
             try:
                 ours, theirs = job.ours(args.scan_steps), job.theirs(setting, args.scan_steps)
             except Failed as e:
@@ -156,9 +190,9 @@ def train(args) -> bool:
                 continue
             rows[setting] = job.row(setting, [ours], [theirs], False)
             put(rows[setting], args.record)
-        if not rows:
+        if len(settings) > 1 and not rows:
             raise Failed("no setting of the rival ran")
-        best = max(rows, key=lambda s: rows[s]["rival"])
+        best = max(rows, key=lambda s: rows[s]["rival"], default=settings[0])
         pairs = [(job.ours(args.steps), job.theirs(best, args.steps)) for _ in range(args.pairs)]
         ours, theirs = (list(side) for side in zip(*pairs))
         row = job.row(best, ours, theirs, True)
@@ -173,11 +207,12 @@ def train(args) -> bool:
 def main() -> int:
     args = argparse.ArgumentParser()
     args.add_argument("hadal")
-    args.add_argument("kind", choices=["gemm", "attention", "train"])
+    args.add_argument("kind", choices=["gemm", "attention", "grouped_gemm", "train"])
     args.add_argument("--case")
     args.add_argument("--pairs", type=int)
     args.add_argument("--seconds", type=float, default=0.5)
     args.add_argument("--threads", type=int)
+    args.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args.add_argument("--record", action="store_true")
     args.add_argument("--preset", default="mini")
     args.add_argument("--batch", type=int, default=8)
@@ -188,8 +223,12 @@ def main() -> int:
     args.add_argument("--settings", default=",".join(SETTINGS))
     args = args.parse_args()
     args.pairs = args.pairs or (3 if args.kind == "train" else 5)
+    on_gpu = args.device == "cuda"
+    run = train if args.kind == "train" else kernels_on_gpu if on_gpu else kernels
     try:
-        return 0 if (train if args.kind == "train" else kernels)(args) else 1
+        if args.kind == "grouped_gemm" and not on_gpu:
+            raise Failed("grouped_gemm: expected --device cuda (torch has no such product on CPUs)")
+        return 0 if run(args) else 1
     except Failed as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

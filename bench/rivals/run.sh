@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # hadal beside its rivals, in turns on this machine.
 #   bench/rivals/run.sh PYTHON [--isa avx2|avx512] [gemm|attention|train] [options of pairs.py]
+#   bench/rivals/run.sh PYTHON gemm|grouped_gemm|attention|train --device cuda [options of pairs.py]
 # PYTHON: one with bench/rivals/requirements.txt. --isa restricts both sides to that instruction set (avx512: no AMX).
 # Without a kind all are run. --record appends the rows to bench/record/<machine>/<date>.jsonl.
 # Exits non-zero if a side fails, or if both did not train alike.
@@ -24,9 +25,9 @@ if [ "${1:-}" = --isa ]; then
 fi
 kinds=(gemm attention train)
 case ${1:-} in
-  gemm | attention | train) kinds=("$1"); shift ;;
+  gemm | grouped_gemm | attention | train) kinds=("$1"); shift ;;
   '' | -*) ;;
-  *) echo "error: $1: expected gemm, attention or train" >&2; exit 2 ;;
+  *) echo "error: $1: expected gemm, grouped_gemm, attention or train" >&2; exit 2 ;;
 esac
 cargo build --release --quiet
 hadal=${CARGO_TARGET_DIR:-target}/release/hadal

@@ -57,7 +57,7 @@ impl Convert {
     /// Converts.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let options = ConvertOptions { target: self.target()?, shard_bytes: bytes(&self.shard_size)? };
-        let ctx = global.ctx()?;
+        let ctx = global.host()?;
         let source = open::resolve(&self.source)?;
         let begin = Instant::now();
         let progress = Progress { out, total: OnceLock::new(), done: Mutex::default() };

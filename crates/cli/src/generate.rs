@@ -157,7 +157,7 @@ impl Writer {
 impl Generate {
     /// Streams the continuation.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = global.ctx()?;
+        let ctx = global.inference()?;
         let precision = hadal_train::precision(&self.dtype)?;
         let dir = open::resolve(&self.model)?;
         // Warnings come when the model is opened.

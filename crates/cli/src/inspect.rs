@@ -4,8 +4,11 @@ use crate::output::Output;
 use crate::{Global, open};
 use clap::Args;
 use hadal_kernels::DType;
+use hadal_kernels::cuda::Cuda;
 use hadal_model::account::{self, Activations, Flops, Parameters, Passes, TrainingMemory};
 use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Quantization, Recompute, Scope};
+use hadal_train::plan::{self, StepSize};
+use hadal_train::{Settings, TrainConfig};
 use serde::Serialize;
 use std::path::Path;
 
@@ -56,6 +59,21 @@ struct Report {
     cache_bytes_per_token: usize,
     mha_cache_bytes_per_token: usize,
     training_memory: Memory,
+    /// On a GPU, if --device names one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory: Option<GpuReport>,
+}
+
+/// Bytes by part of a step on a GPU.
+#[derive(Serialize)]
+struct GpuReport {
+    gpu: String,
+    weights: usize,
+    gradients: usize,
+    moments: usize,
+    step: usize,
+    total: usize,
+    bytes_per_parameter: f64,
 }
 
 /// Bytes by part.
@@ -77,9 +95,10 @@ struct Memory {
 
 impl Inspect {
     /// Prints the report.
-    pub fn run(&self, _: &Global, out: &Output) -> anyhow::Result<()> {
+    pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let (config, quantization) = self.config(out)?;
-        let report = self.report(&config, quantization)?;
+        let mut report = self.report(&config, quantization)?;
+        report.gpu_memory = self.gpu_memory(global, &config)?;
         out.object(&report);
         out.text(&report.text());
         Ok(())
@@ -101,6 +120,37 @@ impl Inspect {
             config.num_nextn_predict_layers = Checkpoint::open(&dir)?.mtp_layers(&config);
         }
         Ok((config, Quantization::from_hf(&dir.join("config.json"))?))
+    }
+
+    /// What a step takes on the GPU that --device names; where there is none, on an H200.
+    fn gpu_memory(&self, global: &Global, config: &ModelConfig) -> anyhow::Result<Option<GpuReport>> {
+        if global.device_name() == "cpu" {
+            return Ok(None);
+        }
+        // Without a GPU there is still something to say, but not about one of a number.
+        let absent = Cuda::count() == 0 && global.device_name() == "cuda";
+        let ctx = if absent { global.host()? } else { global.ctx()? };
+        let size = StepSize {
+            config: config.clone(),
+            precision: hadal_train::precision(&self.dtype)?,
+            recompute: self.recompute.parse().map_err(anyhow::Error::msg)?,
+            sequences: self.batch,
+            tokens: self.seq.unwrap_or(config.max_position_embeddings.min(4096)),
+            objective: TrainConfig::resolve(Settings::default(), config)?.objective,
+            average: false,
+        };
+        let gpu = ctx.device.as_cuda();
+        let m = plan::gpu_memory(gpu.map(|cuda| &**cuda), ctx.host(), &size);
+        let name = gpu.map_or("an NVIDIA H200 (there is no GPU here)".to_string(), |cuda| cuda.name().to_string());
+        Ok(Some(GpuReport {
+            gpu: name,
+            weights: m.weights,
+            gradients: m.gradients,
+            moments: m.moments,
+            step: m.step,
+            total: m.total,
+            bytes_per_parameter: (m.weights + m.gradients + m.moments) as f64 / Parameters::of(config).total as f64,
+        }))
     }
 
     fn report(&self, c: &ModelConfig, quantization: Option<Quantization>) -> anyhow::Result<Report> {
@@ -148,6 +198,7 @@ impl Inspect {
                 process: m.process,
                 total: m.total(),
             },
+            gpu_memory: None,
         })
     }
 }
@@ -201,6 +252,18 @@ impl Report {
             ("  the process itself, about", m.process),
         ] {
             s += &line(name, bytes(n));
+        }
+        if let Some(g) = &self.gpu_memory {
+            s += &line(&format!("memory on {}", g.gpu), format!("{} at most", bytes(g.total)));
+            s += &line("  a parameter", format!("{:.1} B", g.bytes_per_parameter));
+            for (name, n) in [
+                ("  FP32 masters and compute weights", g.weights),
+                ("  FP32 gradients", g.gradients),
+                ("  AdamW moments", g.moments),
+                ("  a step beside them, at its fullest", g.step),
+            ] {
+                s += &line(name, bytes(n));
+            }
         }
         s
     }

@@ -37,7 +37,7 @@ pub struct Logits {
 impl Logits {
     /// Writes the file.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = global.ctx()?;
+        let ctx = global.inference()?;
         // Before the work, not after it.
         let parent = self.out.parent().filter(|p| !p.as_os_str().is_empty());
         if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {

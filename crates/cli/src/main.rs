@@ -20,6 +20,7 @@ use hadal_kernels::{Ctx, Device, Isa};
 use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 /// The release and the commit it was built from; a run keeps them.
 const BUILD: Build = Build { version: env!("CARGO_PKG_VERSION"), commit: env!("HADAL_COMMIT") };
@@ -47,9 +48,15 @@ pub struct Global {
     /// Worker threads `[default: all cores]`.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Where to compute: cpu, cuda or cuda:N, the GPU of that number `[default: cpu]`.
+    #[arg(long, global = true, value_name = "DEV")]
+    device: Option<String>,
     /// Seed of weights, data order and sampling.
     #[arg(long, global = true, value_name = "N")]
     seed: Option<u64>,
+    /// What was opened.
+    #[arg(skip)]
+    opened: OnceLock<Device>,
 }
 
 #[derive(Subcommand)]
@@ -70,15 +77,17 @@ enum Verb {
     Bench(bench::Bench),
 }
 
+/// A verb's name, and which of --threads, --seed and --device it has a use for.
+type Uses = (&'static str, bool, bool, bool);
+
 impl Verb {
-    /// Its name, and which of --threads and --seed it has a use for.
-    fn uses(&self) -> (&'static str, bool, bool) {
+    fn uses(&self) -> Uses {
         match self {
-            Self::Pretrain(_) => ("pretrain", true, true),
-            Self::Generate(_) => ("generate", true, true),
-            Self::Logits(_) => ("logits", true, false),
-            Self::Inspect(_) => ("inspect", false, false),
-            Self::Convert(_) => ("convert", true, false),
+            Self::Pretrain(_) => ("pretrain", true, true, true),
+            Self::Generate(_) => ("generate", true, true, true),
+            Self::Logits(_) => ("logits", true, false, true),
+            Self::Inspect(_) => ("inspect", false, false, true),
+            Self::Convert(_) => ("convert", true, false, false),
             Self::Tokenizer(v) => v.uses(),
             Self::Bench(v) => v.uses(),
         }
@@ -88,10 +97,12 @@ impl Verb {
 impl Global {
     /// An option that the verb would ignore is an error.
     fn has_effect(&self, verb: &Verb) -> anyhow::Result<()> {
-        let (name, threads, seed) = verb.uses();
-        for (option, idle) in
-            [("--threads", self.threads.is_some() && !threads), ("--seed", self.seed.is_some() && !seed)]
-        {
+        let (name, threads, seed, device) = verb.uses();
+        for (option, idle) in [
+            ("--threads", self.threads.is_some() && !threads),
+            ("--seed", self.seed.is_some() && !seed),
+            ("--device", self.device.is_some() && !device),
+        ] {
             anyhow::ensure!(!idle, "{option} has no effect on hadal {name}");
         }
         Ok(())
@@ -101,6 +112,30 @@ impl Global {
         if let Some(notice) = Isa::notice() {
             eprintln!("{notice}");
         }
+        let device = Device::named(self.device_name(), self.threads)?;
+        Ok(self.opened.get_or_init(|| device).ctx())
+    }
+
+    /// What the user should know of the device once it was used.
+    fn notice(&self) -> Option<String> {
+        self.opened.get()?.as_cuda()?.notice()
+    }
+
+    /// As [`Global::ctx`], for inference: a token's numbers are the same whatever else is computed beside it.
+    fn inference(&self) -> anyhow::Result<Ctx> {
+        let ctx = self.ctx()?;
+        if let Some(cuda) = ctx.device.as_cuda() {
+            cuda.set_invariant(true);
+        }
+        Ok(ctx)
+    }
+
+    fn device_name(&self) -> &str {
+        self.device.as_deref().unwrap_or("cpu")
+    }
+
+    /// For what computes on the host alone.
+    fn host(&self) -> anyhow::Result<Ctx> {
         Ok(Device::cpu(self.threads)?.ctx())
     }
 }
@@ -118,7 +153,10 @@ fn main() -> ExitCode {
     };
     let out = Output::new(cli.global.json, matches!(cli.verb, Verb::Pretrain(_)));
     // A panic is a fault of ours, never a message for the user to decode.
-    std::panic::set_hook(Box::new(move |info| out.error(&format!("internal, please report it: {info}"))));
+    std::panic::set_hook(Box::new(move |info| match info.payload().downcast_ref::<String>() {
+        Some(message) if hadal_kernels::cuda::is_failure() => out.error(message),
+        _ => out.error(&format!("internal, please report it: {info}")),
+    }));
     let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = cli.global.has_effect(&cli.verb).and_then(|()| match &cli.verb {
         Verb::Pretrain(v) => v.run(&cli.global, &out),
@@ -129,6 +167,9 @@ fn main() -> ExitCode {
         Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
         Verb::Bench(v) => done(v.run(&cli.global, &out)),
     });
+    if let Some(notice) = cli.global.notice() {
+        eprintln!("{notice}");
+    }
     result.unwrap_or_else(|e| {
         out.error(&format!("{e:#}"));
         ExitCode::FAILURE

@@ -85,7 +85,7 @@ fn opened(
     config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
     let model = part(ctx, config);
     let needed = Params::inference_bytes(&model.layout, precision).saturating_add(room(&model.config));
-    memory::fits("the model with what it computes", needed).with_context(|| path.display().to_string())?;
+    memory::fits_on(ctx, "the model with what it computes", needed).with_context(|| path.display().to_string())?;
     let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;
     warnings.iter().for_each(|w| out.warn(w));
     Ok(Opened { model, params })

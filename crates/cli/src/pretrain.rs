@@ -100,7 +100,10 @@ impl Pretrain {
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<ExitCode> {
         let ctx = global.ctx()?;
         let run = self.resolve(global)?;
-        fits(&run)?;
+        // A GPU's memory is looked at when the run's size is known to the last token.
+        if ctx.device.as_cuda().is_none() {
+            fits(&run)?;
+        }
         let seen = demo::progress::Progress::new(&run.config);
         let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default(), seen };
         let signals = interrupt::watch().context("signals cannot be watched")?;

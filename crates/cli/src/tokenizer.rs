@@ -1,12 +1,11 @@
 //! `hadal tokenizer`: training, using and looking at tokenizers, without a model.
 
 use crate::output::Output;
-use crate::{Global, open};
+use crate::{Global, Uses, open};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use hadal_data::Tokenizer;
 use hadal_data::corpus::{self, Files, InvalidUtf8, Source, Survey, builtin};
-use hadal_kernels::Device;
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -105,12 +104,12 @@ const LONGEST: usize = 10;
 
 impl TokenizerVerb {
     /// Its name, and which of --threads and --seed it has a use for.
-    pub fn uses(&self) -> (&'static str, bool, bool) {
+    pub fn uses(&self) -> Uses {
         match &self.verb {
-            Verb::Train(v) => ("tokenizer train --data", true, v.text.data.is_none()),
-            Verb::Encode(_) => ("tokenizer encode", false, false),
-            Verb::Decode(_) => ("tokenizer decode", false, false),
-            Verb::Inspect(v) => ("tokenizer inspect", v.text.data.is_some(), v.text.data.is_none()),
+            Verb::Train(v) => ("tokenizer train --data", true, v.text.data.is_none(), false),
+            Verb::Encode(_) => ("tokenizer encode", false, false, false),
+            Verb::Decode(_) => ("tokenizer decode", false, false, false),
+            Verb::Inspect(v) => ("tokenizer inspect", v.text.data.is_some(), v.text.data.is_none(), false),
         }
     }
 
@@ -149,7 +148,7 @@ impl Text {
 
 /// Reads a source, and says what of it is left out.
 fn survey(source: &Source, global: &Global, out: &Output) -> anyhow::Result<Survey> {
-    let ctx = global.ctx()?;
+    let ctx = global.host()?;
     let survey = ctx.host().install(|| Survey::new(source))?;
     let skipped = survey.skipped().to_string();
     if !skipped.is_empty() {
@@ -172,7 +171,7 @@ impl Train {
         };
         let survey = survey(&source, global, out)?;
         let text = corpus::sample(&[(&survey, None)], TRAINING_TEXT)?;
-        let ctx = global.ctx()?;
+        let ctx = global.host()?;
         let trained = ctx.host().install(|| Tokenizer::train(&text, self.vocab_size)).context("--vocab-size")?;
         let (ids, bytes) = (trained.vocab_size(), text.iter().map(String::len).sum::<usize>());
         if ids < self.vocab_size {

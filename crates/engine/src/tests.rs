@@ -1,6 +1,8 @@
 //! The engine on small random models: against the pass without a cache, against itself in other company, in other
 //! chunks, on other thread counts and with a cache too small for all.
 
+mod cuda;
+
 use crate::batch::{Span, pack};
 use crate::cache::LatentCache;
 use crate::pool::{BlockPool, blocks_for};
@@ -112,9 +114,9 @@ impl Fixture {
         for (layer, block) in model.layout.blocks.iter().enumerate() {
             let FeedForwardIds::Moe(moe) = block.feed_forward else { continue };
             let Some(bias) = moe.bias else { continue };
-            for (e, b) in params.f32_mut(bias).f32().iter_mut().enumerate() {
-                *b = 0.1 * rng.normal((layer * 100 + e) as u64);
-            }
+            let mut biases = params.f32_mut(bias);
+            let drawn = |e: usize| 0.1 * rng.normal((layer * 100 + e) as u64);
+            biases.write(&(0..biases.len()).map(drawn).collect::<Vec<f32>>());
         }
         Self { model: Arc::new(model), params: Arc::new(params) }
     }
@@ -138,7 +140,7 @@ impl Fixture {
 }
 
 fn host(b: &Buf) -> Vec<f32> {
-    b.view().f32().to_vec()
+    b.view().to_f32()
 }
 
 fn text(stream: u64, n: usize) -> Vec<u32> {
@@ -217,8 +219,9 @@ fn chunks_do_not_change_a_bit() {
 
 /// Logits of each sequence's tokens when all are computed in one pass, the first `cached[i]` of them in a pass before.
 fn logits_together(ctx: &Ctx, f: &Fixture, texts: &[Vec<u32>], cached: &[usize]) -> Vec<Vec<f32>> {
-    let mut pool = BlockPool::new(20);
-    let mut cache = LatentCache::new(ctx, &f.model.config, 3, f.params.precision.act(), 20);
+    let held = texts.iter().map(|t| blocks_for(t.len())).sum();
+    let mut pool = BlockPool::new(held);
+    let mut cache = LatentCache::new(ctx, &f.model.config, 3, f.params.precision.act(), held);
     let blocks: Vec<_> = texts.iter().map(|t| pool.allocate(blocks_for(t.len())).unwrap()).collect();
     let mut out = vec![Vec::new(); texts.len()];
     for second in [false, true] {

@@ -259,15 +259,7 @@ impl Buf {
 
     /// Makes every element zero.
     pub fn clear(&mut self) {
-        match self {
-            Self::F32(v) => v.fill(0.0),
-            Self::Bf16(v) => v.fill(bf16::ZERO),
-            Self::I32(v) => v.fill(0),
-            Self::Cuda(b) => {
-                let cuda = b.device();
-                cuda.zero(ViewMut::Cuda(b.view_mut()));
-            }
-        }
+        self.view_mut().clear();
     }
 
     /// All of it, to read.
@@ -493,6 +485,19 @@ impl<'a> ViewMut<'a> {
         match self {
             Self::Cuda(v) => v.as_view().device().write(v.as_view().ptr(), T::bytes(values)),
             host => T::of_mut(host.reborrow()).copy_from_slice(values),
+        }
+    }
+
+    /// Makes every element zero.
+    pub fn clear(self) {
+        match self {
+            Self::F32(v) => v.fill(0.0),
+            Self::Bf16(v) => v.fill(bf16::ZERO),
+            Self::I32(v) => v.fill(0),
+            Self::Cuda(v) => {
+                let cuda = v.as_view().device();
+                cuda.zero(Self::Cuda(v));
+            }
         }
     }
 

@@ -3,10 +3,11 @@
 
 use crate::buffer::Pod;
 use crate::cuda::Pending;
-use crate::cuda::{Cuda, GpuError};
+use crate::cuda::{Cuda, Event, GpuError};
 use crate::memory::Memory;
 use crate::{AlignedVec, Buf, DType, Isa, Profile, View};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// Why a device cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -273,6 +274,14 @@ impl Ctx {
         }
     }
 
+    /// A mark behind all that the device was given so far.
+    pub fn mark(&self) -> Mark {
+        match &self.device {
+            Device::Cpu(_) => Mark::Host(Instant::now()),
+            Device::Cuda(cuda) => Mark::Cuda(Arc::new(cuda.mark()), cuda.clone()),
+        }
+    }
+
     /// As [`Ctx::empty`], for what is written at once.
     fn room(&self, dtype: DType, len: usize) -> Buf {
         match &self.device {
@@ -307,6 +316,34 @@ impl Ctx {
         match &self.device {
             Device::Cpu(_) => Download::Host(Buf::copy_of(view)),
             Device::Cuda(cuda) => Download::Cuda(cuda.download(view)),
+        }
+    }
+}
+
+/// A time on a device's clock.
+#[derive(Clone)]
+pub enum Mark {
+    /// When the host came by.
+    Host(Instant),
+    /// When a GPU had done all before it.
+    Cuda(Arc<Event>, Arc<Cuda>),
+}
+
+impl Mark {
+    /// Whether the device has come by.
+    pub fn has_passed(&self) -> bool {
+        match self {
+            Self::Host(_) => true,
+            Self::Cuda(event, _) => event.has_passed(),
+        }
+    }
+
+    /// Seconds from `before` to here, both of one device and passed.
+    pub fn since(&self, before: &Self) -> f64 {
+        match (self, before) {
+            (Self::Host(now), Self::Host(before)) => now.duration_since(*before).as_secs_f64(),
+            (Self::Cuda(now, cuda), Self::Cuda(before, _)) => cuda.between(before, now),
+            _ => panic!("marks of two devices"),
         }
     }
 }

@@ -19,7 +19,7 @@ mod profile;
 mod testing;
 
 pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
-pub use device::{Cpu, Ctx, Device, DeviceError, Download};
+pub use device::{Cpu, Ctx, Device, DeviceError, Download, Mark};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
 pub use profile::Profile;

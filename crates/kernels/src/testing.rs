@@ -55,6 +55,22 @@ pub fn gpu() -> Option<Ctx> {
     Some(Device::cuda(0, Some(2)).unwrap().ctx())
 }
 
+/// As [`gpu`], with products that are batch-invariant.
+#[track_caller]
+pub fn invariant_gpu() -> Option<Ctx> {
+    let ctx = gpu()?;
+    ctx.device.as_cuda()?.set_invariant(true);
+    Some(ctx)
+}
+
+/// As [`invariant_gpu`], with the kernels that a GPU before Hopper gets.
+#[track_caller]
+pub fn older_gpu() -> Option<Ctx> {
+    let ctx = invariant_gpu()?;
+    ctx.device.as_cuda()?.set_plain();
+    Some(ctx)
+}
+
 /// As [`buf`], on the context's device.
 pub fn buf_on(ctx: &Ctx, dtype: DType, values: &[f32]) -> Buf {
     ctx.upload(&buf(dtype, values))

@@ -50,14 +50,31 @@ impl Batch {
         Self { depths: (0..=mtp).map(|k| Depth::new(ctx, sequences, k)).collect() }
     }
 
+    /// Other sequences of the same sizes into the same buffers; false, and nothing can be said of what they hold, if
+    /// sizes differ or somebody still holds a buffer.
+    #[must_use = "buffers that do not fit hold neither batch"]
+    pub fn refill(&mut self, sequences: &[Sequence]) -> bool {
+        self.depths.iter_mut().enumerate().all(|(k, d)| d.refill(Rows::new(sequences, k)))
+    }
+
     /// Tokens of the main model.
     pub fn n(&self) -> usize {
         self.depths[0].n
     }
 }
 
-impl Depth {
-    fn new(ctx: &Ctx, sequences: &[Sequence], k: usize) -> Self {
+/// A depth's numbers, on the host.
+struct Rows {
+    tokens: Vec<i32>,
+    positions: Vec<i32>,
+    cu: Vec<i32>,
+    targets: Vec<i32>,
+    from: Vec<i32>,
+    sequences: usize,
+}
+
+impl Rows {
+    fn new(sequences: &[Sequence], k: usize) -> Self {
         let (mut tokens, mut positions, mut targets, mut from) = (vec![], vec![], vec![], vec![]);
         let mut cu = vec![0i32];
         let mut previous = 0;
@@ -75,16 +92,55 @@ impl Depth {
             cu.push(tokens.len() as i32);
         }
         Self {
-            n: tokens.len(),
-            predicted: targets.iter().filter(|&&t| t >= 0).count(),
+            tokens,
+            positions,
+            cu,
+            targets,
+            from,
             sequences: sequences.iter().filter(|s| s.tokens.len() > k).count(),
-            tokens: Arc::new(ctx.from_i32(&tokens)),
-            positions: Arc::new(ctx.from_i32(&positions)),
-            cu: Arc::new(ctx.from_i32(&cu)),
-            targets: Arc::new(ctx.from_i32(&targets)),
-            host_targets: targets,
-            from: Arc::new(ctx.from_i32(&from)),
         }
+    }
+
+    fn predicted(&self) -> usize {
+        self.targets.iter().filter(|&&t| t >= 0).count()
+    }
+}
+
+impl Depth {
+    fn new(ctx: &Ctx, sequences: &[Sequence], k: usize) -> Self {
+        let rows = Rows::new(sequences, k);
+        let upload = |x: &[i32]| Arc::new(ctx.from_i32(x));
+        Self {
+            n: rows.tokens.len(),
+            predicted: rows.predicted(),
+            sequences: rows.sequences,
+            tokens: upload(&rows.tokens),
+            positions: upload(&rows.positions),
+            cu: upload(&rows.cu),
+            targets: upload(&rows.targets),
+            from: upload(&rows.from),
+            host_targets: rows.targets,
+        }
+    }
+
+    /// See [`Batch::refill`].
+    fn refill(&mut self, rows: Rows) -> bool {
+        let buffers = [
+            (&mut self.tokens, &rows.tokens),
+            (&mut self.positions, &rows.positions),
+            (&mut self.cu, &rows.cu),
+            (&mut self.targets, &rows.targets),
+            (&mut self.from, &rows.from),
+        ];
+        let write = |(to, from): (&mut Shared, &Vec<i32>)| {
+            let fitting = Arc::get_mut(to).filter(|to| to.len() == from.len());
+            fitting.map(|to| to.view_mut().write_i32(from)).is_some()
+        };
+        self.predicted = rows.predicted();
+        self.sequences = rows.sequences;
+        let fits = buffers.into_iter().all(write);
+        self.host_targets = rows.targets;
+        fits
     }
 }
 
@@ -111,5 +167,29 @@ mod tests {
         assert_eq!(ints(&b.depths[2].from), [0]);
         assert_eq!((b.depths[1].sequences, b.depths[2].sequences), (2, 1));
         assert_eq!((b.depths[0].predicted, b.depths[1].predicted), (3, 1));
+    }
+
+    #[test]
+    fn a_batch_takes_in_another_of_its_sizes() {
+        let ctx = Device::cpu(Some(1)).unwrap().ctx();
+        let seq = |t: &[i32]| Sequence { tokens: t.to_vec(), targets: t[1..].iter().copied().chain([-1]).collect() };
+        let (one, other) = ([seq(&[1, 2, 3]), seq(&[4, 5])], [seq(&[9, 8]), seq(&[7, 6, 5])]);
+        let mut b = Batch::new(&ctx, &one, 1);
+        assert!(b.refill(&other));
+        let fresh = Batch::new(&ctx, &other, 1);
+        for (a, b) in b.depths.iter().zip(&fresh.depths) {
+            let all =
+                |d: &Depth| [&d.tokens, &d.positions, &d.cu, &d.targets, &d.from].map(|x| x.view().i32().to_vec());
+            assert_eq!(all(a), all(b));
+            assert_eq!(
+                (a.n, a.predicted, a.sequences, &a.host_targets),
+                (b.n, b.predicted, b.sequences, &b.host_targets)
+            );
+        }
+        assert!(!b.refill(&[seq(&[1, 2])]), "other sizes");
+        let held = b.depths[0].tokens.clone();
+        assert!(!b.refill(&other), "a buffer that somebody holds");
+        drop(held);
+        assert!(b.refill(&one));
     }
 }

@@ -14,6 +14,9 @@ pub struct Grads {
     /// Buffers of uses 1 ..= MTP depth, of the embedding then of the head.
     uses: Vec<(ParamId, Buf)>,
     depth: usize,
+    /// Tensors that nothing was added to since [`Grads::clear`], which has not made them zero: most are overwritten by
+    /// the first product, and a pass over all of them is a pass over memory.
+    unwritten: Vec<bool>,
 }
 
 impl Grads {
@@ -26,13 +29,35 @@ impl Grads {
                 uses.push((id, ctx.zeros(DType::F32, layout.info(id).len())));
             }
         }
-        Self { arena: ctx.zeros(DType::F32, layout.len), uses, depth, layout }
+        let unwritten = vec![false; layout.tensors.len()];
+        Self { arena: ctx.zeros(DType::F32, layout.len), uses, depth, unwritten, layout }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.arena.bytes() + self.uses.iter().map(|(_, b)| b.bytes()).sum::<usize>()
     }
 
     /// Where a tensor's gradient accumulates.
     pub fn of(&mut self, id: ParamId) -> ViewMut<'_> {
+        self.settle(id.0);
         let r = self.layout.info(id).range();
         self.arena.view_mut().slice(r)
+    }
+
+    /// Where a tensor's gradient goes, all of it: false if it is to be overwritten, as nothing was added yet.
+    pub(crate) fn first_of(&mut self, id: ParamId) -> (ViewMut<'_>, bool) {
+        let first = std::mem::take(&mut self.unwritten[id.0]);
+        let r = self.layout.info(id).range();
+        (self.arena.view_mut().slice(r), !first)
+    }
+
+    /// Makes a tensor zero that was to be.
+    fn settle(&mut self, i: usize) {
+        if std::mem::take(&mut self.unwritten[i]) {
+            let r = self.layout.tensors[i].range();
+            self.arena.view_mut().slice(r).clear();
+        }
     }
 
     /// Where use `n` of a shared table accumulates: 0 the main model, k the MTP layer of depth k.
@@ -47,6 +72,7 @@ impl Grads {
 
     /// Adds the further uses of shared tables onto the first, in order of use, and clears them.
     pub fn fold(&mut self, ctx: &Ctx) {
+        (0..self.unwritten.len()).for_each(|i| self.settle(i));
         for (id, buf) in &mut self.uses {
             let r = self.layout.info(*id).range();
             hadal_kernels::ops::add::accumulate(ctx, buf.view(), self.arena.view_mut().slice(r));
@@ -54,9 +80,9 @@ impl Grads {
         }
     }
 
-    /// Zeros everything for the next step.
+    /// Forgets everything for the next step; the arena can be read again after [`Grads::fold`].
     pub fn clear(&mut self) {
-        self.arena.clear();
+        self.unwritten.fill(true);
         for (_, buf) in &mut self.uses {
             buf.clear();
         }

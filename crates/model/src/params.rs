@@ -2,7 +2,7 @@
 
 use crate::layout::ALIGN;
 use crate::{Kind, Layout, ModelConfig, ParamId, TensorInfo};
-use hadal_kernels::{Buf, Ctx, DType, Device, View, ViewMut, Weight};
+use hadal_kernels::{Buf, Ctx, DType, View, ViewMut, Weight};
 use hadal_numerics::{Purpose, Rng};
 use std::ops::Range;
 use std::sync::Arc;

@@ -40,7 +40,7 @@ impl Losses {
     }
 
     /// Each term summed in f64, in order; a log-probability is 0 where there is no target.
-    fn sum(terms: impl Iterator<Item = (Part, Vec<f32>, f32)>) -> Self {
+    fn of(terms: impl Iterator<Item = (Part, Vec<f32>, f32)>) -> Self {
         let mut losses = Self::default();
         for (part, x, weight) in terms {
             let sum = f64::from(weight) * x.iter().map(|&x| f64::from(x)).sum::<f64>();
@@ -51,6 +51,13 @@ impl Losses {
             }
         }
         losses
+    }
+}
+
+impl std::iter::Sum for Losses {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        let add = |a: Self, b: Self| Self { main: a.main + b.main, mtp: a.mtp + b.mtp, balance: a.balance + b.balance };
+        all.fold(Self::default(), add)
     }
 }
 
@@ -82,7 +89,7 @@ impl LossTerms {
 
     /// The sums; waits for a GPU.
     pub fn read(&self) -> Losses {
-        Losses::sum(self.terms.iter().map(|(part, x, weight)| (*part, x.view().to_f32(), *weight)))
+        Losses::of(self.terms.iter().map(|(part, x, weight)| (*part, x.view().to_f32(), *weight)))
     }
 
     /// Asks for the terms as they are once the pass is done.
@@ -94,12 +101,7 @@ impl LossTerms {
 impl LossDownload {
     /// The sums; waits until the terms are there.
     pub fn read(&self) -> Losses {
-        Losses::sum(self.terms.iter().map(|(part, x, weight)| (*part, x.f32(), *weight)))
-    }
-
-    /// Whether reading waits for nothing.
-    pub fn is_ready(&self) -> bool {
-        self.terms.iter().all(|(_, x, _)| x.is_ready())
+        Losses::of(self.terms.iter().map(|(part, x, weight)| (*part, x.f32(), *weight)))
     }
 }
 

@@ -150,8 +150,10 @@ impl Job {
             Job::Linear { id, first, cols, x, dy } => {
                 let t = params.layout.info(id);
                 let (rows, ld, end) = (t.rows, t.cols, t.len());
-                let dw = MatMut { data: grads.of(id).slice(first..end), ld };
-                gemm::linear_backward_weight(ctx, x.view(), dy.view(), rows, cols, dw);
+                // Columns of a wider matrix are not all of it: what is beside them would keep its zeros to itself.
+                let (dw, accumulate) = if cols == t.cols { grads.first_of(id) } else { (grads.of(id), true) };
+                let dw = MatMut { data: dw.slice(first..end), ld };
+                gemm::linear_backward_weight(ctx, x.view(), dy.view(), rows, cols, dw, accumulate);
             }
             Job::Norm { id, x, x_stride, rstd, dy } => {
                 rmsnorm::backward_weight(ctx, dy.view(), x.view(), x_stride, rstd.view(), grads.of(id));
@@ -159,15 +161,9 @@ impl Job {
             Job::Grouped { id, offsets, x, dy } => {
                 let t = params.layout.info(id);
                 let (rows, cols) = (t.rows, t.cols);
-                gemm_grouped::grouped_backward_weight(
-                    ctx,
-                    x.view(),
-                    dy.view(),
-                    offsets.view(),
-                    rows,
-                    cols,
-                    grads.of(id),
-                );
+                let (dw, accumulate) = grads.first_of(id);
+                let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
+                gemm_grouped::grouped_backward_weight(ctx, x, dy, offsets, rows, cols, dw, accumulate);
             }
             Job::Embedding { id, n, tokens, dy } => {
                 embedding::backward(ctx, tokens.view(), dy.view(), grads.of_use(id, n));

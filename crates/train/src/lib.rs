@@ -4,8 +4,10 @@
 mod config;
 mod evaluate;
 mod examine;
+mod load;
 mod metrics;
 mod optimizer;
+pub mod plan;
 mod prepare;
 mod pretrain;
 mod record;
@@ -19,12 +21,13 @@ pub use config::saved::{self, Build, RUN_FILE};
 pub use config::{DataSettings, RunFile, Settings, SourceSettings, TrainConfig, precision};
 pub use evaluate::{Evaluation, Held, evaluate, sequence};
 pub use examine::{Drafts, Examination, examine};
+pub use load::Load;
 pub use metrics::Metrics;
-pub use optimizer::{AdamW, Load, Optimizer};
+pub use optimizer::{AdamW, Optimizer};
 pub use pretrain::{Observer, Outcome, Run, Start, pretrain, pretrain_on};
 pub use record::Recorder;
 pub use schedule::Schedule;
-pub use step::{Objective, StepReport, Trainer};
+pub use step::{Objective, StepReport, StepUnderWay, Trainer};
 
 use std::path::Path;
 

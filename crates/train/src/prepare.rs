@@ -13,7 +13,7 @@ use hadal_data::pack::{Part, Shares, Sides};
 use hadal_data::shards::{self, Identity, Job, Stored};
 use hadal_data::{DataError, Loader, TokenStream, Tokenizer};
 use hadal_files::{Disk, Lock};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::Ctx;
 use hadal_model::ModelConfig;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

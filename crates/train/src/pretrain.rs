@@ -5,6 +5,7 @@ use crate::config::saved::{self, Build, RUN_FILE};
 use crate::config::{DataSettings, TrainConfig};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::Optimizer;
+use crate::plan::{self, StepSize};
 use crate::prepare::{Prepared, prepare, with_special_tokens};
 use crate::record;
 use crate::run_loop::Loop;
@@ -15,6 +16,7 @@ use hadal_files::{Disk, Lock};
 use hadal_kernels::Ctx;
 use hadal_model::io::SaveOptions;
 use hadal_model::{Model, ModelConfig, Params};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 /// Everything a run is made of.
@@ -221,6 +223,7 @@ impl Begun {
         let Self { data, state, remarks } = self;
         let config = with_special_tokens(run.model.clone(), &data.tokenizer);
         let c = &run.config;
+        plan::reserve(ctx, &step_size(&config, c)).map_err(|what| TrainError::Config { what })?;
         let mut model = Model::whole(ctx, config.clone());
         model.recompute = c.recompute;
         let layout = model.layout.clone();
@@ -272,7 +275,21 @@ impl Begun {
         let saver =
             Saver::new(writer, Keep { last: c.keep_last, best: c.keep_best, initial: c.save_initial }, c.save_beside)?;
         let fresh = state.is_none();
-        Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh }.go(ctx)
+        let (unread, before) = (VecDeque::new(), None);
+        Loop { run, data, trainer, metrics, saver, observer, progress, last, fresh, unread, before }.go(ctx)
+    }
+}
+
+/// One of the steps that a run consists of.
+fn step_size(config: &ModelConfig, c: &TrainConfig) -> StepSize {
+    StepSize {
+        config: config.clone(),
+        precision: c.precision,
+        recompute: c.recompute,
+        sequences: c.micro_batch,
+        tokens: c.seq,
+        objective: c.objective,
+        average: c.ema_decay > 0.0,
     }
 }
 

@@ -8,11 +8,11 @@ use crate::pretrain::{Observer, Outcome, Run};
 use crate::record::Recorder;
 use crate::saver::Saver;
 use crate::state::{Arenas, Progress, name};
-use crate::step::{StepReport, Trainer};
-use hadal_kernels::{Buf, Ctx, DType, Elem, bf16};
+use crate::step::{StepUnderWay, Trainer};
+use hadal_kernels::{Buf, Ctx, DType, Elem, Mark, bf16};
 use hadal_model::Sequence;
+use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::time::Instant;
 
 /// Weights that gave something else are no checkpoint.
 fn finite(step: u64, what: &'static str, found: f64) -> Result<(), TrainError> {
@@ -34,6 +34,18 @@ fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
     found.into_iter().flatten().next()
 }
 
+/// Steps that a GPU may be given before what the first of them measured is read: the host waits once for all of them.
+const BEHIND: usize = 16;
+
+/// A step whose measurements nobody has read.
+pub(crate) struct Unread {
+    under_way: StepUnderWay,
+    step: u64,
+    tokens: u64,
+    lr: f64,
+    valid: Option<Evaluation>,
+}
+
 /// A run under way.
 pub(crate) struct Loop<'a> {
     pub run: &'a Run,
@@ -44,6 +56,10 @@ pub(crate) struct Loop<'a> {
     pub observer: &'a mut dyn Observer,
     pub progress: Progress,
     pub last: Option<Metrics>,
+    /// In the order of steps.
+    pub unread: VecDeque<Unread>,
+    /// Since when the first of them has taken its time: the end of the step before, or its own beginning.
+    pub before: Option<Mark>,
     /// From the initial weights, not from a checkpoint.
     pub fresh: bool,
 }
@@ -87,7 +103,9 @@ impl Loop<'_> {
         let c = &self.run.config;
         let step = self.progress.step;
         let ctx = Ctx { step, ..ctx.clone() };
-        let begin = Instant::now();
+        if self.unread.is_empty() {
+            self.before = Some(ctx.mark());
+        }
         let windows = self.windows()?;
         if let Some(r) = recorder {
             r.add(&windows);
@@ -95,11 +113,32 @@ impl Loop<'_> {
         let sequences: Vec<Sequence> = windows.iter().map(|w| sequence(w)).collect();
         let micro: Vec<Vec<Sequence>> = sequences.chunks(c.micro_batch).map(<[Sequence]>::to_vec).collect();
         let lr = c.schedule.rate(step);
-        let report = self.trainer.step(&ctx, &micro, lr);
+        let under_way = self.trainer.begin(&ctx, &micro, lr);
         self.progress.step += 1;
         self.progress.next_sample += c.batch as u64;
         self.progress.tokens += (c.batch * c.seq) as u64;
-        self.record(&ctx, lr, &report, begin.elapsed().as_secs_f64())
+        let step = self.progress.step;
+        let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
+        let valid = due.then(|| self.evaluate(&ctx));
+        self.progress.valid_bits_per_byte = valid.map(|v| v.bits_per_byte);
+        self.unread.push_back(Unread { under_way, step, tokens: self.progress.tokens, lr, valid });
+        if due || self.unread.len() >= BEHIND { self.read_all() } else { self.read_ready() }
+    }
+
+    /// Reads what steps measured that are over.
+    fn read_ready(&mut self) -> Result<(), TrainError> {
+        while let Some(first) = self.unread.pop_front_if(|u| u.under_way.is_ready()) {
+            self.record(first)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what all steps measured, and waits for it.
+    fn read_all(&mut self) -> Result<(), TrainError> {
+        while let Some(first) = self.unread.pop_front() {
+            self.record(first)?;
+        }
+        Ok(())
     }
 
     /// The tokens of the next step: a function of the seed and the number of the first sample.
@@ -109,16 +148,16 @@ impl Loop<'_> {
         Ok(samples.collect::<Result<_, _>>()?)
     }
 
-    fn record(&mut self, ctx: &Ctx, lr: f64, report: &StepReport, seconds: f64) -> Result<(), TrainError> {
+    fn record(&mut self, unread: Unread) -> Result<(), TrainError> {
         let c = &self.run.config;
-        let step = self.progress.step;
+        let Unread { under_way, step, tokens, lr, valid } = unread;
+        let report = under_way.read();
+        let end = under_way.into_end();
+        let seconds = self.before.replace(end.clone()).map_or(0.0, |before| end.since(&before));
         let loss = report.losses.total();
         finite(step, "loss", loss)?;
         finite(step, "gradient norm", report.grad_norm.into())?;
-        let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
-        let valid = due.then(|| self.evaluate(ctx));
         finite(step, "validation loss", valid.map_or(0.0, |v| v.loss))?;
-        self.progress.valid_bits_per_byte = valid.map(|v| v.bits_per_byte);
         let m = Metrics {
             step,
             loss,
@@ -128,7 +167,7 @@ impl Loop<'_> {
             lr,
             grad_norm: report.grad_norm,
             max_violation: report.load.max_violation(),
-            tokens: self.progress.tokens,
+            tokens,
             seconds,
             tokens_per_s: (c.batch * c.seq) as f64 / seconds,
             valid_bits_per_byte: valid.map(|v| v.bits_per_byte),
@@ -157,6 +196,7 @@ impl Loop<'_> {
 
     /// Hands the state after this step to the saver; weights that a checkpoint cannot hold as finite numbers are refused.
     fn save(&mut self, ctx: &Ctx) -> Result<(), TrainError> {
+        self.read_all()?;
         let dtype = self.run.config.precision.act();
         let master = self.trainer.params.master.host();
         let master = master.view().f32();

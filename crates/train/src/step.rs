@@ -1,10 +1,12 @@
 //! One optimiser step: micro-batches forward and backward, gradients in micro-batch order, clip and AdamW, bias update.
 
-use crate::optimizer::{AdamW, Load, Optimizer};
+use crate::load::{Counts, CountsDownload, Load};
+use crate::optimizer::{AdamW, Optimizer};
 use hadal_comm::ExpertRange;
+use hadal_kernels::cuda::Graph;
 use hadal_kernels::ops::add;
-use hadal_kernels::{Buf, Ctx};
-use hadal_model::pass::{self, LossWeights, Losses};
+use hadal_kernels::{Buf, Ctx, Download, Mark};
+use hadal_model::pass::{self, LossDownload, LossTerms, LossWeights, Losses};
 use hadal_model::{Batch, Grads, Model, Params, Sequence, WeightGrads};
 
 /// The objective beside cross-entropy, and the balancing.
@@ -31,6 +33,28 @@ pub struct Trainer {
     optimizer: Optimizer,
     objective: Objective,
     average: Option<Average>,
+    counts: Counts,
+    /// The inputs of the last step, whose buffers the next one uses again.
+    batches: Vec<Batch>,
+    /// How the last step went.
+    course: Option<Course>,
+}
+
+/// A step that may be done again in the same way.
+struct Course {
+    weights: LossWeights,
+    /// Where its losses are found.
+    terms: Vec<LossTerms>,
+    /// Its recording, from the second step of a kind on.
+    graph: Option<Graph>,
+}
+
+/// A step that the device may not have done yet.
+pub struct StepUnderWay {
+    losses: Vec<LossDownload>,
+    norm: Download,
+    load: CountsDownload,
+    end: Mark,
 }
 
 /// A running average of the masters.
@@ -58,7 +82,9 @@ impl Trainer {
         assert_eq!(held, all, "a Trainer is one rank with all experts: it reduces nothing over ranks");
         let grads = Grads::zeros(ctx, model.layout.clone());
         let optimizer = Optimizer::new(ctx, &model.layout, adamw);
-        Self { model, params, defer: false, grads, optimizer, objective, average: None }
+        let counts = Counts::new(ctx, &model.layout, model.config.n_routed_experts);
+        let (batches, course) = (Vec::new(), None);
+        Self { model, params, defer: false, grads, optimizer, objective, average: None, counts, batches, course }
     }
 
     /// Keeps an exponential moving average of the weights from here on (V3 report 3.2.3): after every step
@@ -67,6 +93,7 @@ impl Trainer {
         let weights = weights.unwrap_or_else(|| self.params.master.clone());
         assert_eq!(weights.len(), self.params.master.len(), "an average of another layout");
         self.average = Some(Average { decay, weights });
+        self.course = None;
     }
 
     /// The average of the weights, if one is kept: an f32 arena of the layout.
@@ -82,6 +109,7 @@ impl Trainer {
     /// Takes up the state of AdamW after some updates.
     pub(crate) fn set_optimizer(&mut self, optimizer: Optimizer) {
         self.optimizer = optimizer;
+        self.course = None;
     }
 
     /// The gradients of the last step, before clipping.
@@ -91,10 +119,10 @@ impl Trainer {
 
     /// Loss weights of a global batch: every predicted token and every sequence counts alike (eq. 24 divides every
     /// depth by the main model's T).
-    fn weights(&self, batches: &[Batch]) -> LossWeights {
+    fn weights(&self) -> LossWeights {
         let depth = self.model.layout.mtp.len();
         let sum =
-            |f: fn(&hadal_model::Depth) -> usize, k: usize| batches.iter().map(|b| f(&b.depths[k])).sum::<usize>();
+            |f: fn(&hadal_model::Depth) -> usize, k: usize| self.batches.iter().map(|b| f(&b.depths[k])).sum::<usize>();
         let token = 1.0 / sum(|d| d.predicted, 0).max(1) as f64;
         let mtp = f64::from(self.objective.mtp_lambda) / depth.max(1) as f64 * token;
         let alpha = f64::from(self.objective.balance_alpha);
@@ -108,19 +136,82 @@ impl Trainer {
 
     /// Gradients of a global batch given as micro-batches, left in `grads`, and the losses; no update.
     pub fn gradients(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>]) -> (Losses, Load) {
+        self.take_in(ctx, micro_batches);
+        let terms = self.differentiate(ctx, &self.weights());
+        (terms.iter().map(LossTerms::read).sum(), self.counts.download(ctx).read())
+    }
+
+    /// One whole step at learning rate `lr`; waits for its end.
+    pub fn step(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>], lr: f64) -> StepReport {
+        self.begin(ctx, micro_batches, lr).read()
+    }
+
+    /// Gives the device one whole step; what it measures can be read later. On a GPU a step like the one before it is
+    /// recorded, and those that follow are replayed: the same launches without the host's time for each.
+    pub fn begin(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>], lr: f64) -> StepUnderWay {
+        let same_buffers = self.take_in(ctx, micro_batches);
+        let weights = self.weights();
+        self.optimizer.advance(lr);
+        let before = self.course.take().filter(|c| same_buffers && c.weights == weights);
+        let course = match (before, ctx.device.as_cuda()) {
+            (Some(Course { terms, graph: Some(graph), weights }), _) if graph.replay() => {
+                Course { weights, terms, graph: Some(graph) }
+            }
+            (Some(before), Some(cuda)) if cuda.may_record() => {
+                // What it held is free for the recording.
+                drop(before);
+                let (graph, terms) = cuda.capture(|| self.work(ctx, &weights));
+                assert!(graph.replay(), "nothing has happened since the recording");
+                Course { weights, terms, graph: Some(graph) }
+            }
+            _ => Course { terms: self.work(ctx, &weights), weights, graph: None },
+        };
+        let under_way = StepUnderWay {
+            losses: course.terms.iter().map(|t| t.download(ctx)).collect(),
+            norm: ctx.download(self.optimizer.norm()),
+            load: self.counts.download(ctx),
+            end: ctx.mark(),
+        };
+        // On a CPU nothing is gained by keeping what will be computed again.
+        self.course = ctx.device.as_cuda().map(|_| course);
+        under_way
+    }
+
+    /// The batch into the buffers of the last step; false if they do not fit and there are new ones.
+    fn take_in(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>]) -> bool {
+        let fits = self.batches.len() == micro_batches.len();
+        let same = fits && self.batches.iter_mut().zip(micro_batches).all(|(b, s)| b.refill(s));
+        if !same {
+            let depth = self.model.layout.mtp.len();
+            self.batches = micro_batches.iter().map(|s| Batch::new(ctx, s, depth)).collect();
+        }
+        same
+    }
+
+    /// All of a step that the device does.
+    fn work(&mut self, ctx: &Ctx, weights: &LossWeights) -> Vec<LossTerms> {
+        let terms = self.differentiate(ctx, weights);
+        self.optimizer.apply(ctx, &mut self.params, &self.grads);
+        if self.objective.bias_gamma > 0.0 {
+            self.counts.update_biases(ctx, &mut self.params, self.objective.bias_gamma);
+        }
+        if let Some(a) = &mut self.average {
+            add::blend(ctx, 1.0 - a.decay, self.params.master.view(), a.weights.view_mut());
+        }
+        terms
+    }
+
+    /// Gradients of the batch, its losses, and the experts' load.
+    fn differentiate(&mut self, ctx: &Ctx, weights: &LossWeights) -> Vec<LossTerms> {
         self.grads.clear();
-        let depth = self.model.layout.mtp.len();
-        let batches: Vec<Batch> = micro_batches.iter().map(|s| Batch::new(ctx, s, depth)).collect();
-        let weights = self.weights(&batches);
-        let (mut losses, mut load) = (Losses::default(), Load::default());
+        self.counts.clear();
+        let mut terms = Vec::new();
         let mut queue = WeightGrads::default();
-        for (i, batch) in batches.iter().enumerate() {
+        for (i, batch) in self.batches.iter().enumerate() {
             let ctx = Ctx { micro_batch: i as u32, ..ctx.clone() };
-            let forward = pass::forward(&ctx, &self.model, &self.params, batch, &weights, None);
-            losses.main += forward.losses.main;
-            losses.mtp += forward.losses.mtp;
-            losses.balance += forward.losses.balance;
-            load.add(&forward.traces);
+            let forward = pass::forward(&ctx, &self.model, &self.params, batch, weights, None);
+            terms.push(forward.losses.clone());
+            self.counts.add(&ctx, &forward.traces);
             if self.defer {
                 pass::backward_into(&ctx, &self.model, &self.params, forward, &mut queue);
             } else {
@@ -130,20 +221,24 @@ impl Trainer {
         }
         queue.run(ctx, &self.params, &mut self.grads);
         self.grads.fold(ctx);
-        load.reduce(&self.model);
-        (losses, load)
+        terms
+    }
+}
+
+impl StepUnderWay {
+    /// Whether reading it waits for nothing.
+    pub fn is_ready(&self) -> bool {
+        self.end.has_passed()
     }
 
-    /// One whole step at learning rate `lr`.
-    pub fn step(&mut self, ctx: &Ctx, micro_batches: &[Vec<Sequence>], lr: f64) -> StepReport {
-        let (losses, load) = self.gradients(ctx, micro_batches);
-        let grad_norm = self.optimizer.update(ctx, &mut self.params, &self.grads, lr);
-        if self.objective.bias_gamma > 0.0 {
-            load.update_biases(&mut self.params, self.objective.bias_gamma);
-        }
-        if let Some(a) = &mut self.average {
-            add::blend(ctx, 1.0 - a.decay, self.params.master.view(), a.weights.view_mut());
-        }
-        StepReport { losses, grad_norm, load }
+    /// When the step was over, on its device's clock.
+    pub fn into_end(self) -> Mark {
+        self.end
+    }
+
+    /// What it measured; waits for its end.
+    pub fn read(&self) -> StepReport {
+        let losses = self.losses.iter().map(LossDownload::read).sum();
+        StepReport { losses, grad_norm: self.norm.f32()[0], load: self.load.read() }
     }
 }

@@ -10,15 +10,22 @@ use serde_json::json;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// All cases.
-pub fn cases() -> Vec<Case> {
+/// All cases; larger ones of a GPU.
+pub fn cases(ctx: &Ctx) -> Vec<Case> {
     let mut all = Vec::new();
-    for (preset, name, lengths) in [
+    let on_cpu = [
         ("v2-lite", "1x2048", vec![2048]),
         ("mini", "8x512", vec![512; 8]),
         ("v2-lite", "varlen 2048", vec![17, 600, 1, 240, 1000, 190]),
         ("nano", "2x24", vec![24; 2]),
-    ] {
+    ];
+    let on_gpu = [
+        ("v2-lite", "4x4096", vec![4096; 4]),
+        ("v3", "1x4096", vec![4096]),
+        ("v2-lite", "varlen 16384", vec![6000, 17, 4096, 632, 2, 2400, 190, 3047]),
+        ("nano", "2x24", vec![24; 2]),
+    ];
+    for (preset, name, lengths) in if ctx.device.as_cuda().is_some() { on_gpu } else { on_cpu } {
         let (c, _) = super::preset(preset);
         let shape = Shape {
             heads: c.num_attention_heads,

@@ -3,7 +3,7 @@
 use super::measure::{Budget, Work, median, spread};
 use super::peaks::Peaks;
 use super::row::Row;
-use hadal_kernels::{Ctx, Device, Isa};
+use hadal_kernels::{Ctx, Isa};
 use serde_json::{Value, json};
 
 /// What is counted.
@@ -25,22 +25,27 @@ impl Unit {
 }
 
 /// What a case's speed is a share of.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Against {
     /// Nothing.
     Nothing,
-    /// The fastest loop over registers that multiplies BF16, widened or not.
+    /// The fastest loop over registers that multiplies BF16, widened or not; on a GPU a large product of BF16.
     Bf16,
-    /// The fastest loop over registers that multiplies FP32.
+    /// The fastest loop over registers that multiplies FP32; on a GPU a large product of FP32.
     F32,
     /// A plain copy of memory.
     Copy,
     /// The rival, which is a plain copy.
     Rival,
+    /// The rival or a plain copy of so many bytes, whichever is slower.
+    RivalOrBytes(f64),
 }
 
 /// The name of a case, with the instruction set if the device has not the widest that there is.
 pub fn restricted(ctx: &Ctx, name: &str) -> String {
+    if ctx.device.as_cuda().is_some() {
+        return name.into();
+    }
     let cpu = ctx.host();
     let level = cpu.isa().level();
     if level != Isa::best().level() { format!("{name} ({})", level.name()) } else { name.into() }
@@ -81,8 +86,8 @@ impl Case {
     }
 
     /// Runs it.
-    pub fn measure(&self, bench: &'static str, ctx: &Ctx, budget: Budget, peaks: &mut Peaks) -> Row {
-        let peak = peaks.of(ctx, self.against, budget);
+    pub fn measure(&self, bench: &'static str, ctx: &Ctx, budget: &Budget, peaks: &mut Peaks) -> Row {
+        let before = peaks.of(ctx, self.against, budget);
         let Ready { ours, rival } = (self.setup)(ctx);
         let (rival_name, rival) = rival.unzip();
         let mut works: Vec<Work> = [Some(ours), rival].into_iter().flatten().collect();
@@ -91,15 +96,26 @@ impl Case {
         let (ours, rival) = (rate(median(&times[0])), times.get(1).map(|t| rate(median(t))));
         let [fastest, slowest] = spread(&times[0]);
         let ratio = rival.map(|r| ours / r);
+        drop(works);
+        // Clocks change: what a GPU can do is what it could before and after, on average.
+        let peak = before.zip(peaks.of(ctx, self.against, budget)).map(|(a, b)| (a + b) / 2.0);
+        let share_of_peak = match self.against {
+            Against::Rival => ratio,
+            Against::RivalOrBytes(bytes) => {
+                let of_bytes = peak.map(|copy| self.work / bytes * copy);
+                rival.zip(of_bytes).map(|(rival, bytes)| ours / rival.min(bytes))
+            }
+            _ => peak.map(|p| ours / p),
+        };
         // A loop over registers has its instruction set in its name.
         let name = if self.against == Against::Nothing { self.name.clone() } else { restricted(ctx, &self.name) };
         Row {
             rival_name: rival_name.map(String::from),
             rival,
             ratio,
-            share_of_peak: if self.against == Against::Rival { ratio } else { peak.map(|p| ours / p) },
+            share_of_peak,
             spread: [rate(slowest), rate(fastest)],
-            ..Row::new(bench, name, self.unit.name(), ours)
+            ..Row::new(&ctx.device, bench, name, self.unit.name(), ours)
         }
     }
 }

@@ -92,19 +92,29 @@ const FEW: [usize; 5] = [1, 2, 4, 8, 16];
 const BF16: [DType; 3] = [DType::Bf16; 3];
 const F32: [DType; 3] = [DType::F32; 3];
 
-/// All cases.
-pub fn cases() -> Vec<Case> {
+/// All cases: of a GPU larger ones, and what it costs to give a row the same bits in any company.
+pub fn cases(ctx: &Ctx) -> Vec<Case> {
+    let gpu = ctx.device.as_cuda().is_some();
     let mut all: Vec<Case> = Vec::new();
-    for (of, dtypes, forms) in
-        [("square", BF16, &[Form::Nn, Form::Nt, Form::Tn][..]), ("square f32", F32, &[Form::Nn, Form::Nt])]
-    {
+    for (of, dtypes, forms, n) in [
+        ("square", BF16, &[Form::Nn, Form::Nt, Form::Tn][..], if gpu { 8192 } else { 2048 }),
+        ("square f32", F32, &[Form::Nn, Form::Nt], if gpu { 4096 } else { 2048 }),
+    ] {
         for &form in forms {
-            let p = Product { m: 2048, n: 2048, k: 2048, form, dtypes, accumulate: false };
+            let p = Product { m: n, n, k: n, form, dtypes, accumulate: false };
             all.push(case(&format!("{of}/{}", form.name()), p));
         }
     }
-    // 8 sequences of the preset's 512 tokens; 512 tokens; a few for tests.
-    for (preset, tokens, head) in [("mini", 4096, true), ("v2-lite", 512, false), ("nano", 16, true)] {
+    if gpu {
+        all.extend([1, 64, 4096].map(invariant));
+    }
+    // 8 sequences of the preset's 512 tokens; 512 tokens; 8 of 2048; a few for tests.
+    let presets: &[_] = if gpu {
+        &[("1b", 16384, true), ("v2-lite", 4096, false), ("nano", 16, true)]
+    } else {
+        &[("mini", 4096, true), ("v2-lite", 512, false), ("nano", 16, true)]
+    };
+    for &(preset, tokens, head) in presets {
         let (_, layout) = super::preset(preset);
         all.extend(weights(&layout, head).iter().flat_map(|w| directions(preset, tokens, w)));
     }
@@ -183,6 +193,28 @@ fn case(name: &str, p: Product) -> Case {
         work: p.flops(),
         against: if f32 { Against::F32 } else { Against::Bf16 },
         setup: Box::new(move |ctx| Ready { ours: p.work(ctx, 1), rival: None }),
+    }
+}
+
+/// `m` rows through a square weight, batch invariant beside not.
+fn invariant(m: usize) -> Case {
+    let p = Product { m, n: 4096, k: 4096, form: Form::Nt, dtypes: BF16, accumulate: false };
+    let work = move |ctx: &Ctx, on: bool| -> super::measure::Work {
+        let (mut work, ctx) = (p.work(ctx, 1), ctx.clone());
+        Box::new(move || {
+            let set = |on| ctx.device.as_cuda().into_iter().for_each(|cuda| cuda.set_invariant(on));
+            set(on);
+            work();
+            set(false);
+        })
+    };
+    Case {
+        name: format!("batch invariant/{}x{}x{}", p.m, p.n, p.k),
+        sizes: sizes(p, 1),
+        unit: Unit::Gflops,
+        work: p.flops(),
+        against: Against::Bf16,
+        setup: Box::new(move |ctx| Ready { ours: work(ctx, true), rival: Some(("hadal gemm", work(ctx, false))) }),
     }
 }
 

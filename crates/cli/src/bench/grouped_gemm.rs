@@ -7,7 +7,7 @@ use super::inputs;
 use super::measure::Work;
 use hadal_kernels::ops::gemm_grouped;
 use hadal_kernels::{Ctx, DType, Weight};
-use hadal_model::{FeedForwardIds, TensorInfo};
+use hadal_model::FeedForwardIds;
 use serde_json::json;
 
 const RIVAL: &str = "hadal gemm";
@@ -19,6 +19,16 @@ enum Direction {
     WeightGradient,
 }
 
+impl Direction {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::InputGradient => "input gradient",
+            Self::WeightGradient => "weight gradient",
+        }
+    }
+}
+
 /// One stack of experts' matrices `[out, width]`.
 #[derive(Clone)]
 struct Group {
@@ -26,12 +36,32 @@ struct Group {
     out: usize,
     width: usize,
     direction: Direction,
+    /// On a GPU: against the dense product or the bytes, whichever is slower; a weight's gradient overwrites, as in the
+    /// only or first micro-batch of a step.
+    gpu: bool,
 }
 
-/// All cases.
-pub fn cases() -> Vec<Case> {
-    let mut all = Vec::new();
-    for (preset, tokens) in [("mini", 4096), ("v2-lite", 4096), ("nano", 16)] {
+impl Group {
+    /// What must be read and written at least: of experts that have rows.
+    fn bytes(&self) -> usize {
+        let (experts, rows) = (self.counts.iter().filter(|c| **c > 0).count(), self.counts.iter().sum::<usize>());
+        let activations = rows * (self.out + self.width) * DType::Bf16.size();
+        let weights = experts * self.out * self.width;
+        activations
+            + match self.direction {
+                Direction::WeightGradient => weights * DType::F32.size() * if self.gpu { 1 } else { 2 },
+                _ => weights * DType::Bf16.size(),
+            }
+    }
+}
+
+/// All cases. Of a GPU not `mini`'s, but sizes from 1024 x 1024 to DeepSeek-V3's with few and many rows.
+pub fn cases(ctx: &Ctx) -> Vec<Case> {
+    let gpu = ctx.device.as_cuda().is_some();
+    let mut all = if gpu { grid() } else { Vec::new() };
+    let presets: &[_] =
+        if gpu { &[("1b", 16384), ("nano", 16)] } else { &[("mini", 4096), ("v2-lite", 4096), ("nano", 16)] };
+    for &(preset, tokens) in presets {
         let (config, layout) = super::preset(preset);
         let (experts, top_k) = (config.n_routed_experts, config.num_experts_per_tok);
         let moe = layout.blocks.iter().find_map(|b| match b.feed_forward {
@@ -45,25 +75,39 @@ pub fn cases() -> Vec<Case> {
                 ("even", split(&vec![1.0; experts], tokens, top_k)),
                 ("zipf", split(&(1..=experts).map(|r| 1.0 / r as f64).collect::<Vec<_>>(), tokens, top_k)),
             ] {
-                all.extend(directions(&format!("{preset}/{name}"), split, t, &counts));
+                all.extend(directions(&format!("{preset}/{name}"), split, [t.rows, t.cols], &counts, gpu));
             }
         }
     }
     all
 }
 
-fn directions(of: &str, split: &str, t: &TensorInfo, counts: &[usize]) -> Vec<Case> {
-    [
-        ("forward", Direction::Forward),
-        ("input gradient", Direction::InputGradient),
-        ("weight gradient", Direction::WeightGradient),
-    ]
-    .map(|(name, direction)| {
-        let rows: usize = counts.iter().sum();
-        let name = format!("{of}/{split}/{name} {}x[{}, {}], {rows} rows", t.experts, t.rows, t.cols);
-        case(name, Group { counts: counts.to_vec(), out: t.rows, width: t.cols, direction })
-    })
-    .into()
+/// Matrices `[out, in]`, experts and rows of each on average.
+fn grid() -> Vec<Case> {
+    let mut all = Vec::new();
+    for size in [[4096, 7168], [7168, 2048], [2816, 2048], [1024, 1024]] {
+        for (experts, each) in [(8, 1024), (64, 1024), (8, 128), (64, 128)] {
+            // A token goes to an eighth of the experts.
+            let (tokens, top_k) = (8 * each, experts / 8);
+            let zipf: Vec<f64> = (1..=experts).map(|r| 1.0 / r as f64).collect();
+            for (name, weights) in [("even", vec![1.0; experts]), ("zipf", zipf)] {
+                let counts = split(&weights, tokens, top_k);
+                all.extend(directions(&format!("rows {each}"), name, size, &counts, true));
+            }
+        }
+    }
+    all
+}
+
+fn directions(of: &str, split: &str, [out, width]: [usize; 2], counts: &[usize], gpu: bool) -> Vec<Case> {
+    [Direction::Forward, Direction::InputGradient, Direction::WeightGradient]
+        .map(|direction| {
+            let name = direction.name();
+            let rows: usize = counts.iter().sum();
+            let name = format!("{of}/{split}/{name} {}x[{out}, {width}], {rows} rows", counts.len());
+            case(name, Group { counts: counts.to_vec(), out, width, direction, gpu })
+        })
+        .into()
 }
 
 /// Rows of each expert in proportion to `weights`, `tokens * top_k` together: no expert gets a token twice, and what an
@@ -100,20 +144,23 @@ fn case(name: String, group: Group) -> Case {
     let dense = match group.direction {
         Direction::Forward => p([rows, out, width], Form::Nt, act, false),
         Direction::InputGradient => p([rows, width, out], Form::Nn, act, false),
-        Direction::WeightGradient => p([out, width, rows], Form::Tn, DType::F32, true),
+        Direction::WeightGradient => p([out, width, rows], Form::Tn, DType::F32, !group.gpu),
     };
     Case {
         name,
-        sizes: json!({ "experts": group.counts.len(), "rows": rows, "out": out, "in": width, "counts": group.counts }),
+        sizes: json!({
+            "experts": group.counts.len(), "rows": rows, "out": out, "in": width, "counts": group.counts,
+            "direction": group.direction.name(),
+        }),
         unit: Unit::Gflops,
         work: dense.flops(),
-        against: Against::Bf16,
+        against: if group.gpu { Against::RivalOrBytes(group.bytes() as f64) } else { Against::Bf16 },
         setup: Box::new(move |ctx| Ready { ours: work(&group, ctx), rival: Some((RIVAL, dense.work(ctx, 1))) }),
     }
 }
 
 fn work(group: &Group, ctx: &Ctx) -> Work {
-    let Group { counts, out, width, direction } = group.clone();
+    let Group { counts, out, width, direction, gpu } = group.clone();
     let (experts, rows) = (counts.len(), counts.iter().sum::<usize>());
     let offsets = inputs::offsets(ctx, &counts);
     let floats = |len, stream| inputs::floats(ctx, DType::Bf16, len, stream);
@@ -140,7 +187,7 @@ fn work(group: &Group, ctx: &Ctx) -> Work {
             let (x, dy, mut dw) = (of_in(1), of_out(2), ctx.zeros(DType::F32, experts * out * width));
             Box::new(move || {
                 let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
-                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut());
+                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut(), !gpu);
             })
         }
     }

@@ -1,15 +1,21 @@
 //! Numbers to compute with: what they are does not matter to speed, as long as they are ordinary ones.
 
-use hadal_kernels::{Buf, Ctx, DType, Device, Elem, bf16};
+use hadal_kernels::ops::add;
+use hadal_kernels::{Buf, Ctx, DType, Elem, bf16};
 use hadal_numerics::{Purpose, Rng};
 
-/// Numbers drawn; what is longer repeats them.
+/// Numbers drawn; what is longer repeats them. For a GPU more: rows of its products are to differ.
 const DRAWN: usize = 1 << 14;
+const DRAWN_FOR_GPU: usize = 1 << 20;
 
 /// `len` normally distributed numbers of a float dtype.
 pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
     let rng = Rng::new(0, Purpose::Test, stream);
-    let block: Vec<f32> = (0..DRAWN.min(len) as u64).map(|i| rng.normal(i)).collect();
+    let drawn = |n: usize| -> Vec<f32> { (0..n.min(len) as u64).map(|i| rng.normal(i)).collect() };
+    if ctx.device.as_cuda().is_some() {
+        return repeated(ctx, dtype, len, &drawn(DRAWN_FOR_GPU));
+    }
+    let block = drawn(DRAWN);
     let mut buf = ctx.zeros(dtype, len);
     let cpu = ctx.host();
     match &mut buf {
@@ -18,7 +24,17 @@ pub fn floats(ctx: &Ctx, dtype: DType, len: usize, stream: u64) -> Buf {
             let block: Vec<bf16> = block.iter().map(|&x| <bf16 as Elem>::round(x)).collect();
             cpu.chunks_mut(to, DRAWN, |_, to| to.copy_from_slice(&block[..to.len()]));
         }
-        Buf::I32(_) => panic!("expected a float dtype"),
+        Buf::I32(_) | Buf::Cuda(_) => panic!("expected a float dtype in host memory"),
+    }
+    buf
+}
+
+/// `len` numbers on a GPU, as often `block` as it takes.
+fn repeated(ctx: &Ctx, dtype: DType, len: usize, block: &[f32]) -> Buf {
+    let (block, mut buf) = (ctx.from_f32(block), ctx.zeros(dtype, len));
+    for at in (0..len).step_by(block.len().max(1)) {
+        let piece = block.len().min(len - at);
+        add::convert(ctx, block.view().slice(0..piece), buf.view_mut().slice(at..at + piece));
     }
     buf
 }

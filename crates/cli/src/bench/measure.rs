@@ -1,15 +1,17 @@
-//! Time: medians of interleaved runs.
+//! Time: medians of interleaved runs, by the host's clock or by marks that a GPU passes.
 
+use hadal_kernels::Device;
 use std::time::Instant;
 
 /// Work that can be done again and again.
 pub type Work = Box<dyn FnMut()>;
 
-/// How much to measure.
-#[derive(Clone, Copy)]
+/// How much to measure, on what.
+#[derive(Clone)]
 pub struct Budget {
     repeats: usize,
     seconds: f64,
+    device: Device,
 }
 
 /// A timed run takes at least so long: shorter work is done several times in it, so that the clock does not count.
@@ -17,10 +19,15 @@ const SHORTEST: f64 = 1e-3;
 
 impl Budget {
     /// At least `repeats` timed runs, and more until `seconds` have passed.
-    pub fn new(repeats: usize, seconds: f64) -> anyhow::Result<Self> {
+    pub fn new(repeats: usize, seconds: f64, device: &Device) -> anyhow::Result<Self> {
         anyhow::ensure!(repeats > 0, "--repeats 0: expected at least 1");
         anyhow::ensure!((0.0..=3600.0).contains(&seconds), "--seconds {seconds}: expected a number from 0 to 3600");
-        Ok(Self { repeats, seconds })
+        Ok(Self { repeats, seconds, device: device.clone() })
+    }
+
+    /// As much as a peak needs on a GPU, which is measured before and after every case.
+    pub fn short(&self) -> Self {
+        Self { repeats: self.repeats.min(5), seconds: 0.0, device: self.device.clone() }
     }
 
     /// Seconds that one doing of each work took, run by run: each twice to warm up, then in turns.
@@ -28,26 +35,33 @@ impl Budget {
         let short = self.seconds.min(SHORTEST);
         let times_of = |work: &mut Work| {
             work();
-            (short / timed(work, 1)).ceil().clamp(1.0, 1e6) as usize
+            (short / self.timed(work, 1)).ceil().clamp(1.0, 1e6) as usize
         };
         let times: Vec<usize> = works.iter_mut().map(times_of).collect();
         let mut all = vec![Vec::new(); works.len()];
         let begin = Instant::now();
         while all[0].len() < self.repeats || begin.elapsed().as_secs_f64() < self.seconds {
             for ((work, &times), all) in works.iter_mut().zip(&times).zip(&mut all) {
-                all.push(timed(work, times));
+                all.push(self.timed(work, times));
             }
         }
         all
     }
-}
 
-/// Seconds of one of `times` doings.
-fn timed(work: &mut Work, times: usize) -> f64 {
-    let begin = Instant::now();
-    (0..times).for_each(|_| work());
-    // A clock that stood still would make a rate infinite, which JSON has no number for.
-    begin.elapsed().as_secs_f64().max(1e-9) / times as f64
+    /// Seconds of one of `times` doings.
+    fn timed(&self, work: &mut Work, times: usize) -> f64 {
+        let mut all = || (0..times).for_each(|_| work());
+        let seconds = match self.device.as_cuda() {
+            Some(cuda) => cuda.time(all),
+            None => {
+                let begin = Instant::now();
+                all();
+                begin.elapsed().as_secs_f64()
+            }
+        };
+        // A clock that stood still would make a rate infinite, which JSON has no number for.
+        seconds.max(1e-9) / times as f64
+    }
 }
 
 /// The middle one; of an even number the mean of the middle two.
@@ -87,16 +101,18 @@ mod tests {
             let log = log.clone();
             Box::new(move || log.set(log.get() * 10 + digit))
         };
-        let times = Budget::new(3, 0.0).unwrap().interleaved(&mut [work(1), work(2)]);
+        let device = Device::cpu(Some(1)).unwrap();
+        let times = Budget::new(3, 0.0, &device).unwrap().interleaved(&mut [work(1), work(2)]);
         assert_eq!(log.get(), 1_122_121_212);
         assert!(times.len() == 2 && times.iter().all(|t| t.len() == 3 && t.iter().all(|&s| s > 0.0)));
     }
 
     #[test]
     fn budgets_that_cannot_be_are_refused() {
-        assert!(Budget::new(0, 1.0).is_err());
+        let device = Device::cpu(Some(1)).unwrap();
+        assert!(Budget::new(0, 1.0, &device).is_err());
         for seconds in [-1.0, f64::NAN, f64::INFINITY] {
-            assert!(Budget::new(1, seconds).is_err(), "{seconds}");
+            assert!(Budget::new(1, seconds, &device).is_err(), "{seconds}");
         }
     }
 }

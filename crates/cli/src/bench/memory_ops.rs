@@ -18,10 +18,11 @@ const A: usize = 2;
 const F: usize = 4;
 const RIVAL: &str = "plain copy";
 
-/// All cases.
-pub fn cases() -> Vec<Case> {
+/// All cases; of a GPU, whose caches are larger beside its memory's speed, with more tokens and a larger arena.
+pub fn cases(ctx: &Ctx) -> Vec<Case> {
     let mut all = Vec::new();
-    for (preset, n, arena) in [("v2-lite", 16384, "mini"), ("nano", 48, "nano")] {
+    let large = if ctx.device.as_cuda().is_some() { ("v2-lite", 65536, "1b") } else { ("v2-lite", 16384, "mini") };
+    for (preset, n, arena) in [large, ("nano", 48, "nano")] {
         let (config, _) = super::preset(preset);
         all.extend(activations(preset, &config, n));
         let (_, layout) = super::preset(arena);

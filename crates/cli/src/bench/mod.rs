@@ -16,8 +16,8 @@ mod row;
 mod tokens;
 mod train;
 
-use crate::Global;
 use crate::output::Output;
+use crate::{Global, Uses};
 use case::Case;
 use clap::{Args, Subcommand};
 use hadal_kernels::Ctx;
@@ -77,28 +77,27 @@ pub struct Kernels {
 }
 
 impl Bench {
-    /// Its name, and which of --threads and --seed it has a use for.
-    pub fn uses(&self) -> (&'static str, bool, bool) {
+    /// See [`Uses`].
+    pub fn uses(&self) -> Uses {
         match &self.kind {
-            Kind::Gemm(k) => ("bench gemm", !k.list, false),
-            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false),
-            Kind::Attention(k) => ("bench attention", !k.list, false),
-            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false),
-            Kind::Peak(k) => ("bench peak", !k.list, false),
-            Kind::Train(_) => ("bench train", true, true),
+            Kind::Gemm(k) => ("bench gemm", !k.list, false, true),
+            Kind::GroupedGemm(k) => ("bench grouped_gemm", !k.list, false, true),
+            Kind::Attention(k) => ("bench attention", !k.list, false, true),
+            Kind::MemoryOps(k) => ("bench memory_ops", !k.list, false, true),
+            Kind::Peak(k) => ("bench peak", !k.list, false, true),
+            Kind::Train(_) => ("bench train", true, true, true),
         }
     }
 
     /// Runs it.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = context(global)?;
         match &self.kind {
-            Kind::Gemm(k) => k.run("gemm", gemm::cases(), &ctx, out),
-            Kind::GroupedGemm(k) => k.run("grouped_gemm", grouped_gemm::cases(), &ctx, out),
-            Kind::Attention(k) => k.run("attention", attention::cases(), &ctx, out),
-            Kind::MemoryOps(k) => k.run("memory_ops", memory_ops::cases(), &ctx, out),
-            Kind::Peak(k) => k.run("peak", peak::cases(&ctx), &ctx, out),
-            Kind::Train(t) => t.run(&ctx, global, out),
+            Kind::Gemm(k) => k.run("gemm", gemm::cases, global, out),
+            Kind::GroupedGemm(k) => k.run("grouped_gemm", grouped_gemm::cases, global, out),
+            Kind::Attention(k) => k.run("attention", attention::cases, global, out),
+            Kind::MemoryOps(k) => k.run("memory_ops", memory_ops::cases, global, out),
+            Kind::Peak(k) => k.run("peak", peak::cases, global, out),
+            Kind::Train(t) => t.run(&context(global)?, global, out),
         }
     }
 }
@@ -113,9 +112,16 @@ fn context(global: &Global) -> anyhow::Result<Ctx> {
 }
 
 impl Kernels {
-    fn run(&self, bench: &'static str, cases: Vec<Case>, ctx: &Ctx, out: &Output) -> anyhow::Result<()> {
-        let budget = Budget::new(self.repeats, self.seconds)?;
-        let cases = self.select(bench, cases)?;
+    fn run(
+        &self,
+        bench: &'static str,
+        cases: impl FnOnce(&Ctx) -> Vec<Case>,
+        global: &Global,
+        out: &Output,
+    ) -> anyhow::Result<()> {
+        let ctx = &context(global)?;
+        let budget = Budget::new(self.repeats, self.seconds, &ctx.device)?;
+        let cases = self.select(bench, cases(ctx))?;
         if self.list {
             for c in &cases {
                 out.text(&format!("{}\n", c.name));
@@ -126,7 +132,11 @@ impl Kernels {
         let mut sink = Sink::new(out, self.record);
         let mut peaks = Peaks::default();
         for case in cases {
-            sink.put(case.measure(bench, ctx, budget, &mut peaks))?;
+            sink.put(case.measure(bench, ctx, &budget, &mut peaks))?;
+            // Cases differ in what they need; a GPU's memory is not to be cut into pieces by those that are over.
+            if ctx.device.as_cuda().is_some() {
+                ctx.device.release();
+            }
         }
         Ok(())
     }

@@ -1,14 +1,17 @@
-//! What a case's speed is a share of, measured in the same minute: hosts are shared, and clocks change.
+//! What a case's speed is a share of, measured in the same minute: hosts are shared, and clocks change. On a GPU, whose
+//! clock falls within seconds as it grows hot, it is measured each time it is asked for.
 
 use super::case::Against;
+use super::gemm::{Form, Product};
 use super::measure::{Budget, Work, median};
-use hadal_kernels::{Ctx, DType, Device, peak};
+use hadal_kernels::{Ctx, DType, peak};
 use std::time::{Duration, Instant};
 
 /// After this long a peak is measured again.
 const STALE: Duration = Duration::from_secs(30);
-/// Bytes that a copy moves, half of them read: several times any cache.
+/// Bytes that a copy moves, half of them read: several times any cache; on a GPU so many that its start does not count.
 pub const COPIED: usize = 512 << 20;
+pub const COPIED_ON_GPU: usize = 4 << 30;
 /// Bytes of one task of a copy.
 const PIECE: usize = 1 << 20;
 
@@ -21,11 +24,20 @@ pub struct Peaks {
 
 impl Peaks {
     /// GFLOP/s or GB/s that nothing exceeds.
-    pub fn of(&mut self, ctx: &Ctx, against: Against, budget: Budget) -> Option<f64> {
+    pub fn of(&mut self, ctx: &Ctx, against: Against, budget: &Budget) -> Option<f64> {
         let fresh = |at: &Instant| at.elapsed() < STALE;
+        let on_gpu = ctx.device.as_cuda().is_some();
+        let rate = |work: f64, ours: Work| work / median(&budget.short().interleaved(&mut [ours])[0]) / 1e9;
         match against {
             Against::Nothing | Against::Rival => None,
-            Against::Copy => {
+            Against::Copy | Against::RivalOrBytes(_) if on_gpu => {
+                Some(rate(COPIED_ON_GPU as f64, copy(ctx, COPIED_ON_GPU)))
+            }
+            Against::Bf16 | Against::F32 if on_gpu => {
+                let p = product(if against == Against::Bf16 { DType::Bf16 } else { DType::F32 });
+                Some(rate(p.flops(), p.work(ctx, 1)))
+            }
+            Against::Copy | Against::RivalOrBytes(_) => {
                 if !self.copy.as_ref().is_some_and(|(at, _)| fresh(at)) {
                     let times = budget.interleaved(&mut [copy(ctx, COPIED)]);
                     self.copy = Some((Instant::now(), COPIED as f64 / median(&times[0]) / 1e9));
@@ -43,8 +55,14 @@ impl Peaks {
     }
 }
 
+/// The product that says what a GPU can multiply.
+pub fn product(dtype: DType) -> Product {
+    let n = if dtype == DType::Bf16 { 8192 } else { 4096 };
+    Product { m: n, n, k: n, form: Form::Nt, dtypes: [dtype; 3], accumulate: false }
+}
+
 /// GFLOP/s of the fastest loops on the device's level: of BF16, which may be widened, and of FP32.
-fn registers(ctx: &Ctx, budget: Budget) -> (f64, f64) {
+fn registers(ctx: &Ctx, budget: &Budget) -> (f64, f64) {
     let cpu = ctx.host();
     let kernels = peak::kernels(cpu.isa());
     let mut works: Vec<Work> = kernels.iter().map(|&k| work(ctx, k)).collect();
@@ -77,9 +95,15 @@ pub fn flops(ctx: &Ctx, kernel: &peak::Kernel) -> f64 {
 }
 
 /// A plain copy over all workers that moves `bytes`, read and written ones together; of much, over the same memory
-/// again.
+/// again. On a GPU the driver's.
 pub fn copy(ctx: &Ctx, bytes: usize) -> Work {
     let elements = |bytes: usize| (bytes / 2 / DType::F32.size()).max(1);
+    if let Some(cuda) = ctx.device.as_cuda() {
+        let (from, mut to) =
+            (super::inputs::floats(ctx, DType::F32, elements(bytes), 0), ctx.zeros(DType::F32, elements(bytes)));
+        let cuda = cuda.clone();
+        return Box::new(move || cuda.copy(from.view(), to.view_mut()));
+    }
     let (all, held) = (elements(bytes), elements(bytes.min(COPIED)));
     let (from, mut to) = (super::inputs::floats(ctx, DType::F32, held, 0), ctx.zeros(DType::F32, held));
     let device = ctx.device.clone();

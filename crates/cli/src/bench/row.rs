@@ -3,6 +3,7 @@
 use crate::BUILD;
 use crate::output::Output;
 use anyhow::Context;
+use hadal_kernels::Device;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -51,12 +52,35 @@ pub struct Training {
     pub peak_bytes: Option<u64>,
     /// Parameters, gradients and state of the optimiser.
     pub state_bytes: u64,
+    /// How far the host was ahead of a GPU.
+    #[serde(flatten)]
+    pub ahead: Option<Ahead>,
     /// Seconds of a step by op, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub by_op: Option<BTreeMap<&'static str, f64>>,
 }
 
+/// Steps that were given to a GPU without waiting for it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Ahead {
+    /// Times a step that the host waited for the device, blocking copies included.
+    pub host_waits: f64,
+    /// Every timed step was a recording replayed.
+    pub graph_replayed: bool,
+}
+
 impl Training {
+    /// Of these losses.
+    pub fn new(
+        losses: &[f64],
+        peak_bytes: Option<u64>,
+        state_bytes: u64,
+        by_op: Option<BTreeMap<&'static str, f64>>,
+    ) -> Self {
+        let mean_loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        Self { first_loss: losses[0], mean_loss, peak_bytes, state_bytes, ahead: None, by_op }
+    }
+
     fn text(&self) -> String {
         let peak = self.peak_bytes.map_or("unknown".into(), |n| crate::inspect::scaled(n as f64, "B"));
         let state = crate::inspect::scaled(self.state_bytes as f64, "B");
@@ -74,7 +98,7 @@ impl Training {
 
 impl Row {
     /// A result without a rival.
-    pub fn new(bench: &'static str, case: String, unit: &'static str, ours: f64) -> Self {
+    pub fn new(device: &Device, bench: &'static str, case: String, unit: &'static str, ours: f64) -> Self {
         Self {
             bench,
             case,
@@ -85,7 +109,7 @@ impl Row {
             ratio: None,
             share_of_peak: None,
             commit: BUILD.commit,
-            machine: machine(),
+            machine: machine(device),
             spread: [ours; 2],
             training: None,
         }
@@ -138,8 +162,11 @@ fn append(row: &Row) -> anyhow::Result<()> {
     written.with_context(|| format!("{}: cannot append a result", path.display()))
 }
 
-/// The CPU's name as the system spells it, in small letters, digits and dashes, and the number of cores.
-pub fn machine() -> String {
+/// The GPU's name, or the CPU's as the system spells it and the number of cores; in small letters, digits and dashes.
+pub fn machine(device: &Device) -> String {
+    if let Some(cuda) = device.as_cuda() {
+        return slug(cuda.name());
+    }
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, name)| name));
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -178,7 +205,8 @@ mod tests {
     fn machines_have_plain_names() {
         assert_eq!(slug("Intel(R) Xeon(R) Platinum 8488C"), "intel-xeon-platinum-8488c");
         assert_eq!(slug(" AMD EPYC 9R14 96-Core Processor"), "amd-epyc-9r14-96-core-processor");
-        assert!(machine().chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'));
+        let device = Device::cpu(Some(1)).unwrap();
+        assert!(machine(&device).chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'));
     }
 
     #[test]

@@ -7,20 +7,24 @@ use super::case::{Against, restricted};
 use super::measure::{Budget, median, spread};
 use super::peaks::Peaks;
 use super::resident;
-use super::row::{Row, Sink, Training};
+use super::row::{Ahead, Row, Sink, Training};
 use super::tokens::Tokens;
 use crate::output::Output;
 use crate::pretrain::assignment;
 use crate::{Global, memory, open};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use hadal_kernels::{Ctx, DType};
+use hadal_kernels::cuda::Cuda;
+use hadal_kernels::{Ctx, DType, Mark};
 use hadal_model::account::{Activations, Flops, Passes, TrainingMemory};
 use hadal_model::{
     Checkpoint, Layout, Model, ModelConfig, Params, Precision, Recompute, SaveOptions, Scope, Sequence,
     preset_sequence, save_checkpoint,
 };
-use hadal_train::{AdamW, Objective, Recorder, RunFile, Settings, TrainConfig, Trainer, precision, sequence};
+use hadal_train::plan::{self, StepSize};
+use hadal_train::{
+    AdamW, Objective, Recorder, RunFile, Settings, StepUnderWay, TrainConfig, Trainer, precision, sequence,
+};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -49,9 +53,6 @@ pub struct Train {
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
-    /// Where to compute: cpu.
-    #[arg(long, default_value = "cpu", value_name = "DEV")]
-    device: String,
     /// Write the model (FP32), its tokens and the optimiser's constants to a new directory, and train nothing.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "record"])]
     export: Option<PathBuf>,
@@ -115,18 +116,19 @@ struct Job {
 impl Train {
     /// Measures, or exports.
     pub fn run(&self, ctx: &Ctx, global: &Global, out: &Output) -> anyhow::Result<()> {
-        ensure!(self.device == "cpu", "--device {}: expected cpu, the only device there is so far", self.device);
         let precision = precision(&self.dtype)?;
         // What the process holds before the model is built: nothing of what follows is to hide in it.
         let before = resident::now();
+        let on_gpu = ctx.device.as_cuda().is_some();
         let job = match (&self.from, &self.preset) {
             (Some(dir), _) => {
                 ensure!(global.seed.is_none(), "--seed has no effect with --from");
-                self.read(dir, precision, out)?
+                self.read(dir, precision, out, on_gpu)?
             }
-            (None, Some(preset)) => self.make(preset, precision, global.seed.unwrap_or(0))?,
+            (None, Some(preset)) => self.make(preset, precision, global.seed.unwrap_or(0), on_gpu)?,
             (None, None) => bail!("--preset: expected the name of a preset, found none"),
         };
+        job.reserve(ctx, precision)?;
         let model = Model::whole(ctx, job.config.clone());
         let params = match &self.from {
             Some(dir) => Checkpoint::open(dir)?.load(ctx, &model.config, model.layout.clone(), precision)?.0,
@@ -137,13 +139,13 @@ impl Train {
         }
         let mut row = job.measure(ctx, model, params, before, self.by_op)?;
         let Tokens { batch, seq, .. } = job.tokens;
-        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, self.device));
+        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name()));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
         Sink::new(out, self.record).put(row)
     }
 
     /// From a preset's name.
-    fn make(&self, preset: &str, precision: Precision, seed: u64) -> anyhow::Result<Job> {
+    fn make(&self, preset: &str, precision: Precision, seed: u64, on_gpu: bool) -> anyhow::Result<Job> {
         let (name, config) = self.model(preset)?;
         let steps = self.steps.unwrap_or(20);
         let settings = Settings {
@@ -157,7 +159,9 @@ impl Train {
             ..Settings::default()
         };
         let resolved = TrainConfig::resolve(settings, &config)?;
-        fits(&config, precision, steps, resolved.batch, resolved.seq)?;
+        if !on_gpu {
+            fits(&config, precision, steps, resolved.batch, resolved.seq)?;
+        }
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
         Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
     }
@@ -185,7 +189,7 @@ impl Train {
     }
 
     /// From a directory that [`Job::export`] wrote.
-    fn read(&self, dir: &Path, precision: Precision, out: &Output) -> anyhow::Result<Job> {
+    fn read(&self, dir: &Path, precision: Precision, out: &Output, on_gpu: bool) -> anyhow::Result<Job> {
         let config = open::config(dir, out)?;
         let path = dir.join(CONSTANTS);
         let cannot = || format!("{}: expected what hadal bench train --export writes", path.display());
@@ -202,7 +206,9 @@ impl Train {
             "--steps {steps}: expected 1 to {found}, as many as {} has",
             path.display()
         );
-        fits(&config, precision, steps, tokens.batch, tokens.seq)?;
+        if !on_gpu {
+            fits(&config, precision, steps, tokens.batch, tokens.seq)?;
+        }
         Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
     }
 }
@@ -249,10 +255,16 @@ impl Job {
     ) -> anyhow::Result<Row> {
         let mut trainer = Trainer::new(ctx, model, params, self.constants.adamw(), self.constants.objective());
         let moments = 2 * trainer.params.master.bytes();
-        let state = (trainer.params.bytes() + trainer.grads().arena.bytes() + moments) as u64;
+        let state = (trainer.params.bytes() + trainer.grads().bytes() + moments) as u64;
         let forgotten = resident::forget();
         let (mut seconds, mut losses) = (Vec::new(), Vec::new());
         let mut by_op = by_op.then(|| ByOp::new(ctx));
+        if let (Some(cuda), None) = (ctx.device.as_cuda(), &by_op) {
+            let (seconds, losses, ahead) = self.run_ahead(ctx, cuda, &mut trainer)?;
+            let peak = (cuda.memory().peak as u64).saturating_sub(state);
+            let training = Training { ahead: Some(ahead), ..Training::new(&losses, Some(peak), state, None) };
+            return Ok(self.row(ctx, &seconds, training));
+        }
         for step in 0..self.steps {
             let begin = Instant::now();
             let sequences: Vec<Sequence> = self.tokens.windows(step).iter().map(|w| sequence(w)).collect();
@@ -265,27 +277,69 @@ impl Job {
             losses.push(loss);
         }
         let most = forgotten.and_then(|()| resident::most()).zip(before);
-        // The first step touches memory for the first time.
-        let timed = if seconds.len() > 1 { &seconds[1..] } else { &seconds[..] };
+        let peak = most.map(|(most, before)| most.saturating_sub(before + state));
+        let by_op = by_op.map(|b| b.medians());
+        Ok(self.row(ctx, &seconds, Training::new(&losses, peak, state, by_op)))
+    }
+
+    /// Steps on a GPU as a run has them: the host is ahead and waits for none. The first is launched, the second
+    /// recorded, and both are waited for; what is timed is replayed.
+    fn run_ahead(&self, ctx: &Ctx, cuda: &Cuda, trainer: &mut Trainer) -> anyhow::Result<(Vec<f64>, Vec<f64>, Ahead)> {
+        let mut begin = |step: usize| {
+            let sequences: Vec<Sequence> = self.tokens.windows(step).iter().map(|w| sequence(w)).collect();
+            let ctx = Ctx { step: step as u64, ..ctx.clone() };
+            trainer.begin(&ctx, &[sequences], self.constants.lr)
+        };
+        let warm = self.steps.min(2);
+        let mut under_way: Vec<StepUnderWay> = (0..warm).map(&mut begin).collect();
+        cuda.synchronize();
+        let (before, start) = ((cuda.waits(), cuda.replays()), ctx.mark());
+        under_way.extend((warm..self.steps).map(&mut begin));
+        let timed = self.steps - warm;
+        let ((waits, copies), replays) = (cuda.waits(), cuda.replays() - before.1);
+        let waited = (waits - before.0.0 + copies - before.0.1) as f64 / timed.max(1) as f64;
+        let ahead = Ahead { host_waits: waited, graph_replayed: timed > 0 && replays == timed as u64 };
+        let losses: Vec<f64> = under_way.iter().map(|u| u.read().losses.main).collect();
+        if let Some(step) = losses.iter().position(|l| !l.is_finite()) {
+            bail!("step {}: expected a finite loss, found {}", step + 1, losses[step]);
+        }
+        let ends: Vec<Mark> = under_way.into_iter().skip(warm).map(StepUnderWay::into_end).collect();
+        let begins = std::iter::once(&start).chain(&ends);
+        // The first is what the others are not timed without.
+        let seconds = std::iter::once(0.0).chain(ends.iter().zip(begins).map(|(end, begin)| end.since(begin)));
+        Ok((seconds.collect(), losses, ahead))
+    }
+
+    /// The first of `seconds` is left out if there are others: it touches memory for the first time.
+    fn row(&self, ctx: &Ctx, seconds: &[f64], training: Training) -> Row {
+        let timed = if seconds.len() > 1 { &seconds[1..] } else { seconds };
         let rate = |s: f64| (self.tokens.batch * self.tokens.seq) as f64 / s;
         let [fastest, slowest] = spread(timed);
-        Ok(Row {
+        Row {
             spread: [rate(slowest), rate(fastest)],
-            training: Some(Training {
-                first_loss: losses[0],
-                mean_loss: losses.iter().sum::<f64>() / losses.len() as f64,
-                peak_bytes: most.map(|(most, before)| most.saturating_sub(before + state)),
-                state_bytes: state,
-                by_op: by_op.map(|b| b.medians()),
-            }),
-            ..Row::new("train", self.name.clone(), "tokens/s", rate(median(timed)))
-        })
+            training: Some(training),
+            ..Row::new(&ctx.device, "train", self.name.clone(), "tokens/s", rate(median(timed)))
+        }
+    }
+
+    /// On a GPU, its memory in one piece; an error says what would fit.
+    fn reserve(&self, ctx: &Ctx, precision: Precision) -> anyhow::Result<()> {
+        let size = StepSize {
+            config: self.config.clone(),
+            precision,
+            recompute: Recompute::default(),
+            sequences: self.tokens.batch,
+            tokens: self.tokens.seq,
+            objective: self.constants.objective(),
+            average: false,
+        };
+        plan::reserve(ctx, &size).map_err(anyhow::Error::msg)
     }
 
     /// Of the operations that the model needs, recomputed ones not counted.
     fn share_of_peak(&self, ctx: &Ctx, precision: Precision, tokens_per_s: f64) -> anyhow::Result<Option<f64>> {
         let against = if precision == Precision::Bf16 { Against::Bf16 } else { Against::F32 };
-        let peak = Peaks::default().of(ctx, against, Budget::new(5, 0.2)?);
+        let peak = Peaks::default().of(ctx, against, &Budget::new(5, 0.2, &ctx.device)?);
         let needed = Flops::training(&self.config, self.tokens.seq).total() * tokens_per_s;
         Ok(peak.map(|p| needed / 1e9 / p))
     }

@@ -217,7 +217,7 @@ fn wrong_options_are_one_line() {
     refused(&["bench", "gemm", "--seed", "1"], &["--seed has no effect on hadal bench gemm"]);
     let train =
         |more: &[&str], parts: &[&str]| refused(&[&["bench", "train", "--preset", "nano"], more].concat(), parts);
-    train(&["--device", "cuda"], &["--device cuda", "expected cpu"]);
+    train(&["--device", "gpu"], &["--device gpu", "expected cpu, cuda or cuda:N"]);
     train(&["--dtype", "fp8"], &["dtype \"fp8\"", "expected bf16 or fp32"]);
     train(&["--steps", "0"], &["steps = 0", "at least 1"]);
     train(&["--batch", "0"], &["batch = 0", "at least 1"]);

@@ -8,6 +8,7 @@ mod convert;
 mod data;
 mod demo;
 mod determinism;
+mod device;
 mod inference;
 mod pretrain;
 mod resume;

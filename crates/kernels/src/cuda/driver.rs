@@ -127,6 +127,11 @@ impl Stream {
         Ok(Self(raw))
     }
 
+    /// Of a device that is not there.
+    pub fn none() -> Self {
+        Self(std::ptr::null_mut())
+    }
+
     pub fn raw(&self) -> sys::CUstream {
         self.0
     }
@@ -134,14 +139,16 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once. Work in it is completed by the driver before its resources go.
-        unsafe { sys::cuStreamDestroy_v2(self.0) };
+        if !self.0.is_null() {
+            // SAFETY: made by `new`, destroyed once. Work in it is completed by the driver before its resources go.
+            unsafe { sys::cuStreamDestroy_v2(self.0) };
+        }
     }
 }
 
 /// A mark in a stream.
 #[derive(Debug)]
-pub(crate) struct Event(sys::CUevent);
+pub struct Event(sys::CUevent);
 
 // SAFETY: the driver's calls on events may come from any thread.
 unsafe impl Send for Event {}
@@ -149,27 +156,34 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    pub fn new() -> Result<Self, DriverError> {
+    pub(super) fn new() -> Result<Self, DriverError> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes one handle.
         check(unsafe { sys::cuEventCreate(&mut raw, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) })?;
         Ok(Self(raw))
     }
 
-    pub fn raw(&self) -> sys::CUevent {
+    /// Of a device that is not there: it has passed.
+    pub(super) fn none() -> Self {
+        Self(std::ptr::null_mut())
+    }
+
+    pub(super) fn raw(&self) -> sys::CUevent {
         self.0
     }
 
     /// Whether all before the mark is done.
     pub fn has_passed(&self) -> bool {
         // SAFETY: the event is alive. An error counts as not passed, and shows where somebody waits.
-        unsafe { sys::cuEventQuery(self.0) == CUresult::CUDA_SUCCESS }
+        self.0.is_null() || unsafe { sys::cuEventQuery(self.0) == CUresult::CUDA_SUCCESS }
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once; the driver lets a pending event go when it has passed.
-        unsafe { sys::cuEventDestroy_v2(self.0) };
+        if !self.0.is_null() {
+            // SAFETY: made by `new`, destroyed once; the driver lets a pending event go when it has passed.
+            unsafe { sys::cuEventDestroy_v2(self.0) };
+        }
     }
 }

@@ -69,8 +69,3 @@ pub(crate) fn fail(message: String) -> ! {
 pub fn is_failure() -> bool {
     FAILED.get()
 }
-
-/// The path of an op that is not written yet.
-pub(crate) fn missing() -> ! {
-    fail("this operation has no CUDA path yet".into())
-}

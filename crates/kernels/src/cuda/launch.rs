@@ -18,6 +18,19 @@ pub(crate) struct Source {
     pub text: &'static str,
 }
 
+impl Source {
+    /// The file's name without its end.
+    pub fn stem(&self) -> &'static str {
+        self.name.trim_end_matches(".cu")
+    }
+
+    /// All that the compiler gets. Macros are lines of it, not options: those would reach the compiler's own templates,
+    /// whose parameters have such names too.
+    pub fn whole(&self, defines: &str) -> String {
+        format!("{}{defines}#line 1 \"{}\"\n{}", self.heads.concat(), self.name, self.text)
+    }
+}
+
 /// The source of a file beside the calling one: after the prelude, and after the Hopper helpers if `sm90` says so.
 macro_rules! source {
     ($file:literal) => {
@@ -51,6 +64,11 @@ impl Value {
             Self::Type(DType::I32) => "int".into(),
         }
     }
+}
+
+/// Macros as lines of a source.
+fn lines(defines: &[(&'static str, Value)]) -> String {
+    defines.iter().map(|(name, value)| format!("#define {name} {}\n", value.text())).collect()
 }
 
 /// A function on one device.
@@ -130,7 +148,17 @@ pub(super) struct Kernels {
     loaded: Mutex<HashMap<Key, Kernel>>,
     large: Mutex<HashMap<usize, u32>>,
     notice: OnceLock<String>,
+    #[cfg(test)]
+    wanted: Mutex<Wanted>,
 }
+
+/// A source's name and its macros as lines; the source, and functions of the two.
+#[cfg(test)]
+pub(super) type Module = ((&'static str, String), (&'static Source, Vec<&'static str>));
+
+/// What was asked of a device that is not there.
+#[cfg(test)]
+pub(super) type Wanted = std::collections::BTreeMap<(&'static str, String), (&'static Source, Vec<&'static str>)>;
 
 /// Modules of the process: a device that is opened twice loads a kernel once.
 type Modules = Mutex<HashMap<(usize, &'static str, String), usize>>;
@@ -194,6 +222,11 @@ impl Cuda {
         if let Some(kernel) = lock(&self.kernels.loaded).get(&key) {
             return *kernel;
         }
+        if self.dry {
+            #[cfg(test)]
+            self.want(source, name, defines);
+            return Kernel { function: std::ptr::null_mut(), name };
+        }
         self.bind();
         let module = self.module(source, defines) as sys::CUmodule;
         let mut function = std::ptr::null_mut();
@@ -208,26 +241,32 @@ impl Cuda {
         kernel
     }
 
+    #[cfg(test)]
+    fn want(&self, source: &'static Source, name: &'static str, defines: &[(&'static str, Value)]) {
+        let mut wanted = lock(&self.kernels.wanted);
+        let (_, names) = wanted.entry((source.name, lines(defines))).or_insert((source, Vec::new()));
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+
+    /// What was asked of a device that is not there.
+    #[cfg(test)]
+    pub(super) fn wanted(&self) -> Wanted {
+        std::mem::take(&mut lock(&self.kernels.wanted))
+    }
+
     fn module(&self, source: &'static Source, defines: &[(&'static str, Value)]) -> usize {
-        let (major, minor) = self.arch;
         // wgmma and setmaxnreg belong to the architecture-specific target.
-        let suffix = if self.has_wgmma() { "a" } else { "" };
-        let options = [
-            format!("--gpu-architecture=sm_{major}{minor}{suffix}"),
-            "--std=c++17".into(),
-            "--device-as-default-execution-space".into(),
-        ];
-        // Not options: those would reach the compiler's own templates, whose parameters have such names too.
-        let define = |(name, value): &(&str, Value)| format!("#define {name} {}\n", value.text());
-        let defines: String = defines.iter().map(define).collect();
+        let options = compile::options(self.arch, self.has_wgmma());
+        let defines = lines(defines);
         let key = (self.ordinal, source.name, defines.clone());
         let mut modules = lock(MODULES.get_or_init(Mutex::default));
         if let Some(&module) = modules.get(&key) {
             return module;
         }
-        let name = source.name.trim_end_matches(".cu");
-        let text = format!("{}{defines}#line 1 \"{}\"\n{}", source.heads.concat(), source.name, source.text);
-        let (code, unkept) = compile::cubin(name, &text, &options);
+        let name = source.stem();
+        let (code, unkept) = compile::cubin(name, &source.whole(&defines), &options);
         if let Some(why) = unkept {
             let _ = self.kernels.notice.set(format!("compiled kernels are not kept for the next run: {why}"));
         }
@@ -243,7 +282,7 @@ impl Cuda {
     /// Gives the device one launch. The arguments must be those of the kernel, in type and order, and point to memory
     /// that the kernel may use as it does: what the ops' asserts are for.
     pub(crate) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
-        if grid.blocks.contains(&0) {
+        if grid.blocks.contains(&0) || self.dry {
             return;
         }
         self.bind();

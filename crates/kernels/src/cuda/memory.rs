@@ -17,6 +17,19 @@ const PIECE: usize = 64 << 20;
 /// Addresses, the end excluded.
 pub(super) type Range = (u64, u64);
 
+/// Bytes of a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// In use.
+    pub used: usize,
+    /// The most that was in use at once.
+    pub peak: usize,
+    /// From the beginning of the arena to the furthest end of a buffer: `peak` and the holes between buffers.
+    pub reached: usize,
+    /// Taken from the driver.
+    pub taken: usize,
+}
+
 /// Memory of one device.
 #[derive(Debug, Default)]
 pub(super) struct Arena {
@@ -32,6 +45,10 @@ pub(super) struct Arena {
     recorded: Option<Vec<Range>>,
     used: usize,
     peak: usize,
+    /// How far into the pieces buffers have reached.
+    reached: usize,
+    /// Where the next piece lies, if there is no driver behind: addresses that nobody reads.
+    endless: Option<u64>,
 }
 
 /// An arena's state is whole whenever its lock is free.
@@ -40,12 +57,22 @@ pub(super) fn lock(arena: &Mutex<Arena>) -> MutexGuard<'_, Arena> {
 }
 
 impl Arena {
+    /// One of addresses alone, as high as a driver's.
+    pub fn endless() -> Self {
+        let mut arena = Self::default();
+        arena.endless = Some(1 << 47);
+        arena
+    }
+
     /// Takes at least `bytes` from the driver in one piece.
     pub fn reserve(&mut self, bytes: usize) -> Result<(), DriverError> {
         let bytes = bytes.max(PIECE).next_multiple_of(ALIGN);
         let mut ptr = 0;
-        // SAFETY: writes one address; the caller made the device's context current.
-        check(unsafe { sys::cuMemAlloc_v2(&mut ptr, bytes) })?;
+        match &mut self.endless {
+            Some(next) => (ptr, *next) = (*next, *next + bytes as u64),
+            // SAFETY: writes one address; the caller made the device's context current.
+            None => check(unsafe { sys::cuMemAlloc_v2(&mut ptr, bytes) })?,
+        }
         self.pieces.insert(ptr, bytes);
         self.insert(ptr, bytes);
         Ok(())
@@ -54,7 +81,14 @@ impl Arena {
     /// The address of `bytes` of whatever content.
     pub fn take(&mut self, bytes: usize) -> Result<u64, DriverError> {
         let bytes = rounded(bytes);
-        let fitting = |a: &Self| a.by_size.range((bytes, 0)..).next().copied();
+        // A hole rather than the end of a piece, however small that is: so that what a run takes does not depend on how
+        // large its piece is, as long as it is large enough.
+        let fitting = |a: &Self| {
+            let mut fitting = a.by_size.range((bytes, 0)..).copied();
+            let first = fitting.next()?;
+            let hole = |&(size, at): &(usize, u64)| !a.ends_piece(at, size);
+            Some(if hole(&first) { first } else { fitting.find(hole).unwrap_or(first) })
+        };
         let (size, at) = match fitting(self) {
             Some(found) => found,
             None => {
@@ -73,6 +107,7 @@ impl Arena {
         }
         self.used += bytes;
         self.peak = self.peak.max(self.used);
+        self.reached = self.reached.max(self.reach(at + bytes as u64));
         Ok(at)
     }
 
@@ -96,6 +131,11 @@ impl Arena {
             bytes += size;
         }
         self.insert(at, bytes);
+    }
+
+    /// Whether a free range is the end of what the driver gave in one piece.
+    fn ends_piece(&self, at: u64, bytes: usize) -> bool {
+        self.pieces.range(..=at).next_back().is_some_and(|(&piece, &size)| piece + size as u64 == at + bytes as u64)
     }
 
     fn insert(&mut self, at: u64, bytes: usize) {
@@ -135,9 +175,10 @@ impl Arena {
         ranges.iter().flat_map(reaches).collect()
     }
 
-    /// (in use, most in use at once, taken from the driver).
-    pub fn counts(&self) -> (usize, usize, usize) {
-        (self.used, self.peak, self.pieces.values().sum())
+    /// See [`MemoryUse`].
+    pub fn counts(&self) -> MemoryUse {
+        let taken = self.pieces.values().sum();
+        MemoryUse { used: self.used, peak: self.peak, reached: self.reached, taken }
     }
 
     pub fn reset_peak(&mut self) {
@@ -151,6 +192,17 @@ impl Arena {
         for (at, size) in whole {
             self.remove(at, size);
             self.pieces.remove(&at);
+            self.free_piece(at);
+        }
+    }
+
+    /// Bytes from the beginning of the first piece to `end`, what lies between pieces left out.
+    fn reach(&self, end: u64) -> usize {
+        self.pieces.iter().map(|(&at, &size)| size.min(end.saturating_sub(at) as usize)).sum()
+    }
+
+    fn free_piece(&self, at: u64) {
+        if self.endless.is_none() {
             // SAFETY: taken by `reserve`, handed back once; the driver waits for work that may use it.
             unsafe { sys::cuMemFree_v2(at) };
         }
@@ -164,10 +216,7 @@ fn rounded(bytes: usize) -> usize {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        for &at in self.pieces.keys() {
-            // SAFETY: taken by `reserve`, handed back once; the driver waits for work that may use it.
-            unsafe { sys::cuMemFree_v2(at) };
-        }
+        self.pieces.keys().for_each(|&at| self.free_piece(at));
     }
 }
 
@@ -322,7 +371,7 @@ mod tests {
 
     /// An arena over addresses that nobody reads.
     fn arena() -> Arena {
-        let mut a = Arena::default();
+        let mut a = Arena::endless();
         a.insert(1 << 20, 1 << 16);
         a.pieces.insert(1 << 20, 1 << 16);
         a
@@ -344,7 +393,6 @@ mod tests {
         assert_eq!(first, round(&mut a));
         assert_eq!((a.used, a.free.len(), a.by_size.len()), (0, 1, 1));
         assert_eq!(a.peak, 512 + 5120 + 512 + 1024 + 20_480);
-        std::mem::forget(a);
     }
 
     #[test]
@@ -368,7 +416,6 @@ mod tests {
         assert_eq!(a.in_use(&ranges), [(inside, inside + 512)]);
         a.give(inside, 1);
         a.give(outside, 1000);
-        std::mem::forget(a);
     }
 
     #[test]
@@ -380,6 +427,5 @@ mod tests {
         a.give(x, 1 << 16);
         a.give(y, 1 << 16);
         assert_eq!(a.free.len(), 2);
-        std::mem::forget(a);
     }
 }

@@ -5,28 +5,33 @@
 //! A step that is to be captured as a graph must not wait, read device memory on the host or take new memory from the
 //! driver; [`Cuda::waits`] counts what did.
 
+mod blas;
 mod compile;
+#[cfg(test)]
+mod compiled;
 mod driver;
 mod error;
 mod graph;
 mod launch;
 mod memory;
 mod pinned;
+#[cfg(test)]
+mod small_shapes;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use error::missing;
+pub(crate) use blas::{Operand, Product};
 pub use error::{GpuError, is_failure};
 pub use graph::Graph;
 pub(crate) use launch::{Arg, Grid, Kernel, Source, Value, args, source};
-pub use memory::{CudaBuf, CudaView, CudaViewMut};
+pub use memory::{CudaBuf, CudaView, CudaViewMut, MemoryUse};
 pub use pinned::Pending;
 pub(crate) use tensor_map::{Swizzle, TensorMap};
 
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
-pub(crate) use driver::Event;
+pub use driver::Event;
 use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
@@ -37,6 +42,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What every kernel's source begins with.
 pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
+/// Hopper's own instructions.
+pub(crate) const SM90: &str = include_str!("sm90.cuh");
 
 /// One GPU as hadal uses it: its primary context, a stream, an arena of its memory, compiled kernels.
 pub struct Cuda {
@@ -49,17 +56,33 @@ pub struct Cuda {
     sms: u32,
     total: usize,
     context: sys::CUcontext,
+    /// It only counts what a GPU's memory would hold.
+    dry: bool,
     stream: Stream,
     arena: Arc<Mutex<Arena>>,
     pinned: Arc<Pinned>,
     kernels: Kernels,
+    blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
     invariant: AtomicBool,
+    /// Kernels for older GPUs are to be used.
+    plain: AtomicBool,
     /// A graph is being recorded.
     recording: AtomicBool,
     counts: Counts,
     recent: Mutex<launch::Recent>,
     pub(crate) profile: OnceLock<Profile>,
+}
+
+/// What a device is.
+struct Found {
+    ordinal: usize,
+    name: String,
+    arch: (u32, u32),
+    sms: u32,
+    total: usize,
+    context: sys::CUcontext,
+    dry: bool,
 }
 
 /// What made the host wait for the device, since the device was opened.
@@ -96,7 +119,35 @@ impl Cuda {
         let stream = Stream::new()?;
         let sms = driver::attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let total = driver::total_memory(device)?;
-        Ok(Arc::new_cyclic(|this| Self {
+        let found = Found { ordinal, name, arch, sms, total, context, dry: false };
+        Ok(Self::of(found, stream, Arena::default(), host))
+    }
+
+    /// A GPU that is not there: operations do nothing but take memory and give it back, of which there is no end. What
+    /// a step holds is so counted by the step itself. Like the GPU `like`, or an H200.
+    pub fn dry(like: Option<&Cuda>, host: Arc<Cpu>) -> Arc<Self> {
+        let (arch, sms, total) = like.map_or((Self::HOPPER, Self::SMS, usize::MAX), |g| (g.arch, g.sms, g.total));
+        let name = like.map_or("NVIDIA H200", |g| &g.name).to_string();
+        Self::dry_as(name, arch, sms, total, host)
+    }
+
+    /// As [`Cuda::dry`], of these properties.
+    fn dry_as(name: String, arch: (u32, u32), sms: u32, total: usize, host: Arc<Cpu>) -> Arc<Self> {
+        let context = std::ptr::null_mut();
+        let found = Found { ordinal: 0, name, arch, sms, total, context, dry: true };
+        let cuda = Self::of(found, Stream::none(), Arena::endless(), host);
+        // One piece without end.
+        cuda.reserve(1 << 46);
+        cuda
+    }
+
+    /// What a dry GPU is like by default.
+    const HOPPER: (u32, u32) = (9, 0);
+    const SMS: u32 = 132;
+
+    fn of(found: Found, stream: Stream, arena: Arena, host: Arc<Cpu>) -> Arc<Self> {
+        let Found { ordinal, name, arch, sms, total, context, dry } = found;
+        Arc::new_cyclic(|this| Self {
             this: this.clone(),
             host,
             ordinal,
@@ -105,17 +156,20 @@ impl Cuda {
             sms,
             total,
             context,
+            dry,
             stream,
-            arena: Arc::default(),
+            arena: Arc::new(Mutex::new(arena)),
             pinned: Arc::default(),
             kernels: Kernels::default(),
+            blas: blas::Blas::default(),
             constants: Mutex::default(),
             invariant: AtomicBool::new(false),
+            plain: AtomicBool::new(false),
             recording: AtomicBool::new(false),
             counts: Counts::default(),
             recent: Mutex::default(),
             profile: OnceLock::new(),
-        }))
+        })
     }
 
     /// How many GPUs there are; 0 without a driver.
@@ -153,9 +207,24 @@ impl Cuda {
         self.total
     }
 
+    /// Bytes that the driver could still give.
+    pub fn free_memory(&self) -> usize {
+        if self.dry {
+            return usize::MAX;
+        }
+        self.bind();
+        driver::memory_info().map_or(self.total, |(free, _)| free)
+    }
+
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
-        self.arch.0 == 9
+        self.arch.0 == 9 && !self.plain.load(Ordering::Relaxed)
+    }
+
+    /// Takes the kernels for older GPUs from now on, so that they can be tested here.
+    #[cfg(test)]
+    pub(crate) fn set_plain(&self) {
+        self.plain.store(true, Ordering::Relaxed);
     }
 
     /// Whether matrix products must give a row the same bits whatever the other rows are.
@@ -183,6 +252,11 @@ impl Cuda {
         self.kernels.notice()
     }
 
+    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    pub fn may_record(&self) -> bool {
+        self.profile.get().is_none() && !self.dry
+    }
+
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).
     fn not_recorded(&self, what: &str) {
         assert!(!self.recording.load(Ordering::Relaxed), "{what} in the midst of a step that is being recorded");
@@ -190,6 +264,9 @@ impl Cuda {
 
     /// Makes the device's context the calling thread's.
     fn bind(&self) {
+        if self.dry {
+            return;
+        }
         // SAFETY: the context was retained when the device was opened and is never released.
         self.check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) });
     }
@@ -205,6 +282,9 @@ impl Cuda {
     /// Waits until the device has done all that it was given.
     pub fn synchronize(&self) {
         self.not_recorded("waiting for the device");
+        if self.dry {
+            return;
+        }
         self.bind();
         self.counts.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the stream lives as long as the device.
@@ -221,8 +301,8 @@ impl Cuda {
         }
     }
 
-    /// (bytes in use, most that were in use at once, bytes taken from the driver).
-    pub fn memory(&self) -> (usize, usize, usize) {
+    /// What of its memory is held.
+    pub fn memory(&self) -> MemoryUse {
         memory::lock(&self.arena).counts()
     }
 
@@ -233,7 +313,7 @@ impl Cuda {
 
     fn out_of_memory(&self, bytes: usize, e: &driver::DriverError) -> String {
         let (free, total) = driver::memory_info().unwrap_or((0, self.total));
-        let (used, ..) = self.memory();
+        let used = self.memory().used;
         let gib = |b: usize| b as f64 / (1u64 << 30) as f64;
         format!(
             "GPU {} ({}): {:.2} GiB wanted, {:.2} GiB in use by this process, {:.2} of {:.2} GiB free ({e}); a smaller \
@@ -282,7 +362,7 @@ impl Cuda {
     }
 
     fn fill(&self, ptr: u64, byte: u8, bytes: usize) {
-        if bytes > 0 {
+        if bytes > 0 && !self.dry {
             self.bind();
             // SAFETY: callers pass memory of a live buffer of at least so many bytes.
             self.check("filling memory", unsafe { sys::cuMemsetD8Async(ptr, byte, bytes, self.stream.raw()) });
@@ -292,7 +372,7 @@ impl Cuda {
     /// Makes every element of four bytes this word.
     pub(crate) fn fill_words(&self, mut v: ViewMut<'_>, word: u32) {
         assert_eq!(v.dtype().size(), 4, "words in {v:?}");
-        if !v.is_empty() {
+        if !v.is_empty() && !self.dry {
             self.bind();
             // SAFETY: the view holds so many words.
             let result = unsafe { sys::cuMemsetD32Async(v.ptr(), word, v.len(), self.stream.raw()) };
@@ -306,10 +386,10 @@ impl Cuda {
     }
 
     /// Copies elements of one dtype within the device.
-    pub(crate) fn copy(&self, from: View<'_>, mut to: ViewMut<'_>) {
+    pub fn copy(&self, from: View<'_>, mut to: ViewMut<'_>) {
         assert!(from.len() == to.len() && from.dtype() == to.dtype(), "a copy of {from:?} to {to:?}");
         let bytes = from.len() * from.dtype().size();
-        if bytes > 0 {
+        if bytes > 0 && !self.dry {
             self.bind();
             // SAFETY: both views hold so many bytes and cannot overlap, as one is borrowed to write.
             let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.ptr(), from.ptr(), bytes, self.stream.raw()) };
@@ -355,12 +435,18 @@ impl Cuda {
 
     /// A mark that can be placed in the stream.
     pub(crate) fn event(&self) -> Event {
+        if self.dry {
+            return Event::none();
+        }
         self.bind();
         Event::new().unwrap_or_else(|e| error::fail(format!("GPU {}: making an event: {e}", self.ordinal)))
     }
 
     /// Places a mark behind all that the device was given.
     pub(crate) fn record(&self, event: &Event) {
+        if self.dry {
+            return;
+        }
         self.bind();
         // SAFETY: both handles are alive.
         self.check("placing an event", unsafe { sys::cuEventRecord(event.raw(), self.stream.raw()) });
@@ -368,6 +454,9 @@ impl Cuda {
 
     /// Waits for a mark.
     pub(crate) fn wait_for(&self, event: &Event) {
+        if self.dry {
+            return;
+        }
         self.bind();
         self.counts.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the event is alive.
@@ -377,6 +466,9 @@ impl Cuda {
     /// Seconds between two marks that have passed.
     pub(crate) fn between(&self, begin: &Event, end: &Event) -> f64 {
         let mut ms = 0.0f32;
+        if self.dry {
+            return 0.0;
+        }
         // SAFETY: both events are alive and were recorded; the output is a local.
         self.check("reading events", unsafe { sys::cuEventElapsedTime_v2(&mut ms, begin.raw(), end.raw()) });
         f64::from(ms) * 1e-3

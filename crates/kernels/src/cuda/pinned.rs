@@ -88,7 +88,10 @@ impl Pending {
 
     fn elements<T: bytemuck::Pod>(&self) -> Vec<T> {
         let mut out = vec![T::zeroed(); self.bytes / size_of::<T>()];
-        bytemuck::cast_slice_mut(&mut out).copy_from_slice(self.bytes());
+        // A device that is not there has nothing to say.
+        if self.piece.is_some() {
+            bytemuck::cast_slice_mut(&mut out).copy_from_slice(self.bytes());
+        }
         out
     }
 
@@ -120,7 +123,7 @@ impl Drop for Pending {
 impl Cuda {
     /// Bytes to a device address, through pinned memory, without waiting.
     pub(super) fn upload_bytes(&self, bytes: &[u8], to: u64) {
-        if bytes.is_empty() {
+        if bytes.is_empty() || self.dry {
             return;
         }
         self.not_recorded("copying to the device");
@@ -149,7 +152,7 @@ impl Cuda {
 
     /// Bytes at an address of a live buffer; waits.
     pub(crate) fn read(&self, ptr: u64, out: &mut [u8]) {
-        if out.is_empty() {
+        if out.is_empty() || self.dry {
             return;
         }
         self.bind();
@@ -165,7 +168,7 @@ impl Cuda {
         self.not_recorded("copying from the device");
         self.bind();
         let bytes = view.len() * view.dtype().size();
-        let piece = (bytes > 0).then(|| self.pinned.take(bytes));
+        let piece = (bytes > 0 && !self.dry).then(|| self.pinned.take(bytes));
         if let Some(piece) = &piece {
             // SAFETY: the piece is at least as large, nobody else has it, and the result keeps it until the copy is over.
             let result = unsafe { sys::cuMemcpyDtoHAsync_v2(piece.ptr.cast(), view.ptr(), bytes, self.stream.raw()) };

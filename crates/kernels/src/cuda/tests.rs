@@ -51,7 +51,7 @@ fn what_goes_up_comes_down() {
     let later = ctx.download(on.view());
     assert_eq!(later.i32(), ids);
     assert!(ctx.empty(DType::F32, 9).view().to_f32().iter().all(|x| x.is_nan()));
-    assert_eq!(cuda.memory().0, 2 * 512);
+    assert_eq!(cuda.memory().used, 512, "the ids alone are held");
 }
 
 #[test]
@@ -100,6 +100,30 @@ fn more_memory_than_there_is_says_so() {
     assert!(message.contains("GiB wanted") && message.contains("recompute"), "{message}");
     // And the device goes on.
     assert_eq!(ctx.from_f32(&[1.0]).view().to_f32(), [1.0]);
+}
+
+/// What a GPU that is not there holds is what one would hold that is.
+#[test]
+fn a_dry_device_counts_what_a_real_one_takes() {
+    let host = crate::testing::ctx().host().clone();
+    let dry = crate::Device::Cuda(Cuda::dry(None, host)).ctx();
+    let work = |ctx: &Ctx| {
+        let kept = ctx.zeros(DType::F32, 1000);
+        let mut sizes: Vec<Option<Buf>> = (1..20).map(|i| Some(ctx.empty(DType::Bf16, i * 7919))).collect();
+        sizes.iter_mut().step_by(3).for_each(|b| drop(b.take()));
+        sizes.extend((1..20).map(|i| Some(ctx.from_f32(&vec![1.0; i * 5000]))));
+        let mut sum = ctx.zeros(DType::F32, 5000);
+        crate::ops::add::accumulate(ctx, sizes[20].as_ref().unwrap().view().slice(0..5000), sum.view_mut());
+        drop(kept);
+        ctx.device.as_cuda().unwrap().memory()
+    };
+    let counted = work(&dry);
+    assert!(counted.peak > 2_000_000 && counted.reached >= counted.peak && counted.used < counted.peak);
+    let Some((ctx, cuda)) = device() else { return };
+    cuda.reserve(counted.reached);
+    let taken = work(&ctx);
+    assert_eq!((taken.peak, taken.reached, taken.used), (counted.peak, counted.reached, counted.used));
+    assert_eq!(taken.taken, counted.reached.max(64 << 20), "one piece is enough");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use super::IoError;
 use super::checkpoint::{Checkpoint, check_shape};
 use crate::{Layout, Published};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::Ctx;
 use safetensors::Dtype;
 use std::path::Path;
 

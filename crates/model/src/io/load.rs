@@ -5,7 +5,7 @@ use super::checkpoint::{Checkpoint, check_shape, derived, mtp_copies};
 use super::error::printable;
 use super::source::Source;
 use crate::{Layout, ModelConfig, Params, Precision, Scope};
-use hadal_kernels::{Ctx, Device, Elem, bf16};
+use hadal_kernels::{Ctx, Elem, bf16};
 use std::ops::Range;
 use std::sync::Arc;
 

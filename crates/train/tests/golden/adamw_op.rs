@@ -1,6 +1,7 @@
 //! AdamW elementwise against torch.optim.AdamW on given gradients and moments of every magnitude.
 
-use crate::load::{ctx, root};
+use crate::load::{contexts, root};
+use hadal_kernels::Ctx;
 use hadal_kernels::ops::adamw::{self, Segment};
 use safetensors::SafeTensors;
 
@@ -15,7 +16,10 @@ fn check(name: &str, found: &[f32], expected: &[f32], before: &[f32]) {
 
 #[test]
 fn adamw_elementwise() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_adamw_elementwise);
+}
+
+fn check_adamw_elementwise(ctx: &Ctx) {
     let bytes = std::fs::read(root().join("adamw_op.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensor = |name: &str| -> Vec<f32> {
@@ -41,10 +45,10 @@ fn adamw_elementwise() {
             beta2: 0.95,
             eps: 1e-8,
         };
-        adamw::step(&ctx, a);
+        adamw::step(ctx, a);
         for (kind, found) in [("w", &w), ("m", &m), ("v", &v)] {
             let name = format!("t{t}.{label}.{kind}");
-            check(&name, found.view().f32(), &tensor(&name), &tensor(kind));
+            check(&name, &found.view().to_f32(), &tensor(&name), &tensor(kind));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Reads a golden model: config through the product's own reader, tensors as they lie in golden.safetensors.
 
-use hadal_kernels::{Ctx, Device};
+use crate::support::gpu;
+use hadal_kernels::{Ctx, DType, Device};
 use hadal_model::{Batch, Grads, Layout, Model, ModelConfig, Params, Precision, Sequence};
 use safetensors::{Dtype, SafeTensors};
 use std::path::PathBuf;
@@ -12,9 +13,10 @@ pub struct Golden {
     bytes: Vec<u8>,
 }
 
-/// Directory of the goldens.
+/// Directory of the goldens: beside the crates, or, where the tests run without their sources, what HADAL_GOLDENS names.
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens")
+    let beside = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens");
+    std::env::var_os("HADAL_GOLDENS").map_or_else(beside, PathBuf::from)
 }
 
 /// All cases, in alphabetical order.
@@ -83,21 +85,23 @@ impl Golden {
 
     /// Params filled from `<prefix><published name>`; every tensor must be there and every one in the file be used.
     pub fn params(&self, ctx: &Ctx, layout: &Arc<Layout>, precision: Precision) -> Params {
-        let mut params = Params::zeros(ctx, layout.clone(), precision);
+        let mut masters = ctx.on_host().zeros(DType::F32, layout.len);
         let mut used = 0;
         for (_, p) in layout.published() {
             let w = self.f32(&format!("w.{}", p.name));
-            params.master.view_mut().f32()[p.range()].copy_from_slice(&w);
+            masters.view_mut().f32()[p.range()].copy_from_slice(&w);
             used += 1;
         }
         assert_eq!(used, self.names("w.").len(), "{}: tensors in the file that the model has no place for", self.name);
-        params.refresh(ctx);
-        params
+        Params::of_masters(ctx, layout.clone(), precision, masters)
     }
 }
 
-pub fn ctx() -> Ctx {
-    Device::cpu(Some(2)).unwrap().ctx()
+/// A context of CPUs, and one of a GPU where there is one.
+#[track_caller]
+pub fn contexts() -> Vec<Ctx> {
+    let cpu = Device::cpu(Some(2)).unwrap().ctx();
+    std::iter::once(cpu).chain(gpu().map(|(ctx, _)| ctx)).collect()
 }
 
 /// A tensor's part of an arena by published name.
@@ -108,5 +112,5 @@ pub fn part(layout: &Layout, arena: &[f32], name: &str) -> Vec<f32> {
 
 /// The gradient of one published tensor.
 pub fn gradient(grads: &Grads, name: &str) -> Vec<f32> {
-    part(&grads.layout, grads.arena.view().f32(), name)
+    part(&grads.layout, grads.arena.host().view().f32(), name)
 }

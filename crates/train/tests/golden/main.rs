@@ -3,13 +3,15 @@
 
 mod adamw_op;
 mod load;
+#[path = "../support/mod.rs"]
+mod support;
 
 use hadal_kernels::{Buf, Ctx};
 use hadal_model::pass::{self, LossWeights};
 use hadal_model::{Batch, Grads, Input, Model, Options, Params, Precision, Routing, heads, mtp, trunk};
 use hadal_numerics::{Tolerance, close, cosine};
 use hadal_train::{AdamW, Objective, Trainer};
-use load::{Golden, all, ctx, gradient, part};
+use load::{Golden, all, contexts, gradient, part};
 
 const OBJECTIVE: Objective = Objective { mtp_lambda: 0.3, balance_alpha: 0.01, bias_gamma: 0.01 };
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
@@ -64,11 +66,14 @@ fn check_logits(name: &str, found: &[Vec<f32>], g: &Golden) {
 
 #[test]
 fn logits_fp32() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_logits_fp32);
+}
+
+fn check_logits_fp32(ctx: &Ctx) {
     for g in all() {
-        let model = g.model(&ctx);
-        let params = g.params(&ctx, &model.layout, Precision::Fp32);
-        check_logits(&g.name, &logits(&ctx, &model, &params, &g.batch(&ctx), None), &g);
+        let model = g.model(ctx);
+        let params = g.params(ctx, &model.layout, Precision::Fp32);
+        check_logits(&g.name, &logits(ctx, &model, &params, &g.batch(ctx), None), &g);
     }
 }
 
@@ -76,16 +81,19 @@ fn logits_fp32() {
 /// the lowest index.
 #[test]
 fn routing_fp32() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_routing_fp32);
+}
+
+fn check_routing_fp32(ctx: &Ctx) {
     let mut tokens = 0;
     for g in all() {
-        let model = g.model(&ctx);
-        let params = g.params(&ctx, &model.layout, Precision::Fp32);
-        let batch = g.batch(&ctx);
-        let f = pass::forward(&ctx, &model, &params, &batch, &weights(&batch), None);
+        let model = g.model(ctx);
+        let params = g.params(ctx, &model.layout, Precision::Fp32);
+        let batch = g.batch(ctx);
+        let f = pass::forward(ctx, &model, &params, &batch, &weights(&batch), None);
         let (k, e) = (g.config.num_experts_per_tok, g.config.n_routed_experts);
         for t in &f.traces {
-            let found = t.indices.view().i32();
+            let found = t.indices.view().to_i32();
             let expected = g.i32(&format!("router.{}.indices", t.layer));
             let scores = g.f32(&format!("router.{}.scores", t.layer));
             assert_eq!(found.len(), expected.len(), "{}", g.name);
@@ -131,10 +139,13 @@ fn gradients(
 
 #[test]
 fn losses_and_gradients_fp32() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_losses_and_gradients_fp32);
+}
+
+fn check_losses_and_gradients_fp32(ctx: &Ctx) {
     let mut tensors = 0;
     for g in all() {
-        let (grads, losses) = gradients(&ctx, &g, Precision::Fp32, &weights(&g.batch(&ctx)), None);
+        let (grads, losses) = gradients(ctx, &g, Precision::Fp32, &weights(&g.batch(ctx)), None);
         for (name, found) in ["main", "mtp", "seq"].iter().zip(losses) {
             let expected = f64::from(g.f32(&format!("loss.{name}"))[0]);
             assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{}: loss.{name} {found}, {expected}", g.name);
@@ -160,11 +171,14 @@ fn losses_and_gradients_fp32() {
 /// The cross-entropy alone: what transformers itself trains.
 #[test]
 fn gradients_of_the_main_loss_fp32() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_gradients_of_the_main_loss_fp32);
+}
+
+fn check_gradients_of_the_main_loss_fp32(ctx: &Ctx) {
     for name in ["v3", "v2_lite", "v3_yarn"] {
         let g = Golden::read(name);
-        let w = LossWeights { mtp: 0.0, balance: Vec::new(), ..weights(&g.batch(&ctx)) };
-        let (grads, _) = gradients(&ctx, &g, Precision::Fp32, &w, None);
+        let w = LossWeights { mtp: 0.0, balance: Vec::new(), ..weights(&g.batch(ctx)) };
+        let (grads, _) = gradients(ctx, &g, Precision::Fp32, &w, None);
         assert!(!g.names("gm.").is_empty());
         for t in g.names("gm.") {
             close(&format!("{name}: {t}"), &gradient(&grads, &t), &g.f32(&format!("gm.{t}")), F32).unwrap();
@@ -174,21 +188,25 @@ fn gradients_of_the_main_loss_fp32() {
 
 #[test]
 fn ten_adamw_steps_fp32() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_ten_adamw_steps_fp32);
+}
+
+fn check_ten_adamw_steps_fp32(ctx: &Ctx) {
     for g in all().iter().filter(|g| g.name != TIES) {
-        let model = g.model(&ctx);
-        let params = g.params(&ctx, &model.layout, Precision::Fp32);
+        let model = g.model(ctx);
+        let params = g.params(ctx, &model.layout, Precision::Fp32);
         let layout = model.layout.clone();
-        let mut trainer = Trainer::new(&ctx, model, params, ADAMW, OBJECTIVE);
+        let mut trainer = Trainer::new(ctx, model, params, ADAMW, OBJECTIVE);
         let sequences = g.sequences();
         let (losses, norms) = (g.f32("adamw.losses"), g.f32("adamw.norms"));
         for (i, (&loss, &norm)) in losses.iter().zip(&norms).enumerate() {
-            let r = trainer.step(&ctx, std::slice::from_ref(&sequences), 1e-3);
+            let r = trainer.step(ctx, std::slice::from_ref(&sequences), 1e-3);
             let (a, b) = (r.losses.total(), f64::from(loss));
             assert!((a - b).abs() <= 1e-4 * b, "{}: loss of step {i}: {a}, expected {b}", g.name);
             assert!((r.grad_norm - norm).abs() <= 1e-3 * norm, "{}: norm of step {i}: {}, {norm}", g.name, r.grad_norm);
         }
-        let arena = trainer.params.master.view().f32();
+        let arena = trainer.params.master.host();
+        let arena = arena.view().f32();
         for name in g.names("adamw.w.") {
             let (before, after) = (g.f32(&format!("w.{name}")), g.f32(&format!("adamw.w.{name}")));
             let now = part(&layout, arena, &name);
@@ -212,8 +230,8 @@ fn flips(ctx: &Ctx, g: &Golden, given: &Routing) -> (usize, usize) {
     let k = g.config.num_experts_per_tok;
     let (mut flips, mut choices) = (0, 0);
     for t in &free.traces {
-        let given = given[t.layer].as_ref().map(Buf::view).unwrap().i32();
-        for (a, b) in t.indices.view().i32().chunks(k).zip(given.chunks(k)) {
+        let given = given[t.layer].as_ref().map(Buf::view).unwrap().to_i32();
+        for (a, b) in t.indices.view().to_i32().chunks(k).zip(given.chunks(k)) {
             flips += a.iter().filter(|i| !b.contains(i)).count();
             choices += k;
         }
@@ -225,13 +243,16 @@ fn flips(ctx: &Ctx, g: &Golden, given: &Routing) -> (usize, usize) {
 /// gradient; the flips that would have been are counted.
 #[test]
 fn bf16_with_replayed_routing() {
-    let ctx = ctx();
+    contexts().iter().for_each(check_bf16_with_replayed_routing);
+}
+
+fn check_bf16_with_replayed_routing(ctx: &Ctx) {
     let (mut flipped, mut choices, mut lowest) = (0, 0, (1.0f64, String::new()));
     for g in all() {
-        let model = g.model(&ctx);
-        let params = g.params(&ctx, &model.layout, Precision::Bf16);
-        let routing = golden_routing(&ctx, &g);
-        let batch = g.batch(&ctx);
+        let model = g.model(ctx);
+        let params = g.params(ctx, &model.layout, Precision::Bf16);
+        let routing = golden_routing(ctx, &g);
+        let batch = g.batch(ctx);
         let mut check = |what: String, found: &[f32], expected: &[f32]| {
             let c = cosine(found, expected);
             assert!(c >= BF16_COSINE, "{what}: cosine {c}");
@@ -239,15 +260,15 @@ fn bf16_with_replayed_routing() {
                 lowest = (c, what);
             }
         };
-        for (k, found) in logits(&ctx, &model, &params, &batch, Some(&routing)).iter().enumerate() {
+        for (k, found) in logits(ctx, &model, &params, &batch, Some(&routing)).iter().enumerate() {
             let expected = if k == 0 { g.f32("logits") } else { g.f32(&format!("mtp.{k}.logits")) };
             check(format!("{}: logits of depth {k}", g.name), found, &expected);
         }
-        let (grads, _) = gradients(&ctx, &g, Precision::Bf16, &weights(&batch), Some(&routing));
+        let (grads, _) = gradients(ctx, &g, Precision::Bf16, &weights(&batch), Some(&routing));
         for name in g.names("g.") {
             check(format!("{}: gradient of {name}", g.name), &gradient(&grads, &name), &g.f32(&format!("g.{name}")));
         }
-        let (f, n) = flips(&ctx, &g, &routing);
+        let (f, n) = flips(ctx, &g, &routing);
         (flipped, choices) = (flipped + f, choices + n);
     }
     println!("bf16: lowest cosine {:.6} ({}); {flipped} of {choices} choices would have flipped", lowest.0, lowest.1);

@@ -4,10 +4,8 @@
 // Compiled with WIDE (every pointer is aligned to a vector).
 
 #define THREADS_OF 256
-#ifndef DEEP
-#define DEEP 1
-#endif
-#define BLOCK 8192
+// One wide access a thread: with two to eight the step takes 1 to 3 % longer.
+#define BLOCK (THREADS_OF * 4)
 
 struct Segment {
     // Blocks of the segments before.
@@ -58,28 +56,17 @@ extern "C" __global__ void __launch_bounds__(THREADS_OF)
     u64 start = u64(s.start_high) << 32 | s.start_low, end = u64(s.end_high) << 32 | s.end_low;
     u64 block = (start / BLOCK + (blockIdx.x - s.first)) * BLOCK;
     if (WIDE && block >= start && block + BLOCK <= end) {
-#pragma unroll 1
-        for (int first = 0; first < BLOCK; first += THREADS_OF * 4 * DEEP) {
-            u64 at = block + first + threadIdx.x * 4;
-            Vec<float> vw[DEEP], vg[DEEP], vm[DEEP], vv[DEEP];
+        u64 i = block + threadIdx.x * 4;
+        Vec<float> vw, vg, vm, vv;
+        vw.load(master + i), vg.load(grad + i), vm.load(m + i), vv.load(v + i);
+        float xw[4], xg[4], xm[4], xv[4];
+        vw.to(xw), vg.to(xg), vm.to(xm), vv.to(xv);
 #pragma unroll
-            for (int d = 0; d < DEEP; d++) {
-                u64 i = at + d * THREADS_OF * 4;
-                vw[d].load(master + i), vg[d].load(grad + i), vm[d].load(m + i), vv[d].load(v + i);
-            }
-#pragma unroll
-            for (int d = 0; d < DEEP; d++) {
-                u64 i = at + d * THREADS_OF * 4;
-                float xw[4], xg[4], xm[4], xv[4];
-                vw[d].to(xw), vg[d].to(xg), vm[d].to(xm), vv[d].to(xv);
-#pragma unroll
-                for (int j = 0; j < 4; j++) xw[j] = update(c, xw[j], xg[j], xm[j], xv[j]);
-                vw[d].from(xw), vm[d].from(xm), vv[d].from(xv);
-                vw[d].store(master + i), vm[d].store(m + i), vv[d].store(v + i);
-                if (compute) {
-                    *reinterpret_cast<uint2*>(compute + i) = make_uint2(narrow2(xw[0], xw[1]), narrow2(xw[2], xw[3]));
-                }
-            }
+        for (int j = 0; j < 4; j++) xw[j] = update(c, xw[j], xg[j], xm[j], xv[j]);
+        vw.from(xw), vm.from(xm), vv.from(xv);
+        vw.store(master + i), vm.store(m + i), vv.store(v + i);
+        if (compute) {
+            *reinterpret_cast<uint2*>(compute + i) = make_uint2(narrow2(xw[0], xw[1]), narrow2(xw[2], xw[3]));
         }
         return;
     }

@@ -6,8 +6,9 @@ use crate::DType::{Bf16, F32};
 use crate::cuda::{Cuda, Grid, Source, Value::Int, args, source};
 
 static SOURCE: Source = source!("adamw.cu");
-/// Elements of a block, counted from the arena's start.
-const BLOCK: usize = 8192;
+const THREADS: u32 = 256;
+/// Elements of a block, counted from the arena's start: a vector for each thread.
+const BLOCK: usize = 4 * THREADS as usize;
 
 /// One update of every element in a segment.
 pub(super) fn step(cuda: &Cuda, mut a: AdamW<'_>) {
@@ -43,5 +44,5 @@ pub(super) fn step(cuda: &Cuda, mut a: AdamW<'_>) {
         one_minus(a.beta2),
         a.eps,
     ];
-    cuda.launch(&kernel, Grid::new([blocks as u32, 1, 1], 256), &args);
+    cuda.launch(&kernel, Grid::new([blocks as u32, 1, 1], THREADS), &args);
 }

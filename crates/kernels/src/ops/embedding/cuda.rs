@@ -15,8 +15,7 @@ const TILE: usize = 1024;
 const BITS: u32 = 9;
 /// Warps of a block that sums.
 const SUM_WARPS: usize = 4;
-/// Rows that a warp has in flight.
-const DEPTH: usize = 8;
+const WARP: usize = 32;
 
 pub fn forward(cuda: &Cuda, ids: View<'_>, table: &Weight<'_>, mut y: ViewMut<'_>) {
     let (n, d) = (ids.len(), table.cols);
@@ -34,15 +33,10 @@ pub fn forward(cuda: &Cuda, ids: View<'_>, table: &Weight<'_>, mut y: ViewMut<'_
 pub fn backward(cuda: &Cuda, ids: View<'_>, dy: View<'_>, d: usize, mut dtable: ViewMut<'_>) {
     let (dtype, n, vocabulary) = (float(dy.dtype()), ids.len(), dtable.len() / d);
     let (ids, dy, dtable) = (ptr(ids, DType::I32), dy.ptr(), ptr_mut(&mut dtable, DType::F32));
-    const PACK: usize = 4;
-    let wide = d.is_multiple_of(PACK) && aligned(PACK * dtype.size(), &[dy]) && aligned(PACK * 4, &[dtable]);
-    let pack = if wide { PACK } else { 1 };
-    let defines = [
-        ("ELEM", Type(dtype)),
-        ("PACK", Int(pack as i64)),
-        ("DEPTH", Int(DEPTH as i64)),
-        ("SUM_WARPS", Int(SUM_WARPS as i64)),
-    ];
+    let pack = 16 / dtype.size();
+    let wide = d.is_multiple_of(pack) && aligned(16, &[dy, dtable]);
+    let pack = if wide { pack } else { 1 };
+    let defines = [("ELEM", Type(dtype)), ("PACK", Int(pack as i64))];
     let kernel = |name| cuda.kernel(&SOURCE, name, &defines);
 
     // Two places for ids and positions, between which the passes go.
@@ -63,8 +57,25 @@ pub fn backward(cuda: &Cuda, ids: View<'_>, dy: View<'_>, d: usize, mut dtable: 
         cuda.launch(&kernel("embedding_sort"), sort, &moved);
         (from_ids, from_positions) = (to, to_positions);
     }
-    let columns = blocks(d, 32 * pack * SUM_WARPS);
-    let grid = Grid::new([int(n) as u32, columns, 1], (32 * SUM_WARPS) as u32);
-    let sums = args![from_ids, from_positions, dy, dtable, int(n), int(d) as u32, int(vocabulary)];
+    // Blocks for the ids of many positions, a few columns each, and for those of few: see the kernel.
+    let threads = WARP * SUM_WARPS;
+    let windows = n.div_ceil(WARP);
+    let many_columns = d.div_ceil(threads * (if wide { 4 / dtype.size() } else { 1 }));
+    let few_columns = d.div_ceil(threads * pack);
+    let grid = Grid::new([blocks(windows * many_columns + n * few_columns, 1), 1, 1], threads as u32);
+    let [windows, many_columns, few_columns] = [windows, many_columns, few_columns].map(|x| int(x) as u32);
+    let table = [int(n), int(d), int(vocabulary)];
+    let sums = args![
+        from_ids,
+        from_positions,
+        dy,
+        dtable,
+        table[0],
+        table[1] as u32,
+        table[2],
+        windows,
+        many_columns,
+        few_columns
+    ];
     cuda.launch(&kernel("embedding_sum"), grid, &sums);
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
+    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, invariant_gpu, isas, levels, normals,
+    older_gpu, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -28,6 +29,18 @@ const SHAPES: [(usize, usize, usize); 18] = [
 
 fn wide(b: &Buf) -> Vec<f64> {
     b.view().to_f32().into_iter().map(f64::from).collect()
+}
+
+/// A context of every level, and of a GPU one for each family of kernels: the library's, ours, ours for older GPUs.
+#[track_caller]
+fn paths() -> Vec<Ctx> {
+    levels().into_iter().chain(invariant_gpu()).chain(older_gpu()).collect()
+}
+
+/// A context of every level that promises batch invariance.
+#[track_caller]
+fn invariant_paths() -> Vec<Ctx> {
+    isas().into_iter().map(|isa| crate::testing::ctx_of(2, isa)).chain(invariant_gpu()).chain(older_gpu()).collect()
 }
 
 /// Dense `[rows, cols]` placed with `ld`; the gaps hold NaN, which would show up if they were read.
@@ -62,6 +75,7 @@ impl Case {
     }
 
     fn run(&self, ctx: &Ctx, c: &mut Buf, accumulate: bool) {
+        let (a, b) = (ctx.here(self.a.clone()), ctx.here(self.b.clone()));
         let lda = if self.ta { self.m } else { self.k };
         let ldb = if self.tb { self.k } else { self.n };
         gemm(
@@ -70,9 +84,9 @@ impl Case {
                 m: self.m,
                 n: self.n,
                 k: self.k,
-                a: Mat { data: self.a.view(), ld: lda },
+                a: Mat { data: a.view(), ld: lda },
                 ta: self.ta,
-                b: Mat { data: self.b.view(), ld: ldb },
+                b: Mat { data: b.view(), ld: ldb },
                 tb: self.tb,
                 c: MatMut { data: c.view_mut(), ld: self.n },
                 accumulate,
@@ -96,7 +110,7 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference_in_every_layout_and_dtype() {
-    let levels = levels();
+    let paths = paths();
     for shape in SHAPES {
         for (ta, tb) in TRANSPOSES {
             for (da, db, dc) in
@@ -104,8 +118,8 @@ fn matches_reference_in_every_layout_and_dtype() {
             {
                 let case = Case::new(shape, (da, db), ta, tb);
                 let expected = case.expected();
-                for ctx in &levels {
-                    let mut c = buf(dc, &vec![7.0; case.m * case.n]);
+                for ctx in &paths {
+                    let mut c = buf_on(ctx, dc, &vec![7.0; case.m * case.n]);
                     case.run(ctx, &mut c, false);
                     assert_close(&format!("{shape:?} {ta} {tb} {da:?} {db:?}"), &c, &expected, op_tolerance(dc));
                 }
@@ -116,25 +130,49 @@ fn matches_reference_in_every_layout_and_dtype() {
 
 #[test]
 fn accumulating_adds_the_finished_product() {
-    let ctx = ctx();
-    for shape in SHAPES {
-        for dc in [F32, Bf16] {
-            let case = Case::new(shape, (F32, Bf16), false, true);
-            let old = buf(dc, &normals(3, case.m * case.n, 100.0));
-            let mut product = ctx.zeros(F32, case.m * case.n);
-            case.run(&ctx, &mut product, false);
-            let mut c = old.clone();
-            case.run(&ctx, &mut c, true);
-            let sums: Vec<f32> =
-                old.view().to_f32().iter().zip(product.view().f32()).map(|(old, new)| old + new).collect();
-            assert_same_bits(&format!("{shape:?}"), &c, &buf(dc, &sums));
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
+        for shape in SHAPES {
+            for (da, dc) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+                // Rows of C that are aligned in one type only may take another kernel, whose bits differ.
+                if ctx.device.as_cuda().is_some() && shape.1 % 8 == 4 {
+                    continue;
+                }
+                let case = Case::new(shape, (da, Bf16), false, true);
+                let old = buf(dc, &normals(3, case.m * case.n, 100.0));
+                let mut product = ctx.zeros(F32, case.m * case.n);
+                case.run(&ctx, &mut product, false);
+                let mut c = ctx.here(old.clone());
+                case.run(&ctx, &mut c, true);
+                let sums: Vec<f32> =
+                    old.view().to_f32().iter().zip(product.view().to_f32()).map(|(old, new)| old + new).collect();
+                assert_same_bits(&format!("{shape:?}"), &c, &buf(dc, &sums));
+            }
+        }
+    }
+}
+
+/// Also where the library computes it, and where a long sum is cut into pieces.
+#[test]
+fn gradients_of_weights_accumulate() {
+    for ctx in paths() {
+        for (m, n, k) in [(64, 136, 5000), (17, 33, 3001), (8, 8, 0)] {
+            for (da, db) in [(F32, F32), (Bf16, Bf16), (F32, Bf16)] {
+                let case = Case::new((m, n, k), (da, db), true, false);
+                let mut c = buf_on(&ctx, F32, &vec![2.0; m * n]);
+                case.run(&ctx, &mut c, true);
+                let expected: Vec<f64> = case.expected().iter().map(|x| x + 2.0).collect();
+                assert_close(&format!("{m}, {n}, {k}, {da:?}, {db:?}"), &c, &expected, op_tolerance(F32));
+                let mut again = buf_on(&ctx, F32, &vec![2.0; m * n]);
+                case.run(&ctx, &mut again, true);
+                assert_same_bits("twice", &c, &again);
+            }
         }
     }
 }
 
 #[test]
 fn strides_are_respected() {
-    for ctx in levels() {
+    for ctx in paths() {
         for (m, n, k) in [(9, 33, 20), (70, 65, 300), (1, 5, 3)] {
             for (ta, tb) in TRANSPOSES {
                 for d in [F32, Bf16] {
@@ -142,7 +180,8 @@ fn strides_are_respected() {
                     let (ra, ca) = if ta { (k, m) } else { (m, k) };
                     let (rb, cb) = if tb { (n, k) } else { (k, n) };
                     let (a, b) = (strided(&case.a, ra, ca, ca + 3), strided(&case.b, rb, cb, cb + 5));
-                    let mut c = buf(d, &vec![-3.0; m * (n + 2)]);
+                    let (a, b) = (ctx.here(a), ctx.here(b));
+                    let mut c = buf_on(&ctx, d, &vec![-3.0; m * (n + 2)]);
                     let g = Gemm {
                         m,
                         n,
@@ -155,12 +194,22 @@ fn strides_are_respected() {
                         accumulate: false,
                     };
                     gemm(&ctx, g);
-                    let mut dense = ctx.zeros(d, m * n);
-                    case.run(&ctx, &mut dense, false);
-                    let (c, dense) = (c.view().to_f32(), dense.view().to_f32());
+                    let c = c.view().to_f32();
                     for i in 0..m {
-                        assert_eq!(c[i * (n + 2)..][..n], dense[i * n..][..n], "row {i}");
                         assert_eq!(c[i * (n + 2) + n..][..2], [-3.0, -3.0], "gap after row {i}");
+                    }
+                    let rows: Vec<f32> = c.chunks_exact(n + 2).flat_map(|row| &row[..n]).copied().collect();
+                    assert_close(
+                        &format!("{m}, {n}, {k}, {ta}, {tb}"),
+                        &buf(d, &rows),
+                        &case.expected(),
+                        op_tolerance(d),
+                    );
+                    // Kernels of our own take the same order of sums however operands lie in memory.
+                    if ctx.device.as_cuda().is_none_or(|cuda| cuda.invariant()) {
+                        let mut dense = ctx.zeros(d, m * n);
+                        case.run(&ctx, &mut dense, false);
+                        assert_same_bits("strided and dense", &buf(d, &rows), &dense);
                     }
                 }
             }
@@ -195,7 +244,7 @@ fn same_bits_for_every_thread_count() {
 #[test]
 fn a_row_does_not_depend_on_the_batch() {
     rows_alone_and_in_company(&ctx(), 1..=M);
-    for ctx in levels() {
+    for ctx in invariant_paths() {
         rows_alone_and_in_company(&ctx, (1..=17).chain([31, 33, 48, 64, 100, M - 1, M]));
     }
 }
@@ -211,8 +260,8 @@ fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Cl
                 // Negative zeros and exact zeros too: a sum's sign of zero is part of its bits.
                 let mut x = normals(5, M * k, 1.0);
                 x.iter_mut().step_by(3).for_each(|x| *x *= 0.0);
-                let b = buf(d, &normals(6, k * n, 1.0));
-                let a = buf(d, &x);
+                let b = buf_on(ctx, d, &normals(6, k * n, 1.0));
+                let a = buf_on(ctx, d, &x);
                 let rows = |first: usize, m: usize| {
                     let mut c = ctx.zeros(F32, m * n);
                     let g = Gemm {
@@ -227,15 +276,14 @@ fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Cl
                         accumulate: false,
                     };
                     gemm(ctx, g);
-                    c
+                    c.view().to_f32()
                 };
                 let all = rows(0, M);
                 for m in counts.clone() {
                     let firsts = if m == 1 { (0..M).collect() } else { vec![(m * 37) % (M - m + 1)] };
                     for first in firsts {
                         let part = rows(first, m);
-                        let (found, expected) = (part.view().f32(), &all.view().f32()[first * n..][..m * n]);
-                        let same = found.iter().zip(expected).all(|(x, y)| x.to_bits() == y.to_bits());
+                        let same = part.iter().zip(&all[first * n..][..m * n]).all(|(x, y)| x.to_bits() == y.to_bits());
                         assert!(same, "{m} rows from {first}, n {n}, k {k}, {d:?}, tb {tb}");
                     }
                 }
@@ -247,19 +295,26 @@ fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Cl
 /// Also where the batch is large enough for the largest tiles, which the microkernels block otherwise.
 #[test]
 fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
-    let ctx = &ctx();
-    for (m, n, k, d) in [(2048, 512, 300, F32), (2048, 512, 300, Bf16), (1200, 700, 601, F32)] {
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
+        large_batches(&ctx);
+    }
+}
+
+fn large_batches(ctx: &Ctx) {
+    let ours = [(2048, 512, 300, F32), (2048, 512, 300, Bf16), (1200, 700, 601, F32), (1500, 1400, 256, Bf16)];
+    for (m, n, k, d) in ours {
         for tb in [false, true] {
             let all = Case::new((m, n, k), (d, d), false, tb);
             let mut c = ctx.zeros(F32, m * n);
             all.run(ctx, &mut c, false);
+            let c = c.view().to_f32();
             let few = [(0, 1), (m - 1, 1), (m / 2, 7), (m / 3, 12), (239, 40), (200, 100)];
             for (first, rows) in few {
                 let x = &all.a.view().to_f32()[first * k..(first + rows) * k];
                 let part = Case { m: rows, n, k, a: buf(d, x), b: all.b.clone(), ta: false, tb };
                 let mut found = ctx.zeros(F32, rows * n);
                 part.run(ctx, &mut found, false);
-                let expected = buf(F32, &c.view().f32()[first * n..(first + rows) * n]);
+                let expected = buf(F32, &c[first * n..(first + rows) * n]);
                 assert_same_bits(&format!("{rows} rows from {first} of {m}, {n}, {k}, tb {tb}"), &found, &expected);
             }
         }
@@ -268,11 +323,12 @@ fn a_row_of_a_large_batch_has_the_bits_it_has_alone() {
 
 #[test]
 fn linear_and_its_gradients() {
-    for ctx in levels() {
+    for ctx in paths() {
         for (n, rows, cols) in [(1, 40, 64), (70, 33, 100), (0, 5, 6), (300, 128, 48)] {
             for d in [F32, Bf16] {
-                let (x, w) = (buf(d, &normals(7, n * cols, 1.0)), buf(d, &normals(8, rows * cols, 0.1)));
-                let dy = buf(d, &normals(9, n * rows, 1.0));
+                let (x, w) =
+                    (buf_on(&ctx, d, &normals(7, n * cols, 1.0)), buf_on(&ctx, d, &normals(8, rows * cols, 0.1)));
+                let dy = buf_on(&ctx, d, &normals(9, n * rows, 1.0));
                 let weight = Weight { data: w.view(), experts: 1, rows, cols };
                 let mut y = ctx.zeros(d, n * rows);
                 linear(&ctx, x.view(), &weight, y.view_mut());
@@ -284,13 +340,17 @@ fn linear_and_its_gradients() {
                 // All of a matrix, and all but the first two columns of a wider one.
                 for first in [0, 2] {
                     let ld = first + cols;
-                    let mut dw = buf(F32, &vec![1.0; rows * ld]);
+                    let mut dw = buf_on(&ctx, F32, &vec![1.0; rows * ld]);
                     let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
-                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c);
-                    let expected: Vec<f64> = (0..rows * ld)
-                        .map(|i| 1.0 + (i % ld).checked_sub(first).map_or(0.0, |c| ew[i / ld * cols + c]))
-                        .collect();
-                    assert_close("dw", &dw, &expected, op_tolerance(F32));
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
+                    let expected = |base: f64| -> Vec<f64> {
+                        let at = |i: usize| (i % ld).checked_sub(first).map(|c| ew[i / ld * cols + c] + base);
+                        (0..rows * ld).map(|i| at(i).unwrap_or(1.0)).collect()
+                    };
+                    assert_close("dw", &dw, &expected(1.0), op_tolerance(F32));
+                    let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
+                    linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, false);
+                    assert_close("overwritten dw", &dw, &expected(0.0), op_tolerance(F32));
                 }
             }
         }
@@ -310,15 +370,16 @@ fn a_short_operand_is_refused() {
 /// Large enough for the largest tiles of every level, more rows than are turned at once included.
 #[test]
 fn the_largest_tiles() {
-    for ctx in levels() {
+    for ctx in paths() {
         let case = Case::new((2048, 2048, 40), (Bf16, Bf16), true, false);
         let (a, b) = (wide(&case.a), wide(&case.b));
         let mut c = ctx.zeros(F32, case.m * case.n);
         case.run(&ctx, &mut c, false);
+        let c = c.view().to_f32();
         for i in (0..case.m).step_by(37) {
             for j in (0..case.n).step_by(41) {
                 let exact: f64 = (0..case.k).map(|k| a[k * case.m + i] * b[k * case.n + j]).sum();
-                let found = f64::from(c.view().f32()[i * case.n + j]);
+                let found = f64::from(c[i * case.n + j]);
                 assert!((found - exact).abs() < 1e-4, "[{i}, {j}]: {found}, expected {exact}");
             }
         }

@@ -60,6 +60,7 @@ pub fn backward_weight(
     rows: usize,
     cols: usize,
     dw: ViewMut<'_>,
+    accumulate: bool,
 ) {
     let ranges = ranges(offsets, [(x.len(), cols), (dy.len(), rows)]);
     let products = ranges.iter().enumerate().map(|(e, r)| Product {
@@ -71,5 +72,5 @@ pub fn backward_weight(
         c: e * rows * cols,
         ldc: cols,
     });
-    run(cpu, &products.collect::<Vec<_>>(), dw, true);
+    run(cpu, &products.collect::<Vec<_>>(), dw, accumulate);
 }

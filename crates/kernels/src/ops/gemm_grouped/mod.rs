@@ -5,8 +5,10 @@
 //! unchanged.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
+pub(super) mod sm90;
 #[cfg(test)]
 mod tests;
 
@@ -17,7 +19,7 @@ pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: Vie
     let _timer = ctx.timer("gemm_grouped forward");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, x, offsets, w, y),
         Device::Cpu(cpu) => cpu::forward(cpu, x, offsets.i32(), w, y),
     }
 }
@@ -27,12 +29,13 @@ pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &We
     let _timer = ctx.timer("gemm_grouped backward input");
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward_input(cuda, dy, offsets, w, dx),
         Device::Cpu(cpu) => cpu::backward_input(cpu, dy, offsets.i32(), w, dx),
     }
 }
 
-/// `dW_e[out, in]` += `dy[rows of e]`^T `x[rows of e]`; dW f32 `[E, out, in]`.
+/// `dW_e[out, in]` (+)= `dy[rows of e]`^T `x[rows of e]`; dW f32 `[E, out, in]`. Without rows an expert's is unchanged,
+/// or zero if it is overwritten.
 pub fn grouped_backward_weight(
     ctx: &Ctx,
     x: View<'_>,
@@ -41,11 +44,12 @@ pub fn grouped_backward_weight(
     rows: usize,
     cols: usize,
     dw: ViewMut<'_>,
+    accumulate: bool,
 ) {
     let _timer = ctx.timer("gemm_grouped backward weight");
     assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
-        Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw),
+        Device::Cuda(cuda) => cuda::backward_weight(cuda, x, dy, offsets, rows, cols, dw, accumulate),
+        Device::Cpu(cpu) => cpu::backward_weight(cpu, x, dy, offsets.i32(), rows, cols, dw, accumulate),
     }
 }

@@ -1,7 +1,8 @@
 use super::*;
 use crate::ops::gemm;
 use crate::testing::{
-    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
+    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, invariant_gpu, isas, levels, normals,
+    older_gpu, op_tolerance, thread_counts,
 };
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
@@ -44,21 +45,27 @@ impl Case {
         self.offsets[self.offsets.len() - 1] as usize
     }
 
-    fn weight(&self) -> Weight<'_> {
-        Weight { data: self.w.view(), experts: self.offsets.len() - 1, rows: self.rows, cols: self.cols }
+    fn weight<'a>(&self, w: &'a Buf) -> Weight<'a> {
+        Weight { data: w.view(), experts: self.offsets.len() - 1, rows: self.rows, cols: self.cols }
     }
 
     /// (y, dx, dW); outputs start as 5.
     fn run(&self, ctx: &Ctx) -> (Buf, Buf, Buf) {
         let d = self.w.dtype();
-        let fives = |d, len| buf(d, &vec![5.0; len]);
+        let fives = |d, len| buf_on(ctx, d, &vec![5.0; len]);
         let (mut y, mut dx) = (fives(d, self.dy.len()), fives(d, self.x.len()));
         let mut dw = fives(F32, self.w.len());
-        let offsets = ctx.from_i32(&self.offsets);
-        grouped(ctx, self.x.view(), offsets.view(), &self.weight(), y.view_mut());
-        grouped_backward_input(ctx, self.dy.view(), offsets.view(), &self.weight(), dx.view_mut());
-        let (x, dy) = (self.x.view(), self.dy.view());
-        grouped_backward_weight(ctx, x, dy, offsets.view(), self.rows, self.cols, dw.view_mut());
+        let here = |b: &Buf| ctx.here(b.clone());
+        let (x, dy, w, offsets) = (here(&self.x), here(&self.dy), here(&self.w), ctx.from_i32(&self.offsets));
+        grouped(ctx, x.view(), offsets.view(), &self.weight(&w), y.view_mut());
+        grouped_backward_input(ctx, dy.view(), offsets.view(), &self.weight(&w), dx.view_mut());
+        let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, dw.view_mut(), true);
+        // Zero and then added to is the same as overwritten.
+        let (mut added, mut fresh) = (ctx.zeros(F32, dw.len()), fives(F32, dw.len()));
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, added.view_mut(), true);
+        grouped_backward_weight(ctx, x, dy, offsets, self.rows, self.cols, fresh.view_mut(), false);
+        assert!(added.view().to_f32() == fresh.view().to_f32(), "an overwritten dW");
         (y, dx, dw)
     }
 }
@@ -79,9 +86,9 @@ fn reference_gradients() {
 
 #[test]
 fn matches_reference() {
-    for ctx in levels() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
         for counts in COUNTS {
-            for (rows, cols) in [(48, 64), (33, 257), (1, 5)] {
+            for (rows, cols) in [(48, 64), (33, 257), (1, 5), (136, 264)] {
                 for d in [F32, Bf16] {
                     let case = Case::new(counts, rows, cols, d);
                     let n = case.n();
@@ -104,10 +111,14 @@ fn matches_reference() {
 
 #[test]
 fn rows_beyond_the_last_offset_stay_untouched() {
-    let case = Case::new(&[3, 0, 2], 8, 16, F32);
-    let (y, dx, _) = case.run(&ctx());
-    assert!(y.view().f32()[5 * 8..].iter().all(|x| *x == 5.0));
-    assert!(dx.view().f32()[5 * 16..].iter().all(|x| *x == 5.0));
+    for ctx in [Some(ctx()), gpu(), older_gpu()].into_iter().flatten() {
+        for d in [F32, Bf16] {
+            let case = Case::new(&[3, 0, 2], 8, 16, d);
+            let (y, dx, _) = case.run(&ctx);
+            assert!(y.view().to_f32()[5 * 8..].iter().all(|x| *x == 5.0));
+            assert!(dx.view().to_f32()[5 * 16..].iter().all(|x| *x == 5.0));
+        }
+    }
 }
 
 #[test]
@@ -130,20 +141,53 @@ fn same_bits_for_every_thread_count() {
 /// Every expert's rows have the bits of a plain product of those rows alone, whatever the others got.
 #[test]
 fn a_row_does_not_depend_on_the_split() {
-    let ctx = ctx();
-    for d in [F32, Bf16] {
-        let case = Case::new(&[1, 0, 17, 33, 130, 1, 7], 40, 300, d);
-        let (y, dx, _) = case.run(&ctx);
-        for e in 0..case.offsets.len() - 1 {
-            let w = case.weight().expert(e);
-            for t in case.offsets[e] as usize..case.offsets[e + 1] as usize {
-                let (mut y1, mut dx1) = (ctx.zeros(d, 40), ctx.zeros(d, 300));
-                gemm::linear(&ctx, case.x.view().slice(t * 300..(t + 1) * 300), &w, y1.view_mut());
-                let dy = case.dy.view().slice(t * 40..(t + 1) * 40);
-                gemm::linear_backward_input(&ctx, dy, &w, dx1.view_mut(), false);
-                assert_eq!(y1.view().to_f32(), y.view().to_f32()[t * 40..(t + 1) * 40], "y of row {t}");
-                assert_eq!(dx1.view().to_f32(), dx.view().to_f32()[t * 300..(t + 1) * 300], "dx of row {t}");
+    for ctx in [Some(ctx()), invariant_gpu(), older_gpu()].into_iter().flatten() {
+        for (rows, cols) in [(40, 300), (64, 256)] {
+            for d in [F32, Bf16] {
+                rows_alone(&ctx, &Case::new(&[1, 0, 17, 33, 130, 1, 7], rows, cols, d));
             }
+        }
+    }
+}
+
+fn rows_alone(ctx: &Ctx, case: &Case) {
+    let (rows, cols, d) = (case.rows, case.cols, case.w.dtype());
+    let (y, dx, _) = case.run(ctx);
+    let (y, dx) = (y.view().to_f32(), dx.view().to_f32());
+    let (x, dy, w) = (ctx.here(case.x.clone()), ctx.here(case.dy.clone()), ctx.here(case.w.clone()));
+    for e in 0..case.offsets.len() - 1 {
+        let w = case.weight(&w).expert(e);
+        for t in case.offsets[e] as usize..case.offsets[e + 1] as usize {
+            let (mut y1, mut dx1) = (ctx.zeros(d, rows), ctx.zeros(d, cols));
+            gemm::linear(ctx, x.view().slice(t * cols..(t + 1) * cols), &w, y1.view_mut());
+            let dy = dy.view().slice(t * rows..(t + 1) * rows);
+            gemm::linear_backward_input(ctx, dy, &w, dx1.view_mut(), false);
+            assert_eq!(y1.view().to_f32(), y[t * rows..(t + 1) * rows], "y of row {t}");
+            assert_eq!(dx1.view().to_f32(), dx[t * cols..(t + 1) * cols], "dx of row {t}");
+        }
+    }
+}
+
+/// Many experts, most of them with few rows or none, as a trained router leaves them; the same bits when run again.
+#[test]
+fn many_experts() {
+    let counts: Vec<i32> = (0..96).map(|e| if e % 3 == 0 { 0 } else { 40 / (1 + e) }).chain([200]).collect();
+    for ctx in levels().into_iter().chain(older_gpu()) {
+        for d in [F32, Bf16] {
+            let case = Case::new(&counts, 24, 40, d);
+            let (y, dx, dw) = case.run(&ctx);
+            let (wx, wdy, ww) = (wide(&case.x), wide(&case.dy), wide(&case.w));
+            let n = case.n();
+            let ey = reference::forward(&wx, &case.offsets, &ww, 24, 40);
+            let (ex, ew) = reference::backward(&wx, &wdy, &case.offsets, &ww, 24, 40);
+            let first = |b: &Buf, len: usize| buf(d, &b.view().to_f32()[..len]);
+            assert_close("y", &first(&y, n * 24), &ey, op_tolerance(d));
+            assert_close("dx", &first(&dx, n * 40), &ex, op_tolerance(d));
+            assert_close("dw", &dw, &ew.iter().map(|w| w + 5.0).collect::<Vec<_>>(), op_tolerance(F32));
+            let again = case.run(&ctx);
+            assert_same_bits("y twice", &y, &again.0);
+            assert_same_bits("dx twice", &dx, &again.1);
+            assert_same_bits("dw twice", &dw, &again.2);
         }
     }
 }

@@ -2,9 +2,6 @@
 // fixed order, then the tensors one after the other.
 
 #define THREADS_OF 256
-#ifndef DEEP
-#define DEEP 4
-#endif
 #define BLOCK 32768
 // The second launch is one block.
 #define WARPS 32
@@ -39,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_OF)
     const float* x = grad + block;
     bool aligned = u64(x) % 16 == 0;
     double sum[4] = {0.0, 0.0, 0.0, 0.0};
-#pragma unroll DEEP
+#pragma unroll 4
     for (int first = 0; first < BLOCK; first += THREADS_OF * 4) {
         int i = first + threadIdx.x * 4;
         float own[4];

@@ -1,6 +1,7 @@
 // What the head does with the logits of some tokens over one slice of the vocabulary: f32 [tokens, cols], rows `ld`
-// apart, ids first..first + cols. A block of BLOCK threads has a row; what it leaves depends on that row alone, at most
-// SLICE ids (a multiple of 4 BLOCK); `ld` is a multiple of 4. T is the type in which gradients of logits are written.
+// apart, ids first..first + cols. A block of BLOCK threads has a row, and what it leaves depends on that row alone.
+// A slice has at most SLICE ids (a multiple of 4 BLOCK); `ld` is a multiple of 4. DZ is the type of gradients of
+// logits.
 
 #define VECS (SLICE / (4 * BLOCK))
 // A target past the vocabulary, which the host cannot see, gets this log-probability.
@@ -122,8 +123,8 @@ head_finish(int n, const Row* rows, const int* targets, float* lse, float* logp,
     for (int i = 0; i < k; i++) top[r * k + i] = float(top[r * k + i] - all);
 }
 
-// Floats as integers that sort alike, a NaN as the lowest, both zeros as one; `id` in the lower half so that among equals
-// the lowest comes first in descending order. Never 0.
+// Floats as integers that sort alike, a NaN as the lowest, both zeros as one; `id` in the lower half so that among
+// equals the lowest comes first in descending order. Never 0.
 DEV float ranked(float z) { return z == 0.0f ? 0.0f : fmaxf(z, -INF); }
 DEV u64 key_of(float z, int id) {
     u32 bits = __float_as_uint(z);
@@ -205,8 +206,8 @@ head_top(const float* logits, i64 ld, int cols, int first, float scale, int k, i
 }
 
 // Logits in, their gradients out, in the same memory: row r of DZ begins where row r of f32 did.
-// dz = e^(z - lse) (all + spread (z - lse + entropy)), plus the gradients at single ids; the division by the temperature
-// is in the factors. d_entropy is read if SPREAD, given ids and their gradients (g a row) if GIVEN.
+// dz = e^(z - lse) (all + spread (z - lse + entropy)), plus the gradients at single ids; the division by the
+// temperature is in the factors. d_entropy is read if SPREAD, given ids and their gradients (g a row) if GIVEN.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 head_gradient(float* logits, i64 ld, int cols, int first, float scale, const int* targets, const float* lse,
               const float* entropy, const float* d_logp, const float* d_entropy, const int* given,

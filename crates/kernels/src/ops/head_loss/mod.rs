@@ -11,6 +11,7 @@ mod cpu;
 mod cuda;
 #[cfg(test)]
 mod reference;
+mod sm90;
 #[cfg(test)]
 mod tests;
 

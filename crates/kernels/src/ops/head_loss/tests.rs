@@ -109,8 +109,9 @@ fn widen(b: &Buf) -> Vec<f64> {
     b.view().to_f32().iter().map(|&x| f64::from(x)).collect()
 }
 
-/// N, D, V, G: one id, one id each side of a slice, ragged, more rows than a task, several slices, of a GPU too.
-const SHAPES: [[usize; 4]; 11] = [
+/// N, D, V, G: one id, one id each side of a slice, ragged, more rows than a task, several slices, of a GPU too, and
+/// several of its pieces.
+const SHAPES: [[usize; 4]; 13] = [
     [1, 1, 1, 1],
     [3, 8, SLICE - 1, 2],
     [5, 16, SLICE, 0],
@@ -122,6 +123,8 @@ const SHAPES: [[usize; 4]; 11] = [
     [5, 16, WIDE + 1, 3],
     [9, 24, 2 * WIDE + 77, 0],
     [131, 72, 300, 0],
+    [600, 8, 700, 1],
+    [600, 8, 700, 0],
 ];
 
 fn each_case(ctx: &Ctx, mut f: impl FnMut(DType, Case)) {

@@ -2,6 +2,7 @@
 //! All three buffers have one dtype; a copy rounds nothing.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -28,7 +29,8 @@ pub struct Store<'a> {
     pub cache: ViewMut<'a>,
 }
 
-/// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach.
+/// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach: a CPU panics and names the token, a
+/// GPU stops with an assertion of the device.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
     let _timer = ctx.timer("kv_store");
     let (n, c, r) = (a.slots.len(), a.latent, a.rope);
@@ -42,7 +44,7 @@ pub fn store(ctx: &Ctx, a: Store<'_>) {
         a.cache.len()
     );
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::store(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.cache.dtype(), T => cpu::store::<T>(cpu, a)),
     }
 }

@@ -1,11 +1,11 @@
 use super::{Store, reference, store};
-use crate::testing::{assert_same_bits, buf, contexts, ctx, levels, normals};
+use crate::testing::{assert_same_bits, buf, buf_on, contexts, ctx, levels, normals};
 use crate::{Buf, Ctx, DType};
 
 fn run(ctx: &Ctx, dtype: DType, latent: usize, rope: usize, stride: usize, slots: &[i32], tokens: usize) -> Buf {
-    let c_kv = buf(dtype, &normals(1, slots.len() * latent, 1.0));
-    let k_pe = buf(dtype, &normals(2, slots.len() * stride, 1.0));
-    let mut cache = buf(dtype, &normals(3, tokens * (latent + rope), 1.0));
+    let c_kv = buf_on(ctx, dtype, &normals(1, slots.len() * latent, 1.0));
+    let k_pe = buf_on(ctx, dtype, &normals(2, slots.len() * stride, 1.0));
+    let mut cache = buf_on(ctx, dtype, &normals(3, tokens * (latent + rope), 1.0));
     let slots = ctx.from_i32(slots);
     let a = Store {
         c_kv: c_kv.view(),

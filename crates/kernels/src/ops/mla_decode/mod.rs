@@ -5,6 +5,7 @@
 //! q, cache and out have one dtype. A query that sees no key gets zeros and a log-sum-exp of -inf.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -47,32 +48,39 @@ pub fn forward(ctx: &Ctx, a: Decode<'_>) {
     let _timer = ctx.timer("mla_decode");
     check(&a);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, a),
         Device::Cpu(cpu) => by_dtype!(a.q.dtype(), T => cpu::forward::<T>(cpu, a)),
     }
 }
 
 fn check(a: &Decode<'_>) {
     let (h, c, width) = (a.heads, a.latent, a.latent + a.rope);
-    let (cu_q, lengths, table) = (a.cu_q.i32(), a.lengths.i32(), a.block_table.i32());
+    let (seqs, table) = (a.lengths.len(), a.block_table.len());
     assert!(h > 0 && c > 0, "attention of {h} heads over latents of {c}");
-    assert_eq!(cu_q.len(), lengths.len() + 1, "cumulative query lengths of {} sequences", lengths.len());
-    assert!(cu_q[0] == 0 && cu_q.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu_q:?}");
-    let nq = cu_q[lengths.len()] as usize;
+    assert_eq!(a.cu_q.len(), seqs + 1, "cumulative query lengths of {seqs} sequences");
+    let nq = if a.cu_q.is_host() {
+        let cu_q = a.cu_q.i32();
+        assert!(cu_q[0] == 0 && cu_q.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu_q:?}");
+        cu_q[seqs] as usize
+    } else {
+        a.q.len() / (h * width)
+    };
     assert_eq!(a.q.len(), nq * h * width, "q of {nq} queries x {h} heads x {width}");
     assert_eq!(a.out.len(), nq * h * c, "out of {nq} queries x {h} heads x {c}");
     assert_eq!(a.lse.len(), nq * h, "lse of {nq} queries x {h} heads");
     assert!(a.cache.len().is_multiple_of(BLOCK * width), "a cache of {} elements, rows of {width}", a.cache.len());
-    let blocks = a.cache.len() / (BLOCK * width);
-    if lengths.is_empty() {
+    if seqs == 0 {
+        assert_eq!(nq, 0, "queries without a sequence");
         return;
     }
-    assert!(
-        table.len().is_multiple_of(lengths.len()),
-        "a block table of {} for {} sequences",
-        table.len(),
-        lengths.len()
-    );
+    assert!(table.is_multiple_of(seqs), "a block table of {table} for {seqs} sequences");
+    if a.lengths.is_host() {
+        check_blocks(a.lengths.i32(), a.block_table.i32(), a.cache.len() / (BLOCK * width));
+    }
+}
+
+/// Asserts that every sequence's blocks are in a cache of `blocks`.
+fn check_blocks(lengths: &[i32], table: &[i32], blocks: usize) {
     let max_blocks = table.len() / lengths.len();
     for (s, &keys) in lengths.iter().enumerate() {
         let held = usize::try_from(keys).unwrap_or_else(|_| panic!("sequence {s} has {keys} keys")).div_ceil(BLOCK);

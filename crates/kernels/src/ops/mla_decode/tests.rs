@@ -57,13 +57,14 @@ impl Case {
         let (mut out, mut lse) = (ctx.zeros(self.q.dtype(), n * self.latent), ctx.zeros(DType::F32, n));
         let (table, cu_q, lengths) =
             (ctx.from_i32(&self.block_table), ctx.from_i32(&self.cu_q), ctx.from_i32(&self.lengths));
+        let (q, cache) = (ctx.here(self.q.clone()), ctx.here(self.cache.clone()));
         let a = Decode {
             heads: self.heads,
             latent: self.latent,
             rope: self.rope,
             scale: self.scale(),
-            q: self.q.view(),
-            cache: self.cache.view(),
+            q: q.view(),
+            cache: cache.view(),
             block_table: table.view(),
             cu_q: cu_q.view(),
             lengths: lengths.view(),

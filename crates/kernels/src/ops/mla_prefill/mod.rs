@@ -1,16 +1,20 @@
 //! Attention of MLA in its multi-head form, for training and prefill: tiled (no T x T buffer), varlen, causal,
 //! unequal head dims. Query head = `[P nope | R rope]`, key head = `[P from kv_up | R shared k_pe]`, value head = W.
 //! score = (q . k) * scale in f32, softmax in f32; all is summed in f32, outputs are rounded once. With inputs of bf16,
-//! levels that multiply bf16 round the probabilities, and in backward the gradients of the scores, before the products
-//! with values, keys and queries, as FlashAttention does.
+//! levels that multiply bf16, and GPUs, round the probabilities, and in backward the gradients of the scores, before the
+//! products with values, keys and queries, as FlashAttention does.
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
 //! others, to the bit.
 
+mod any;
 mod backward;
 mod cpu;
+mod cuda;
 mod panels;
 #[cfg(test)]
 pub(super) mod reference;
+mod sm90_backward;
+mod sm90_forward;
 #[cfg(test)]
 mod tests;
 pub(super) mod tile;
@@ -59,7 +63,7 @@ pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: Vi
     assert_eq!(out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
     assert_eq!(lse.len(), nq * h, "lse of {nq} queries x {h} heads");
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::forward(cuda, shape, &x, out, lse),
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => cpu::forward::<T>(cpu, &Problem::new(shape, &x), T::of_mut(out), lse.f32()))
         }
@@ -97,7 +101,7 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     assert_eq!(b.dkv_up.len(), nk * h * (p + w), "dkv_up of {nk} keys x {h} heads x {p} + {w}");
     check_rows("dk_pe", b.dk_pe.len(), nk, r, b.dk_pe_stride);
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::backward(cuda, shape, &x, b),
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
         }
@@ -124,16 +128,24 @@ impl<'a> Problem<'a> {
 fn check(shape: &Shape, x: &Inputs<'_>) -> (usize, usize) {
     let Shape { heads: h, nope: p, rope: r, v: w, .. } = *shape;
     assert!(h > 0 && p + r > 0 && w > 0, "attention of {h} heads of {p} + {r} and {w}");
-    let (cu_q, cu_k) = (x.cu_q.i32(), x.cu_k.i32());
-    assert_eq!(cu_q.len(), cu_k.len(), "cumulative lengths of queries and keys");
-    for cu in [cu_q, cu_k] {
-        assert!(cu.first() == Some(&0) && cu.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu:?}");
-    }
-    let (nq, nk) = (cu_q[cu_q.len() - 1] as usize, cu_k[cu_k.len() - 1] as usize);
+    assert_eq!(x.cu_q.len(), x.cu_k.len(), "cumulative lengths of queries and keys");
+    let (nq, nk) = if x.cu_q.is_host() {
+        (total(x.cu_q.i32()), total(x.cu_k.i32()))
+    } else {
+        // The last cumulative lengths are on the device.
+        assert!(!x.cu_q.is_empty(), "cumulative lengths start at 0");
+        (x.q.len() / (h * (p + r)), x.kv_up.len() / (h * (p + w)))
+    };
     assert_eq!(x.q.len(), nq * h * (p + r), "q of {nq} queries x {h} heads x {p} + {r}");
     assert_eq!(x.kv_up.len(), nk * h * (p + w), "kv_up of {nk} keys x {h} heads x {p} + {w}");
     check_rows("k_pe", x.k_pe.len(), nk, r, shape.k_pe_stride);
     (nq, nk)
+}
+
+/// The last of cumulative lengths in host memory.
+fn total(cu: &[i32]) -> usize {
+    assert!(cu.first() == Some(&0) && cu.is_sorted(), "cumulative lengths start at 0 and do not fall: {cu:?}");
+    cu[cu.len() - 1] as usize
 }
 
 /// Asserts that `len` elements hold `n` rows of `width` that lie `stride` apart.

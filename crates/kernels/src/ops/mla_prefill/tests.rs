@@ -1,6 +1,7 @@
 use super::{Backward, Inputs, Shape, backward, forward, reference};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, ctx, finite_difference, isas, levels, normals, op_tolerance, thread_counts,
+    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, isas, levels, normals, op_tolerance,
+    thread_counts,
 };
 use crate::{Buf, Ctx, DType, Level};
 use hadal_numerics::Tolerance;
@@ -60,16 +61,6 @@ impl Case {
         }
     }
 
-    fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            q: self.q.view(),
-            kv_up: self.kv_up.view(),
-            k_pe: self.k_pe.view(),
-            cu_q: self.cu_q.view(),
-            cu_k: self.cu_k.view(),
-        }
-    }
-
     fn reference(&self) -> reference::Inputs {
         reference::Inputs {
             q: f64s(&self.q),
@@ -82,24 +73,29 @@ impl Case {
 
     fn run(&self, ctx: &Ctx) -> Results {
         let (dtype, s) = (self.q.dtype(), self.shape);
+        let here = |b: &Buf| ctx.here(b.clone());
+        let (q, kv_up, k_pe, dout) = (here(&self.q), here(&self.kv_up), here(&self.k_pe), here(&self.dout));
+        let (cu_q, cu_k) = (here(&self.cu_q), here(&self.cu_k));
+        let inputs =
+            Inputs { q: q.view(), kv_up: kv_up.view(), k_pe: k_pe.view(), cu_q: cu_q.view(), cu_k: cu_k.view() };
         let mut r = Results {
             out: ctx.zeros(dtype, self.dout.len()),
             lse: ctx.zeros(DType::F32, self.dout.len() / s.v),
             dq: ctx.zeros(dtype, self.q.len()),
             dkv_up: ctx.zeros(dtype, self.kv_up.len()),
-            dk_pe: buf(dtype, &vec![7.0; self.k_pe.len()]),
+            dk_pe: buf_on(ctx, dtype, &vec![7.0; self.k_pe.len()]),
         };
-        forward(ctx, s, self.inputs(), r.out.view_mut(), r.lse.view_mut());
+        forward(ctx, s, inputs, r.out.view_mut(), r.lse.view_mut());
         let b = Backward {
             out: r.out.view(),
             lse: r.lse.view(),
-            dout: self.dout.view(),
+            dout: dout.view(),
             dq: r.dq.view_mut(),
             dkv_up: r.dkv_up.view_mut(),
             dk_pe: r.dk_pe.view_mut(),
             dk_pe_stride: s.k_pe_stride,
         };
-        backward(ctx, s, self.inputs(), b);
+        backward(ctx, s, inputs, b);
         r
     }
 
@@ -112,8 +108,8 @@ impl Case {
         let g = reference::backward(s, &x, &f64s(&r.out), &f64s(&self.dout));
         assert_close(&format!("out, {name}"), &r.out, &out, tol);
         assert_close(&format!("lse, {name}"), &r.lse, &lse, Tolerance::F32_OP);
-        let cpu = ctx.host();
-        let rounds_again = self.q.dtype() == DType::Bf16 && cpu.isa().level() >= Level::Avx512Bf16;
+        let multiplies_bf16 = ctx.device.as_cuda().is_some() || ctx.host().isa().level() >= Level::Avx512Bf16;
+        let rounds_again = self.q.dtype() == DType::Bf16 && multiplies_bf16;
         let tol = if rounds_again { Tolerance::BF16_ATTENTION } else { tol };
         assert_close(&format!("dq, {name}"), &r.dq, &g.dq, tol);
         assert_close(&format!("dkv_up, {name}"), &r.dkv_up, &g.dkv_up, tol);
@@ -127,6 +123,12 @@ impl Case {
 
 fn f64s(b: &Buf) -> Vec<f64> {
     b.view().to_f32().into_iter().map(f64::from).collect()
+}
+
+/// Head dims and strides in whole vectors of 16 bytes, V3's own among them: other kernels take them where there are.
+fn even_shapes() -> Vec<Shape> {
+    let even = |shape: Shape| Shape { k_pe_stride: shape.rope + 8, ..shape };
+    vec![even(shape(2, 16, 8, 16)), even(shape(2, 32, 16, 32)), even(shape(2, 128, 64, 128))]
 }
 
 /// V3's head (128 + 64, 128) scaled down, ragged widths, no nope part, no rope part.
@@ -169,7 +171,10 @@ fn agrees_with_the_reference() {
                     Case::new(dtype, shape, batch).check(&ctx);
                 }
             }
-            Case::new(dtype, shape(1, 128, 64, 128), &[(66, 66)]).check(&ctx);
+            for shape in even_shapes() {
+                Case::new(dtype, shape, &[(64, 64), (1, 1), (65, 65)]).check(&ctx);
+                Case::new(dtype, shape, &[(70, 129), (80, 70), (1, 130)]).check(&ctx);
+            }
             Case::new(dtype, shape(1, 8, 4, 8), &[(300, 300)]).check(&ctx);
         }
     }
@@ -189,7 +194,8 @@ fn large_scores_neither_overflow_nor_vanish() {
         let worst = out.iter().zip(f64s(&r.out)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(worst < 1e-3, "out is off by {worst}");
         for b in [&r.dq, &r.dkv_up] {
-            assert!(b.view().f32().iter().all(|x| x.is_finite()) && b.view().f32().iter().any(|x| *x != 0.0));
+            let b = b.view().to_f32();
+            assert!(b.iter().all(|x| x.is_finite()) && b.iter().any(|x| *x != 0.0));
         }
     }
 }
@@ -199,10 +205,11 @@ fn a_query_without_keys_gets_zeros() {
     for ctx in levels() {
         let case = Case::new(DType::F32, shape(2, 4, 4, 6), &[(70, 3)]);
         let r = case.run(&ctx);
-        assert!(r.lse.view().f32()[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));
-        assert!(r.out.view().f32()[..67 * 2 * 6].iter().all(|&x| x == 0.0));
-        assert!(r.dq.view().f32()[..67 * 2 * 8].iter().all(|&x| x == 0.0));
-        assert!(r.lse.view().f32()[67 * 2..].iter().all(|x| x.is_finite()));
+        let (out, lse, dq) = (r.out.view().to_f32(), r.lse.view().to_f32(), r.dq.view().to_f32());
+        assert!(lse[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));
+        assert!(out[..67 * 2 * 6].iter().all(|&x| x == 0.0));
+        assert!(dq[..67 * 2 * 8].iter().all(|&x| x == 0.0));
+        assert!(lse[67 * 2..].iter().all(|x| x.is_finite()));
     }
 }
 
@@ -227,6 +234,13 @@ fn thread_count_changes_no_bit() {
     }
 }
 
+/// Small heads in both dtypes, and the even ones in bf16.
+fn kinds() -> Vec<(DType, Shape)> {
+    let small = shape(2, 12, 6, 10);
+    let even = even_shapes().into_iter().map(|shape| (DType::Bf16, shape));
+    [(DType::F32, small), (DType::Bf16, small)].into_iter().chain(even).collect()
+}
+
 /// A buffer's elements from `at * width` on, `n * width` of them.
 fn rows(b: &Buf, at: usize, n: usize, width: usize) -> Buf {
     buf(b.dtype(), &b.view().to_f32()[at * width..(at + n) * width])
@@ -235,8 +249,7 @@ fn rows(b: &Buf, at: usize, n: usize, width: usize) -> Buf {
 #[test]
 fn a_sequence_alone_equals_itself_among_others() {
     for ctx in levels() {
-        for dtype in [DType::F32, DType::Bf16] {
-            let s = shape(2, 12, 6, 10);
+        for (dtype, s) in kinds() {
             let sequences = [(67, 67), (130, 130), (5, 100), (1, 1)];
             let all = Case::new(dtype, s, &sequences);
             let r = all.run(&ctx);
@@ -263,8 +276,8 @@ fn a_sequence_alone_equals_itself_among_others() {
 /// A prompt prefilled in chunks gives each token the bits that the whole prompt gives it.
 #[test]
 fn chunks_equal_the_whole() {
-    for (ctx, dtype) in levels().iter().flat_map(|ctx| [(ctx, DType::F32), (ctx, DType::Bf16)]) {
-        let (s, n) = (shape(2, 12, 6, 10), 150);
+    for (ctx, (dtype, s)) in levels().iter().flat_map(|ctx| kinds().into_iter().map(move |kind| (ctx, kind))) {
+        let n = 150;
         let whole = Case::new(dtype, s, &[(n, n)]);
         let r = whole.run(ctx);
         for (from, to) in [(0, 37), (37, 101), (101, 102), (102, 150)] {

@@ -1,8 +1,8 @@
 // RMSNorm. A team of TEAM threads holds a row in registers between the sum over it and what is made of it, so that
 // every element is read once. A team is a warp, of which a block has ROWS, or a block of several warps (ROWS is 1).
 //
-// Defines: ELEM (the elements' type), WIDE (rows begin at 16 bytes and their length is a multiple of 16 bytes), TEAM, ROWS, and
-// PER_THREAD, the packs of a row that one thread holds at most: TEAM * PER_THREAD packs are at least a row's.
+// Defines: ELEM (the elements' type), WIDE (rows begin at 16 bytes and their length is a multiple of 16 bytes), TEAM,
+// ROWS, and PER_THREAD, the packs of a row that one thread holds at most: TEAM * PER_THREAD packs are at least a row's.
 
 typedef ELEM T;
 #if WIDE
@@ -128,20 +128,19 @@ extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
         }
 }
 
-// The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's BLOCK_ROWS, STEP of
+// The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's `block_rows`, STEP of
 // them in flight. What the warps found is added in their order, then what the blocks found in theirs.
 #define WARPS 8
-#define BLOCK_ROWS 256
 #define STEP 4
 
 // Of one block of rows: added to dw if it is the only one, else to `partial[blocks][d]`.
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     rmsnorm_backward_weight(const T* dy, const T* x, i64 x_stride, const float* rstd, float* partial, float* dw, int n,
-                            int d) {
+                            int d, int block_rows) {
     __shared__ float sums[WARPS][WARP * N];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int at = (blockIdx.x * WARP + lane) * N;
-    const int begin = blockIdx.y * BLOCK_ROWS, end = min(begin + BLOCK_ROWS, n);
+    const int begin = blockIdx.y * block_rows, end = min(begin + block_rows, n);
     float sum[N] = {};
     if (at < d) {
         int row = begin + warp;
@@ -189,12 +188,21 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
         partial[i64(blockIdx.y) * d + column] = total;
 }
 
-// dw += the blocks' sums, in their order.
-extern "C" __global__ void rmsnorm_backward_weight_sum(const float* partial, float* dw, int blocks, int d) {
-    const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= d) return;
-    float total = 0.0f;
-#pragma unroll 16
-    for (int b = 0; b < blocks; b++) total += partial[i64(b) * d + column];
+// dw += the blocks' sums: a warp adds every WARPS-th of them, in order, then the warps' sums are added in theirs.
+extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+    rmsnorm_backward_weight_sum(const float* partial, float* dw, int blocks, int d) {
+    __shared__ float sums[WARPS][WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (column < d) {
+#pragma unroll 8
+        for (int b = warp; b < blocks; b += WARPS) sum += partial[i64(b) * d + column];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= d) return;
+    float total = sums[0][lane];
+#pragma unroll
+    for (int i = 1; i < WARPS; i++) total += sums[i][lane];
     dw[column] += total;
 }

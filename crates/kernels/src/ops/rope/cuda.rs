@@ -9,7 +9,7 @@ static SOURCE: Source = source!("rope.cu");
 
 /// Threads of a block: the kernel's THREADS.
 const THREADS: usize = 256;
-/// What a thread rotates before it goes on: the kernel's STEP.
+/// Parts that a thread has in flight.
 const STEP: usize = 4;
 /// Most tokens of a block, and most angles, which lie in its shared memory.
 const TOKENS: usize = 32;

@@ -3,14 +3,11 @@
 // loads are under way before the table is computed.
 //
 // Defines: ELEM (the elements' type), INTERLEAVED (pairs (2i, 2i + 1), else (i, i + width / 2)), WIDE (16 bytes at a
-// time: every head begins at 16 bytes, and its parts of pairs are multiples of 16 bytes).
+// time: every head begins at 16 bytes, and its parts of pairs are multiples of 16 bytes), STEP (parts of a thread in
+// flight).
 
 typedef ELEM T;
 #define THREADS 256
-// Parts of a thread in flight.
-#ifndef STEP
-#define STEP 4
-#endif
 
 // What a thread rotates at once: PAIRS pairs, in one pack of 16 bytes or two.
 #if WIDE

@@ -5,9 +5,11 @@
 //! cumulative probability exceeds it. Ties in rank go to the lowest id.
 //!
 //! A logit of minus infinity is a forbidden id. A NaN, plus infinity or a row that forbids everything is a contract
-//! breach: the model upstream has diverged, and a token drawn from it would hide that.
+//! breach: the model upstream has diverged, and a token drawn from it would hide that. A CPU panics and names the row,
+//! a GPU stops with an assertion of the device, which ends the process.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -53,7 +55,7 @@ pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_
         assert!((0.0..=1.0).contains(&top_p), "sample: row {r} has top_p {top_p}, expected 0..=1");
     }
     match &ctx.device {
-        Device::Cuda(_) => crate::cuda::missing(),
+        Device::Cuda(cuda) => cuda::sample(cuda, logits, params, tokens, logp),
         Device::Cpu(cpu) => cpu::sample(cpu, logits.f32(), params, tokens.i32(), logp.f32()),
     }
 }

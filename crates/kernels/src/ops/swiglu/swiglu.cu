@@ -1,7 +1,7 @@
 // SwiGLU, element by element in f32: y = silu(gate) * up, and its gradient in place.
 //
 // Defines: ELEM (the elements' type), WIDE (rows of `width` elements begin at 16 bytes and are a multiple of 16 bytes
-// long), TEAM (backward: threads that share a row, a warp or a whole block).
+// long), TEAM (backward: threads that share a row, a warp or a whole block), STEP (packs of a thread in flight).
 
 typedef ELEM T;
 #if WIDE
@@ -18,10 +18,6 @@ struct Pack {
 #endif
 static constexpr int N = Pack::N;
 
-// Packs of a thread in flight.
-#ifndef STEP
-#define STEP 2
-#endif
 #define THREADS 256
 
 // 1 / (1 + e^-x); where e^-x is infinite, 0. The reciprocal is off by one unit of the last place at most.
@@ -89,7 +85,6 @@ DEV float backward_pack(Pack& d, Pack& gate, Pack& up, float weight) {
 
 // dy becomes weights * y, gate_up its gradient, and d_weights dy . y, of the first `rows` rows. weights and d_weights
 // may both be null: then all weights are 1.
-#if TEAM
 extern "C" __global__ void __launch_bounds__(TEAM == WARP ? THREADS : TEAM)
     swiglu_backward(T* dy, T* gate_up, const int* rows, const float* weights, float* d_weights, i64 n, u32 width) {
     const i64 live = rows ? min(i64(rows[0]), n) : n;
@@ -124,4 +119,3 @@ extern "C" __global__ void __launch_bounds__(TEAM == WARP ? THREADS : TEAM)
     dot = block_sum<TEAM>(dot, scratch);
     if (threadIdx.x % TEAM == 0) d_weights[row] = dot;
 }
-#endif

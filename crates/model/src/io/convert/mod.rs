@@ -15,7 +15,7 @@ use super::save::{shard_name, vacant};
 use super::{Checkpoint, IoError};
 use crate::ModelConfig;
 use hadal_files::{Disk, Lock, Staged};
-use hadal_kernels::{Ctx, Device};
+use hadal_kernels::Ctx;
 use hadal_numerics::block::ScaleFormat;
 use plan::Plan;
 use serde_json::json;

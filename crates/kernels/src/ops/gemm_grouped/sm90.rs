@@ -1,0 +1,357 @@
+//! Launching `sm90.cu`: BF16 products on Hopper's matrix units, one or one per expert. What an expert has is read on the
+//! device; the host knows capacities only.
+
+use crate::cuda::{Cuda, Grid, Source, Swizzle, TensorMap, Value::Int, Value::Type, args, source};
+use crate::ops::gemm::Gemm;
+use crate::{DType, View, ViewMut, Weight};
+
+static SOURCE: Source = source!(sm90, "sm90.cu");
+
+/// Experts whose offsets fit into shared memory beside the largest ring.
+const MAX_EXPERTS: usize = 320;
+
+/// A row-major matrix in the GPU's memory, or the first of a stack.
+#[derive(Clone, Copy)]
+struct Matrix {
+    ptr: u64,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    ld: usize,
+}
+
+impl Matrix {
+    fn of(view: View<'_>, rows: usize, cols: usize, ld: usize) -> Self {
+        Self { ptr: view.ptr(), dtype: view.dtype(), rows, cols, ld }
+    }
+
+    /// Bytes of a row.
+    fn pitch(&self) -> u64 {
+        (self.ld * self.dtype.size()) as u64
+    }
+
+    /// What the copy engine asks of addresses and strides, and the window's base below of them.
+    fn fits(&self) -> bool {
+        let limit = 1 << 30;
+        self.ptr.is_multiple_of(16)
+            && self.pitch().is_multiple_of(16)
+            && self.rows < limit
+            && self.cols < limit
+            && self.pitch().checked_mul(self.rows as u64).is_some_and(|bytes| bytes < self.ptr && bytes < 1 << 40)
+    }
+
+    /// Copied in boxes of `lines` rows by 128 bytes.
+    fn tile(&self, lines: usize) -> [u32; 3] {
+        [(128 / self.dtype.size()) as u32, lines as u32, 1]
+    }
+
+    /// Coordinates (column, row, which of `count` matrices one after another).
+    fn stack(&self, cuda: &Cuda, count: usize, lines: usize) -> TensorMap {
+        let dims = [self.cols, self.rows, count].map(|d| d as u64);
+        let strides = [self.pitch(), self.pitch() * self.rows as u64];
+        cuda.tensor_map(self.ptr, self.dtype, &dims, &strides, &self.tile(lines), Swizzle::B128)
+    }
+
+    /// Coordinates (column, rows - size + row, offset + size) of a segment of `size` rows at `offset`: a row past its
+    /// end lies outside.
+    fn window(&self, cuda: &Cuda, lines: usize) -> TensorMap {
+        let dims = [self.cols, self.rows, self.rows + 1].map(|d| d as u64);
+        let strides = [self.pitch(); 2];
+        let base = self.ptr.wrapping_sub(self.pitch() * self.rows as u64);
+        cuda.tensor_map(base, self.dtype, &dims, &strides, &self.tile(lines), Swizzle::B128)
+    }
+}
+
+/// Shape of a block's tile and of its ring; see `sm90.cu`. A row's bits are the same with all of them.
+#[derive(Clone, Copy)]
+struct Tile {
+    bm: usize,
+    bn: usize,
+    stages: usize,
+    cluster: usize,
+    /// Time of 64 of k, in nanoseconds on an H200: arithmetic for the large tile, latencies for the small ones.
+    step: usize,
+}
+
+const TILES: [Tile; 5] = [
+    Tile { bm: 128, bn: 256, stages: 4, cluster: 2, step: 640 },
+    Tile { bm: 128, bn: 128, stages: 5, cluster: 2, step: 360 },
+    Tile { bm: 64, bn: 256, stages: 4, cluster: 1, step: 430 },
+    Tile { bm: 64, bn: 128, stages: 7, cluster: 1, step: 290 },
+    Tile { bm: 64, bn: 64, stages: 10, cluster: 1, step: 260 },
+];
+
+impl Tile {
+    /// The fastest for `groups` products of about `m` by `n` each.
+    fn of(groups: usize, m: usize, n: usize, sms: usize) -> Self {
+        let time = |t: &Self| (groups * m.div_ceil(t.bm) * n.div_ceil(t.bn)).div_ceil(sms) * t.step;
+        let best = TILES.iter().min_by_key(|t| time(t));
+        *best.unwrap_or(&TILES[0])
+    }
+
+    /// Warpgroups that multiply.
+    fn groups(&self) -> usize {
+        if self.bm * self.bn <= 4096 { 1 } else { 2 }
+    }
+
+    /// The kernel's `Shared` with its tables.
+    fn shared(&self, experts: usize) -> u32 {
+        let ring = self.stages * (self.bm + self.bn) * 128;
+        (ring + self.groups() * 2 * 8192 + self.stages * 16 + (experts + 1) * 8) as u32
+    }
+}
+
+/// C (+)= op(A) op(B), or one product per expert.
+struct Product<'a> {
+    /// A is stored [k, m]; B is stored [k, n].
+    trans: (bool, bool),
+    a: Matrix,
+    b: Matrix,
+    c: Matrix,
+    n: usize,
+    k: usize,
+    experts: usize,
+    offsets: Option<View<'a>>,
+    accumulate: bool,
+}
+
+impl Product<'_> {
+    fn run(&self, cuda: &Cuda) {
+        if [self.a.rows, self.c.rows, self.n, self.experts].contains(&0) {
+            return;
+        }
+        let m = if self.trans.0 { self.c.rows } else { self.a.rows.div_ceil(self.experts) };
+        self.run_by(cuda, &Tile::of(self.experts, m, self.n, cuda.sms() as usize));
+    }
+
+    fn run_by(&self, cuda: &Cuda, tile: &Tile) {
+        let (ta, tb) = self.trans;
+        let (a, b, c) = (&self.a, &self.b, &self.c);
+        let defines = [
+            ("TA", Int(ta.into())),
+            ("TB", Int(tb.into())),
+            ("OUT", Type(c.dtype)),
+            ("ADD", Int(self.accumulate.into())),
+            ("GROUPED", Int(self.offsets.is_some().into())),
+            ("BM", Int(tile.bm as i64)),
+            ("BN", Int(tile.bn as i64)),
+            ("STAGES", Int(tile.stages as i64)),
+            ("CLUSTER", Int(tile.cluster as i64)),
+            ("BAND", Int(16)),
+        ];
+        let kernel = cuda.kernel(&SOURCE, "sm90_gemm", &defines);
+        let map_a = a.window(cuda, if ta { 64 } else { tile.bm.min(128) });
+        let map_b = match (ta, tb) {
+            (true, true) => b.window(cuda, 64),
+            (_, true) => b.stack(cuda, self.experts, 64),
+            (_, false) => b.stack(cuda, self.experts, tile.bn / 2),
+        };
+        let map_c = if ta { c.stack(cuda, self.experts, 64) } else { c.window(cuda, 64) };
+        // With offsets on the device the number of tiles is not known here; idle blocks leave at once.
+        let blocks = (cuda.sms() as usize / tile.cluster * tile.cluster) as u32;
+        let grid = Grid::new([blocks, 1, 1], 128 * (1 + tile.groups() as u32))
+            .shared(tile.shared(self.experts))
+            .cluster(tile.cluster as u32);
+        let offsets = self.offsets.map_or(0, |o| o.ptr());
+        cuda.launch(
+            &kernel,
+            grid,
+            &args![
+                map_a,
+                map_b,
+                map_c,
+                offsets,
+                self.experts as i32,
+                c.rows as i32,
+                self.n as i32,
+                self.k as i32,
+                a.rows as i32
+            ],
+        );
+    }
+}
+
+fn fits(cuda: &Cuda, experts: usize, a: &Matrix, b: &Matrix, c: &Matrix) -> bool {
+    cuda.has_wgmma()
+        && experts <= MAX_EXPERTS
+        && a.dtype == DType::Bf16
+        && b.dtype == DType::Bf16
+        && [a, b, c].iter().all(|x| x.fits())
+}
+
+/// Rows that both buffers of grouped rows have.
+fn capacity(x: View<'_>, in_cols: usize, y: View<'_>, out_cols: usize) -> usize {
+    (x.len() / in_cols).min(y.len() / out_cols)
+}
+
+fn rows(view: View<'_>, rows: usize, cols: usize) -> Matrix {
+    Matrix::of(view, rows, cols, cols)
+}
+
+fn weight(w: &Weight<'_>) -> Matrix {
+    Matrix::of(w.data, w.rows, w.cols, w.cols)
+}
+
+/// Whether [`forward`] takes these; or, given dy and dx, [`backward_input`]. It does not depend on the number of rows.
+pub fn supports(cuda: &Cuda, x: View<'_>, w: &Weight<'_>, y: &ViewMut<'_>) -> bool {
+    let (x, y) = (rows(x, 1, 8), rows(y.as_view(), 1, 8));
+    let both = w.cols.is_multiple_of(8) && w.rows.is_multiple_of(8) && w.cols > 0 && w.rows > 0;
+    both && fits(cuda, w.experts, &x, &weight(w), &y)
+}
+
+fn forward_product<'a>(x: View<'_>, offsets: View<'a>, w: &Weight<'_>, y: &ViewMut<'_>) -> Product<'a> {
+    let cap = capacity(x, w.cols, y.as_view(), w.rows);
+    Product {
+        trans: (false, false),
+        a: rows(x, cap, w.cols),
+        b: weight(w),
+        c: rows(y.as_view(), cap, w.rows),
+        n: w.rows,
+        k: w.cols,
+        experts: w.experts,
+        offsets: Some(offsets),
+        accumulate: false,
+    }
+}
+
+/// `y[row, out]` = `x[row, in]` W_e^T.
+pub fn forward(cuda: &Cuda, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
+    forward_product(x, offsets, w, &y).run(cuda);
+}
+
+fn input_product<'a>(dy: View<'_>, offsets: View<'a>, w: &Weight<'_>, dx: &ViewMut<'_>) -> Product<'a> {
+    let cap = capacity(dy, w.rows, dx.as_view(), w.cols);
+    Product {
+        trans: (false, true),
+        a: rows(dy, cap, w.rows),
+        b: weight(w),
+        c: rows(dx.as_view(), cap, w.cols),
+        n: w.cols,
+        k: w.rows,
+        experts: w.experts,
+        offsets: Some(offsets),
+        accumulate: false,
+    }
+}
+
+/// `dx[row, in]` = `dy[row, out]` W_e.
+pub fn backward_input(cuda: &Cuda, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
+    input_product(dy, offsets, w, &dx).run(cuda);
+}
+
+/// Whether [`backward_weight`] takes these.
+pub fn supports_weight(cuda: &Cuda, x: View<'_>, dy: View<'_>, r: usize, cols: usize, dw: &ViewMut<'_>) -> bool {
+    let both = r.is_multiple_of(8) && cols.is_multiple_of(8) && r > 0 && cols > 0;
+    both && {
+        let experts = dw.len() / (r * cols);
+        fits(cuda, experts, &rows(dy, 1, r), &rows(x, 1, cols), &rows(dw.as_view(), r, cols))
+    }
+}
+
+fn weight_product<'a>(
+    x: View<'_>,
+    dy: View<'_>,
+    offsets: View<'a>,
+    (r, cols): (usize, usize),
+    dw: &ViewMut<'_>,
+) -> Product<'a> {
+    let cap = capacity(x, cols, dy, r);
+    Product {
+        trans: (true, true),
+        a: rows(dy, cap, r),
+        b: rows(x, cap, cols),
+        c: rows(dw.as_view(), r, cols),
+        n: cols,
+        k: 0,
+        experts: offsets.len() - 1,
+        offsets: Some(offsets),
+        accumulate: true,
+    }
+}
+
+/// `dW_e[out, in]` += `dy[rows of e]`^T `x[rows of e]`.
+pub fn backward_weight(
+    cuda: &Cuda,
+    x: View<'_>,
+    dy: View<'_>,
+    offsets: View<'_>,
+    r: usize,
+    cols: usize,
+    dw: ViewMut<'_>,
+) {
+    weight_product(x, dy, offsets, (r, cols), &dw).run(cuda);
+}
+
+fn matrices(g: &Gemm<'_>) -> [Matrix; 3] {
+    let (ra, ca) = if g.ta { (g.k, g.m) } else { (g.m, g.k) };
+    let (rb, cb) = if g.tb { (g.n, g.k) } else { (g.k, g.n) };
+    [
+        Matrix::of(g.a.data, ra, ca, g.a.ld),
+        Matrix::of(g.b.data, rb, cb, g.b.ld),
+        Matrix::of(g.c.data.as_view(), g.m, g.n, g.c.ld),
+    ]
+}
+
+/// Whether [`dense`] takes these.
+pub fn supports_dense(cuda: &Cuda, g: &Gemm<'_>) -> bool {
+    let [a, b, c] = matrices(g);
+    g.k > 0 && fits(cuda, 1, &a, &b, &c)
+}
+
+/// C (+)= op(A) op(B) with the bits of a row independent of the other rows.
+pub fn dense(cuda: &Cuda, g: Gemm<'_>) {
+    let [a, b, c] = matrices(&g);
+    Product { trans: (g.ta, !g.tb), a, b, c, n: g.n, k: g.k, experts: 1, offsets: None, accumulate: g.accumulate }
+        .run(cuda);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+    use crate::testing::{assert_close, assert_same_bits, buf, buf_on, gpu, normals, op_tolerance, skipped};
+    use crate::{Buf, bf16};
+
+    fn wide(b: &Buf) -> Vec<f64> {
+        b.view().to_f32().into_iter().map(f64::from).collect()
+    }
+
+    /// Experts with none, one, more than a tile's rows; columns that no tile divides.
+    #[test]
+    fn every_tile_gives_the_same_bits() {
+        let Some(ctx) = gpu() else { return };
+        let Some(cuda) = ctx.device.as_cuda().filter(|c| c.has_wgmma()) else { return skipped("no wgmma") };
+        let (offsets, out, cols) = ([0, 5, 305, 305, 306, 434, 504], 264, 392);
+        let (n, experts) = (504, offsets.len() - 1);
+        let host = |stream, len, scale| buf(DType::Bf16, &normals(stream, len, scale));
+        let (x, dy, w) = (host(1, n * cols, 1.0), host(2, n * out, 1.0), host(3, experts * out * cols, 0.1));
+        let expected_y = reference::forward(&wide(&x), &offsets, &wide(&w), out, cols);
+        let (expected_dx, expected_dw) = reference::backward(&wide(&x), &wide(&dy), &offsets, &wide(&w), out, cols);
+        let expected_dw: Vec<f64> = expected_dw.iter().map(|w| w + 5.0).collect();
+        let upload = |b: &Buf| buf_on(&ctx, DType::Bf16, &b.view().to_f32());
+        let (x, dy, w, at) = (upload(&x), upload(&dy), upload(&w), ctx.from_i32(&offsets));
+        let weight = Weight::stacked(w.view(), experts, out, cols);
+        let mut first: Option<[Buf; 3]> = None;
+        for tile in &TILES {
+            let mut y = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * out]);
+            let mut dx = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * cols]);
+            let mut dw = buf_on(&ctx, DType::F32, &vec![5.0; experts * out * cols]);
+            forward_product(x.view(), at.view(), &weight, &y.view_mut()).run_by(cuda, tile);
+            input_product(dy.view(), at.view(), &weight, &dx.view_mut()).run_by(cuda, tile);
+            weight_product(x.view(), dy.view(), at.view(), (out, cols), &dw.view_mut()).run_by(cuda, tile);
+            match &first {
+                None => {
+                    assert_close("y", &y, &expected_y, op_tolerance(DType::Bf16));
+                    assert_close("dx", &dx, &expected_dx, op_tolerance(DType::Bf16));
+                    assert_close("dw", &dw, &expected_dw, op_tolerance(DType::F32));
+                    first = Some([y, dx, dw]);
+                }
+                Some([y0, dx0, dw0]) => {
+                    assert_same_bits("y", y0, &y);
+                    assert_same_bits("dx", dx0, &dx);
+                    assert_same_bits("dw", dw0, &dw);
+                }
+            }
+        }
+    }
+}

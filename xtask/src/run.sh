@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs hadal's suite on this machine's GPU and writes report.txt beside itself; exits non-zero if anything failed.
+# Needs the GPU's driver, NVRTC and cuBLASLt. `run.sh NAME ...` runs some of the parts alone.
+set -uo pipefail
+cd "$(dirname "$0")"
+export HADAL_GOLDENS=$PWD/goldens
+export HADAL_CACHE=${HADAL_CACHE:-$PWD/cache}
+# Kernels are compiled for every architecture, not only for this machine's.
+export HADAL_TEST_ARCHS=${HADAL_TEST_ARCHS:-all}
+parts=("$@")
+[ ${#parts[@]} = 0 ] && parts=(kernels engine train golden cache memcheck racecheck)
+log=$(mktemp)
+: > report.txt
+say() { echo "$*" | tee -a report.txt; }
+
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -n 1)
+say "gpu: ${gpu:-none that nvidia-smi knows}"
+say "date: $(date -u +%Y-%m-%d)"
+say "commit: @COMMIT@"
+
+# The sanitizer wherever the toolkit put it.
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
+# One suite on small shapes under one of its tools. Out-of-order copies make racecheck slow: few tests.
+sanitize() {
+  local tool=$1
+  shift
+  if [ -z "$sanitizer" ]; then
+    echo "skipped: $tool: no compute-sanitizer on this machine"
+    return 0
+  fi
+  timeout "${HADAL_SANITIZE_SECONDS:-240}" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "$@"
+  local status=$?
+  [ $status = 124 ] && { echo "skipped: $tool: not done within its time"; return 0; }
+  return $status
+}
+
+# A few kernels with a cache that cannot be made, an empty one, a damaged one: they run, and the user is told what matters.
+cache() {
+  local folder said file
+  folder=$(mktemp -d)
+  few() { HADAL_CACHE=$1 ./bin/hadal bench memory_ops --device cuda --case nano --repeats 1 --seconds 0 2>&1 > "$folder/out"; }
+  said=$(few /dev/null) || { echo "broken: without a cache: $said" && return 1; }
+  [ "$(grep -c 'compiled kernels are not kept for the next run: ' <<< "$said")" = 1 ] || { echo "broken: said: $said" && return 1; }
+  said=$(few "$folder/cache") && [ -z "$said" ] || { echo "broken: with an empty cache: $said" && return 1; }
+  (cd "$folder/cache/kernels" && sha256sum -- *) > "$folder/sums"
+  [ -s "$folder/sums" ] || { echo "broken: nothing was kept" && return 1; }
+  for file in "$folder"/cache/kernels/*; do
+    truncate -s -1 "$file"
+  done
+  said=$(few "$folder/cache") && [ -z "$said" ] || { echo "broken: with a damaged cache: $said" && return 1; }
+  (cd "$folder/cache/kernels" && sha256sum --quiet -c "$folder/sums") || { echo "broken: what was damaged was not mended" && return 1; }
+  rm -r "$folder"
+}
+
+failed=0
+for part in "${parts[@]}"; do
+  begin=$SECONDS
+  case $part in
+    kernels | engine | train | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    cache) cache ;;
+    memcheck) sanitize memcheck ./bin/kernels --test-threads 1 small_shapes ;;
+    racecheck) sanitize racecheck ./bin/kernels --test-threads 1 small_shapes ;;
+    *) echo "no part $part" && false ;;
+  esac > "$log" 2>&1
+  status=$?
+  summary=$(grep -aE '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tr '\n' ' ')
+  say "$part: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - begin)) s: $summary"
+  grep -aoE 'skipped: .*' "$log" | sort -u | sed 's/^/  /' | tee -a report.txt
+  grep -aE '^[A-Za-z0-9]+: loss .* apart$' "$log" | sed 's/^/  /' | tee -a report.txt
+  if [ $status != 0 ]; then
+    failed=1
+    grep -aE -A4 'panicked|^broken: |^========= (Invalid|Error|ERROR)' "$log" | head -n 80 | cut -c1-400 | sed 's/^/  /' | tee -a report.txt
+  fi
+done
+exit $failed
