@@ -84,14 +84,14 @@ fn large(ctx: &Ctx, dtype: DType) {
         gemm::linear(ctx, x.view(), &w, y.view_mut());
         gemm::linear_backward_input(ctx, y.view(), &w, dx.view_mut(), false);
         let dw = gemm::MatMut { data: dw.view_mut(), ld: width };
-        gemm::linear_backward_weight(ctx, x.view(), y.view(), d, width, dw);
+        gemm::linear_backward_weight(ctx, x.view(), y.view(), d, width, dw, true);
 
         let (offsets, w) = (ctx.zeros(DType::I32, e + 1), empty(e * f * width));
         let w = Weight::stacked(w.view(), e, f, width);
         let (mut y, mut dw) = (empty(n * f), ctx.zeros(DType::F32, e * f * width));
         gemm_grouped::grouped(ctx, x.view(), offsets.view(), &w, y.view_mut());
         gemm_grouped::grouped_backward_input(ctx, y.view(), offsets.view(), &w, dx.view_mut());
-        gemm_grouped::grouped_backward_weight(ctx, x.view(), y.view(), offsets.view(), f, width, dw.view_mut());
+        gemm_grouped::grouped_backward_weight(ctx, x.view(), y.view(), offsets.view(), f, width, dw.view_mut(), true);
     }
     for d in [128, 256, 512, 1536, 2048, 5120, 7168] {
         let (x, weight, rstd) = (empty(n * d), ctx.zeros(DType::F32, d), ctx.zeros(DType::F32, n));
