@@ -7,8 +7,8 @@ of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds
 
 grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
 opening a GPU takes longer than measuring.
-Every setting of a rival is run once beside ours and recorded; the fastest is the rival, and runs in as many pairs as asked
-for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
+Every setting of a rival, where there are several, is run once beside ours and recorded; the fastest is the rival, and runs in
+as many pairs as asked for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
 and the exit code then 1.
 """
 
@@ -181,8 +181,8 @@ def train(args) -> bool:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         lines([args.hadal, "bench", "train", "--export", directory, "--preset", args.preset, "--batch", str(args.batch),
                "--seq", str(args.seq), "--steps", str(args.steps), "--json"])
-        job, rows = Training(args, directory), {}
-        for setting in args.settings.split(","):
+        job, rows, settings = Training(args, directory), {}, args.settings.split(",")
+        for setting in settings if len(settings) > 1 else []:
             try:
                 ours, theirs = job.ours(args.scan_steps), job.theirs(setting, args.scan_steps)
             except Failed as e:
@@ -190,9 +190,9 @@ def train(args) -> bool:
                 continue
             rows[setting] = job.row(setting, [ours], [theirs], False)
             put(rows[setting], args.record)
-        if not rows:
+        if len(settings) > 1 and not rows:
             raise Failed("no setting of the rival ran")
-        best = max(rows, key=lambda s: rows[s]["rival"])
+        best = max(rows, key=lambda s: rows[s]["rival"], default=settings[0])
         pairs = [(job.ours(args.steps), job.theirs(best, args.steps)) for _ in range(args.pairs)]
         ours, theirs = (list(side) for side in zip(*pairs))
         row = job.row(best, ours, theirs, True)

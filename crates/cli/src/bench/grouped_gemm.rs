@@ -36,6 +36,9 @@ struct Group {
     out: usize,
     width: usize,
     direction: Direction,
+    /// On a GPU: against the dense product or the bytes, whichever is slower; a weight's gradient overwrites, as in the
+    /// only or first micro-batch of a step.
+    gpu: bool,
 }
 
 impl Group {
@@ -46,7 +49,7 @@ impl Group {
         let weights = experts * self.out * self.width;
         activations
             + match self.direction {
-                Direction::WeightGradient => weights * 2 * DType::F32.size(),
+                Direction::WeightGradient => weights * DType::F32.size() * if self.gpu { 1 } else { 2 },
                 _ => weights * DType::Bf16.size(),
             }
     }
@@ -72,7 +75,7 @@ pub fn cases(ctx: &Ctx) -> Vec<Case> {
                 ("even", split(&vec![1.0; experts], tokens, top_k)),
                 ("zipf", split(&(1..=experts).map(|r| 1.0 / r as f64).collect::<Vec<_>>(), tokens, top_k)),
             ] {
-                all.extend(directions(&format!("{preset}/{name}"), split, [t.rows, t.cols], &counts, false));
+                all.extend(directions(&format!("{preset}/{name}"), split, [t.rows, t.cols], &counts, gpu));
             }
         }
     }
@@ -96,14 +99,13 @@ fn grid() -> Vec<Case> {
     all
 }
 
-/// `floor`: against the dense product or the bytes, whichever is slower.
-fn directions(of: &str, split: &str, [out, width]: [usize; 2], counts: &[usize], floor: bool) -> Vec<Case> {
+fn directions(of: &str, split: &str, [out, width]: [usize; 2], counts: &[usize], gpu: bool) -> Vec<Case> {
     [Direction::Forward, Direction::InputGradient, Direction::WeightGradient]
         .map(|direction| {
             let name = direction.name();
             let rows: usize = counts.iter().sum();
             let name = format!("{of}/{split}/{name} {}x[{out}, {width}], {rows} rows", counts.len());
-            case(name, Group { counts: counts.to_vec(), out, width, direction }, floor)
+            case(name, Group { counts: counts.to_vec(), out, width, direction, gpu })
         })
         .into()
 }
@@ -134,7 +136,7 @@ fn split(weights: &[f64], tokens: usize, top_k: usize) -> Vec<usize> {
     counts
 }
 
-fn case(name: String, group: Group, floor: bool) -> Case {
+fn case(name: String, group: Group) -> Case {
     let rows: usize = group.counts.iter().sum();
     let (out, width) = (group.out, group.width);
     let act = DType::Bf16;
@@ -142,7 +144,7 @@ fn case(name: String, group: Group, floor: bool) -> Case {
     let dense = match group.direction {
         Direction::Forward => p([rows, out, width], Form::Nt, act, false),
         Direction::InputGradient => p([rows, width, out], Form::Nn, act, false),
-        Direction::WeightGradient => p([out, width, rows], Form::Tn, DType::F32, true),
+        Direction::WeightGradient => p([out, width, rows], Form::Tn, DType::F32, !group.gpu),
     };
     Case {
         name,
@@ -152,13 +154,13 @@ fn case(name: String, group: Group, floor: bool) -> Case {
         }),
         unit: Unit::Gflops,
         work: dense.flops(),
-        against: if floor { Against::RivalOrBytes(group.bytes() as f64) } else { Against::Bf16 },
+        against: if group.gpu { Against::RivalOrBytes(group.bytes() as f64) } else { Against::Bf16 },
         setup: Box::new(move |ctx| Ready { ours: work(&group, ctx), rival: Some((RIVAL, dense.work(ctx, 1))) }),
     }
 }
 
 fn work(group: &Group, ctx: &Ctx) -> Work {
-    let Group { counts, out, width, direction } = group.clone();
+    let Group { counts, out, width, direction, gpu } = group.clone();
     let (experts, rows) = (counts.len(), counts.iter().sum::<usize>());
     let offsets = inputs::offsets(ctx, &counts);
     let floats = |len, stream| inputs::floats(ctx, DType::Bf16, len, stream);
@@ -185,7 +187,7 @@ fn work(group: &Group, ctx: &Ctx) -> Work {
             let (x, dy, mut dw) = (of_in(1), of_out(2), ctx.zeros(DType::F32, experts * out * width));
             Box::new(move || {
                 let (x, dy, offsets) = (x.view(), dy.view(), offsets.view());
-                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut(), true);
+                gemm_grouped::grouped_backward_weight(&held, x, dy, offsets, out, width, dw.view_mut(), !gpu);
             })
         }
     }

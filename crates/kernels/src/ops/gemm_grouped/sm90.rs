@@ -57,7 +57,7 @@ impl Matrix {
     fn window(&self, cuda: &Cuda, lines: usize) -> TensorMap {
         let dims = [self.cols, self.rows, self.rows + 1].map(|d| d as u64);
         let strides = [self.pitch(); 2];
-        let base = self.ptr - self.pitch() * self.rows as u64;
+        let base = self.ptr.wrapping_sub(self.pitch() * self.rows as u64);
         cuda.tensor_map(base, self.dtype, &dims, &strides, &self.tile(lines), Swizzle::B128)
     }
 }
@@ -117,13 +117,16 @@ struct Product<'a> {
 
 impl Product<'_> {
     fn run(&self, cuda: &Cuda) {
-        let (ta, tb) = self.trans;
-        let (a, b, c) = (&self.a, &self.b, &self.c);
-        if [a.rows, c.rows, self.n, self.experts].contains(&0) {
+        if [self.a.rows, self.c.rows, self.n, self.experts].contains(&0) {
             return;
         }
-        let (sms, rows) = (cuda.sms() as usize, a.rows.div_ceil(self.experts));
-        let tile = Tile::of(self.experts, if ta { c.rows } else { rows }, self.n, sms);
+        let m = if self.trans.0 { self.c.rows } else { self.a.rows.div_ceil(self.experts) };
+        self.run_by(cuda, &Tile::of(self.experts, m, self.n, cuda.sms() as usize));
+    }
+
+    fn run_by(&self, cuda: &Cuda, tile: &Tile) {
+        let (ta, tb) = self.trans;
+        let (a, b, c) = (&self.a, &self.b, &self.c);
         let defines = [
             ("TA", Int(ta.into())),
             ("TB", Int(tb.into())),
@@ -145,7 +148,7 @@ impl Product<'_> {
         };
         let map_c = if ta { c.stack(cuda, self.experts, 64) } else { c.window(cuda, 64) };
         // With offsets on the device the number of tiles is not known here; idle blocks leave at once.
-        let blocks = (sms / tile.cluster * tile.cluster) as u32;
+        let blocks = (cuda.sms() as usize / tile.cluster * tile.cluster) as u32;
         let grid = Grid::new([blocks, 1, 1], 128 * (1 + tile.groups() as u32))
             .shared(tile.shared(self.experts))
             .cluster(tile.cluster as u32);
@@ -196,8 +199,7 @@ pub fn supports(cuda: &Cuda, x: View<'_>, w: &Weight<'_>, y: &ViewMut<'_>) -> bo
     both && fits(cuda, w.experts, &x, &weight(w), &y)
 }
 
-/// `y[row, out]` = `x[row, in]` W_e^T.
-pub fn forward(cuda: &Cuda, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
+fn forward_product<'a>(x: View<'_>, offsets: View<'a>, w: &Weight<'_>, y: &ViewMut<'_>) -> Product<'a> {
     let cap = capacity(x, w.cols, y.as_view(), w.rows);
     Product {
         trans: (false, false),
@@ -210,11 +212,14 @@ pub fn forward(cuda: &Cuda, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: V
         offsets: Some(offsets),
         accumulate: false,
     }
-    .run(cuda);
 }
 
-/// `dx[row, in]` = `dy[row, out]` W_e.
-pub fn backward_input(cuda: &Cuda, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
+/// `y[row, out]` = `x[row, in]` W_e^T.
+pub fn forward(cuda: &Cuda, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
+    forward_product(x, offsets, w, &y).run(cuda);
+}
+
+fn input_product<'a>(dy: View<'_>, offsets: View<'a>, w: &Weight<'_>, dx: &ViewMut<'_>) -> Product<'a> {
     let cap = capacity(dy, w.rows, dx.as_view(), w.cols);
     Product {
         trans: (false, true),
@@ -227,7 +232,11 @@ pub fn backward_input(cuda: &Cuda, dy: View<'_>, offsets: View<'_>, w: &Weight<'
         offsets: Some(offsets),
         accumulate: false,
     }
-    .run(cuda);
+}
+
+/// `dx[row, in]` = `dy[row, out]` W_e.
+pub fn backward_input(cuda: &Cuda, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
+    input_product(dy, offsets, w, &dx).run(cuda);
 }
 
 /// Whether [`backward_weight`] takes these.
@@ -236,6 +245,27 @@ pub fn supports_weight(cuda: &Cuda, x: View<'_>, dy: View<'_>, r: usize, cols: u
     both && {
         let experts = dw.len() / (r * cols);
         fits(cuda, experts, &rows(dy, 1, r), &rows(x, 1, cols), &rows(dw.as_view(), r, cols))
+    }
+}
+
+fn weight_product<'a>(
+    x: View<'_>,
+    dy: View<'_>,
+    offsets: View<'a>,
+    (r, cols): (usize, usize),
+    dw: &ViewMut<'_>,
+) -> Product<'a> {
+    let cap = capacity(x, cols, dy, r);
+    Product {
+        trans: (true, true),
+        a: rows(dy, cap, r),
+        b: rows(x, cap, cols),
+        c: rows(dw.as_view(), r, cols),
+        n: cols,
+        k: 0,
+        experts: offsets.len() - 1,
+        offsets: Some(offsets),
+        accumulate: true,
     }
 }
 
@@ -249,19 +279,7 @@ pub fn backward_weight(
     cols: usize,
     dw: ViewMut<'_>,
 ) {
-    let cap = capacity(x, cols, dy, r);
-    Product {
-        trans: (true, true),
-        a: rows(dy, cap, r),
-        b: rows(x, cap, cols),
-        c: rows(dw.as_view(), r, cols),
-        n: cols,
-        k: 0,
-        experts: offsets.len() - 1,
-        offsets: Some(offsets),
-        accumulate: true,
-    }
-    .run(cuda);
+    weight_product(x, dy, offsets, (r, cols), &dw).run(cuda);
 }
 
 fn matrices(g: &Gemm<'_>) -> [Matrix; 3] {
@@ -285,4 +303,55 @@ pub fn dense(cuda: &Cuda, g: Gemm<'_>) {
     let [a, b, c] = matrices(&g);
     Product { trans: (g.ta, !g.tb), a, b, c, n: g.n, k: g.k, experts: 1, offsets: None, accumulate: g.accumulate }
         .run(cuda);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+    use crate::testing::{assert_close, assert_same_bits, buf, buf_on, gpu, normals, op_tolerance, skipped};
+    use crate::{Buf, bf16};
+
+    fn wide(b: &Buf) -> Vec<f64> {
+        b.view().to_f32().into_iter().map(f64::from).collect()
+    }
+
+    /// Experts with none, one, more than a tile's rows; columns that no tile divides.
+    #[test]
+    fn every_tile_gives_the_same_bits() {
+        let Some(ctx) = gpu() else { return };
+        let Some(cuda) = ctx.device.as_cuda().filter(|c| c.has_wgmma()) else { return skipped("no wgmma") };
+        let (offsets, out, cols) = ([0, 5, 305, 305, 306, 434, 504], 264, 392);
+        let (n, experts) = (504, offsets.len() - 1);
+        let host = |stream, len, scale| buf(DType::Bf16, &normals(stream, len, scale));
+        let (x, dy, w) = (host(1, n * cols, 1.0), host(2, n * out, 1.0), host(3, experts * out * cols, 0.1));
+        let expected_y = reference::forward(&wide(&x), &offsets, &wide(&w), out, cols);
+        let (expected_dx, expected_dw) = reference::backward(&wide(&x), &wide(&dy), &offsets, &wide(&w), out, cols);
+        let expected_dw: Vec<f64> = expected_dw.iter().map(|w| w + 5.0).collect();
+        let upload = |b: &Buf| buf_on(&ctx, DType::Bf16, &b.view().to_f32());
+        let (x, dy, w, at) = (upload(&x), upload(&dy), upload(&w), ctx.from_i32(&offsets));
+        let weight = Weight::stacked(w.view(), experts, out, cols);
+        let mut first: Option<[Buf; 3]> = None;
+        for tile in &TILES {
+            let mut y = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * out]);
+            let mut dx = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * cols]);
+            let mut dw = buf_on(&ctx, DType::F32, &vec![5.0; experts * out * cols]);
+            forward_product(x.view(), at.view(), &weight, &y.view_mut()).run_by(cuda, tile);
+            input_product(dy.view(), at.view(), &weight, &dx.view_mut()).run_by(cuda, tile);
+            weight_product(x.view(), dy.view(), at.view(), (out, cols), &dw.view_mut()).run_by(cuda, tile);
+            match &first {
+                None => {
+                    assert_close("y", &y, &expected_y, op_tolerance(DType::Bf16));
+                    assert_close("dx", &dx, &expected_dx, op_tolerance(DType::Bf16));
+                    assert_close("dw", &dw, &expected_dw, op_tolerance(DType::F32));
+                    first = Some([y, dx, dw]);
+                }
+                Some([y0, dx0, dw0]) => {
+                    assert_same_bits("y", y0, &y);
+                    assert_same_bits("dx", dx0, &dx);
+                    assert_same_bits("dw", dw0, &dw);
+                }
+            }
+        }
+    }
 }

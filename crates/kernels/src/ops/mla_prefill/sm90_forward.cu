@@ -2,10 +2,11 @@
 // queries each, BN keys a block, STAGES blocks of keys and of values in flight.
 //
 // A block of threads stays on its multiprocessor and takes items of work (64 * WGS queries of one sequence, one head)
-// until none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head and
-// the k_pe that all heads share, side by side) and V blocks. Each computing warpgroup owns 64 queries: scores by wgmma,
-// softmax in registers, and the probabilities, still in registers, are the next product's A. The softmax of one block
-// runs beside the product of the last block's probabilities with its values, and beside the other warpgroup's products.
+// until none is left. One warp loads: Q once an item, and through rings of shared memory K blocks (k_nope of the head
+// and the k_pe that all heads share, side by side) and V blocks. Each computing warpgroup owns 64 queries: scores by
+// wgmma, softmax in registers, and the probabilities, still in registers, are the next product's A. The softmax of one
+// block runs beside the product of the last block's probabilities with its values, and beside the other warpgroup's
+// products.
 //
 // Keys go from the last block that an item sees to the first, so that masks end after the first blocks. Blocks are
 // counted from the sequence's first key, and one that a query does not see leaves that query's state as it is, to the
@@ -17,17 +18,14 @@
 // Elements of a swizzled line: 128, 64 or 32 bytes.
 constexpr int line(int d) { return d % 64 == 0 ? 64 : d % 32 == 0 ? 32 : 16; }
 
-// Descriptors of matrices that TMA wrote as boxes of lines of L elements, with the swizzle of that width. `block` is
-// the distance in bytes of boxes side by side, for operands whose lines are along m or n.
-template <int L> DEV u64 desc(u32 at, u32 block) {
-    const u64 swizzle = L == 64 ? 1 : L == 32 ? 2 : 3;
-    return u64((at & 0x3ffff) >> 4) | u64(block >> 4) << 16 | u64(L * 16 >> 4) << 32 | swizzle << 62;
-}
-
-// Brings a box into the L2 cache.
-DEV void tma_prefetch_box(const TensorMap* map, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
-                 "r"(c2), "r"(c3) : "memory");
+// The descriptor of a matrix that TMA wrote as boxes of lines of L elements, with the swizzle of that width, `offset`
+// bytes into the tile at `tile` * 16. `block` is the distance in bytes of boxes side by side, for operands whose lines
+// are along m or n. Built so that one addition is all that remains of it between products.
+template <int L> DEV u64 desc(u32 tile, u32 offset, u32 block) {
+    const u32 swizzle = L == 64 ? 1 : L == 32 ? 2 : 3, high = L * 16 >> 4 | swizzle << 30;
+    u64 d;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(tile + ((offset >> 4) + (block >> 4 << 16))), "r"(high));
+    return d;
 }
 
 DEV float exp2_(float x) {
@@ -107,7 +105,7 @@ DEV bool tile_of(int slot, const int* cu_q, const int* cu_k, int sequences, Item
 // BUCKETS threads. Tiles of the same length come in any order: no result depends on it.
 extern "C" __global__ void __launch_bounds__(BUCKETS)
     mla_prefill_plan(const int* cu_q, const int* cu_k, int sequences, int slots, int* plan) {
-    __shared__ int begin[BUCKETS];
+    __shared__ int begin[BUCKETS], sums[WARP];
     int t = threadIdx.x;
     begin[t] = 0;
     __syncthreads();
@@ -116,17 +114,17 @@ extern "C" __global__ void __launch_bounds__(BUCKETS)
         if (tile_of(i, cu_q, cu_k, sequences, tile))
             atomicAdd(&begin[BUCKETS - 1 - min(tile.blocks(tile.rows), BUCKETS - 1)], 1);
     __syncthreads();
-    for (int d = 1; d < BUCKETS; d *= 2) {
-        int before = t >= d ? begin[t - d] : 0;
-        __syncthreads();
-        begin[t] += before;
-        __syncthreads();
+    // From the number of each bucket's tiles to where it begins: sums within a warp, then of the warps before.
+    int lane = t % WARP, count = begin[t], upto = count;
+    for (int d = 1; d < WARP; d *= 2) {
+        int before = __shfl_up_sync(ALL_LANES, upto, d);
+        if (lane >= d) upto += before;
     }
-    if (t == BUCKETS - 1) plan[0] = begin[t], plan[1] = 0;
-    // From sums that include the bucket to where it begins.
-    int mine = t > 0 ? begin[t - 1] : 0;
+    if (lane == WARP - 1) sums[t / WARP] = upto;
     __syncthreads();
-    begin[t] = mine;
+    upto += warp_sum(lane < t / WARP ? sums[lane] : 0);
+    begin[t] = upto - count;
+    if (t == BUCKETS - 1) plan[0] = upto, plan[1] = 0;
     __syncthreads();
     for (int i = t; i < slots; i += BUCKETS)
         if (tile_of(i, cu_q, cu_k, sequences, tile)) {
@@ -160,14 +158,6 @@ struct Loader {
                 mbar_expect(full, Q_BYTES);
                 tma_load(to, maps.q_nope, full, 0, it.q + 64 * w, 0, it.head);
                 tma_load(to + Q_NOPE, maps.q_rope, full, 0, it.q + 64 * w, 0, it.head);
-            }
-        __syncwarp();
-    }
-    DEV void prefetch_q(const Item& it) const {
-        if (lane == 0 && it.q >= 0)
-            for (int w = 0; w < WGS; w++) {
-                tma_prefetch_box(maps.q_nope, 0, it.q + 64 * w, 0, it.head);
-                tma_prefetch_box(maps.q_rope, 0, it.q + 64 * w, 0, it.head);
             }
         __syncwarp();
     }
@@ -211,30 +201,29 @@ struct Loader {
     }
 };
 
-// Hands out items in the plan's order: within a group of heads whose keys and values fit the L2 cache together, the
-// longest first.
-DEV Item item_at(const int* plan, int tiles, int index, int heads, int group) {
+// Item `index` of all. Heads are taken in so many sections, as equal as they can be: keys and values of one section
+// should stay in the L2 cache. Within a section items are in the plan's order, the longest first.
+DEV Item item_at(const int* plan, int tiles, int index, int heads, int sections) {
     Item it;
     it.q = -1;
     if (index < tiles * heads) {
-        int section = index / (tiles * group), rest = index - section * tiles * group;
-        int width = min(group, heads - section * group);
+        int section = ((index / tiles + 1) * sections - 1) / heads, begin = section * heads / sections;
+        int width = (section + 1) * heads / sections - begin, rest = index - begin * tiles;
         const int4* entry = reinterpret_cast<const int4*>(plan + PLAN_HEADER + i64(rest / width) * PLAN_ENTRY);
         int4 e = entry[0];
         it.q = e.x, it.rows = e.y, it.k = e.z, it.keys = e.w, it.first = entry[1].x;
-        it.head = section * group + rest % width;
+        it.head = begin + rest % width;
     }
     return it;
 }
 
-// What comes first of an item is loaded before the next item is asked for, whose Q is then on its way to the L2 cache
-// for as long as this item takes: there is room for one Q only.
-DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
+// What comes first of an item is loaded before the next item is asked for.
+DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int sections) {
     Loader load(sh, maps);
     int lane = threadIdx.x % WARP, tiles = plan[0];
     Ring<ITEMS> items;
     u32 q_parity = 0;
-    Item it = item_at(plan, tiles, blockIdx.x, heads, group);
+    Item it = item_at(plan, tiles, blockIdx.x, heads, sections);
     while (true) {
         if (lane == 0) {
             mbar_wait(smem(&sh.item_empty[items.at]), items.parity ^ 1);
@@ -256,8 +245,7 @@ DEV void produce(Shared& sh, Maps maps, int* plan, int heads, int group) {
         }
         int index = 0;
         if (lane == 0) index = gridDim.x + atomicAdd(&plan[1], 1);
-        Item next = item_at(plan, tiles, __shfl_sync(ALL_LANES, index, 0), heads, group);
-        load.prefetch_q(next);
+        Item next = item_at(plan, tiles, __shfl_sync(ALL_LANES, index, 0), heads, sections);
         for (n--; n >= 0; n--) {
             if (n > 0) load.load_k(it, n - 1);
             load.load_v(it, n);
@@ -275,8 +263,7 @@ template <int ROWS> DEV u32 step_at(int d) {
     return d < NOPE ? d / LN * (ROWS * LN * 2) + d % LN * 2 : ROWS * NOPE * 2 + r / LR * (ROWS * LR * 2) + r % LR * 2;
 }
 template <int ROWS> DEV u64 step_desc(u32 tile, int d) {
-    u32 at = tile + step_at<ROWS>(d);
-    return d < NOPE ? desc<line(NOPE)>(at, 16) : desc<line(ROPE)>(at, 16);
+    return d < NOPE ? desc<line(NOPE)>(tile, step_at<ROWS>(d), 16) : desc<line(ROPE)>(tile, step_at<ROWS>(d), 16);
 }
 // The A operands of the first HELD steps, from Q as TMA swizzled it.
 DEV void hold(u32 (&held)[HELD][4], u32 q) {
@@ -294,6 +281,7 @@ DEV void hold(u32 (&held)[HELD][4], u32 q) {
 }
 // s = Q K^T.
 DEV void scores(float (&s)[BN / 2], const u32 (&held)[HELD][4], u32 q, u32 k) {
+    q >>= 4, k >>= 4;
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < NOPE + ROPE; d += 16) {
@@ -306,9 +294,10 @@ DEV void scores(float (&s)[BN / 2], const u32 (&held)[HELD][4], u32 q, u32 k) {
 // o += P V.
 DEV void values(float (&o)[VDIM / 2], const u32 (&p)[BN / 16][4], u32 v) {
     constexpr int L = line(VDIM);
+    v >>= 4;
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < BN / 16; j++) wgmma<VDIM, 1>(o, p[j], desc<L>(v + j * 16 * L * 2, BN * L * 2), 1);
+    for (int j = 0; j < BN / 16; j++) wgmma<VDIM, 1>(o, p[j], desc<L>(v, j * 16 * L * 2, BN * L * 2), 1);
     wgmma_commit();
 }
 
@@ -327,9 +316,9 @@ struct Softmax {
 #pragma unroll
             for (int i = 0; i < BN / 2; i++)
                 if (i / 4 * 8 + (i & 1) >= seen + (i & 2) * 4) s[i] = -INF;
-        float top[2][2] = {{-INF, -INF}, {-INF, -INF}};
+        float top[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
 #pragma unroll
-        for (int i = 0; i < BN / 2; i++) top[i >> 1 & 1][i & 1] = fmaxf(top[i >> 1 & 1][i & 1], s[i]);
+        for (int i = 4; i < BN / 2; i++) top[i >> 1 & 1][i & 1] = fmaxf(top[i >> 1 & 1][i & 1], s[i]);
         float against[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -521,11 +510,11 @@ DEV void consume(Shared& sh, int wg, float scale, int heads, bf16* out, float* l
 #define REGS_LOAD 40
 #define REGS_COMPUTE 232
 
-// plan: mla_prefill_plan's. Heads are taken `group` at a time. Grid: at most one block a multiprocessor.
+// plan: mla_prefill_plan's. Grid: at most one block a multiprocessor.
 extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
     mla_prefill_forward(const __grid_constant__ TensorMap q_nope, const __grid_constant__ TensorMap q_rope,
                         const __grid_constant__ TensorMap k_nope, const __grid_constant__ TensorMap k_pe,
-                        const __grid_constant__ TensorMap v, int* plan, int heads, int group, float scale, bf16* out,
+                        const __grid_constant__ TensorMap v, int* plan, int heads, int sections, float scale, bf16* out,
                         float* lse) {
     extern __shared__ u8 raw[];
     Shared& sh = *reinterpret_cast<Shared*>(raw + (1024 - (smem(raw) & 1023)) % 1024);
@@ -544,7 +533,8 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
     int role = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
     if (role == WGS) {
         regs_down<REGS_LOAD>();
-        if (threadIdx.x / WARP == 4 * WGS) produce(sh, Maps{&q_nope, &q_rope, &k_nope, &k_pe, &v}, plan, heads, group);
+        Maps maps{&q_nope, &q_rope, &k_nope, &k_pe, &v};
+        if (threadIdx.x / WARP == 4 * WGS) produce(sh, maps, plan, heads, sections);
     } else {
         regs_up<REGS_COMPUTE>();
         consume(sh, role, scale, heads, out, lse);

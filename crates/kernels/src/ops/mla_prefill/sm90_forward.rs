@@ -18,8 +18,9 @@ const STAGES: usize = 2;
 const REST: usize = 1536;
 /// Shared memory that a block of threads may have.
 const SHARED: usize = 227 << 10;
-/// Keys and values of the heads that are worked on together, in bytes: they should stay in the L2 cache.
-const CACHED: usize = 32 << 20;
+/// Keys and values of the heads that are worked on together, in bytes: they should stay in the L2 cache. Less of it for
+/// short sequences, whose queries and outputs pass through it the faster; per key of the mean length, at least and at most.
+const CACHED: (usize, usize, usize) = (20 << 10, 8 << 20, 32 << 20);
 /// Threads of the kernel that plans, its BUCKETS.
 const PLAN_THREADS: u32 = 1024;
 /// Numbers of the plan before its entries, and of each entry.
@@ -120,7 +121,9 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
         &args![x.cu_q.ptr(), x.cu_k.ptr(), sequences as i32, slots as i32, plan.ptr()],
     );
 
-    let together = (CACHED / (nk * up * DType::Bf16.size())).clamp(1, heads);
+    let (per_key, least, most) = CACHED;
+    let together = (nk / sequences * per_key).clamp(least, most);
+    let sections = (x.kv_up.len() * DType::Bf16.size()).div_ceil(together).min(heads);
     let blocks = (slots * heads).min(cuda.sms() as usize);
     let threads = 128 * (WARPGROUPS + 1);
     let kernel = cuda.kernel(&SOURCE, "mla_prefill_forward", &defines);
@@ -135,7 +138,7 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
             keys(nope, v),
             plan.ptr(),
             heads as i32,
-            together as i32,
+            sections as i32,
             scale,
             out.ptr(),
             lse.ptr()
