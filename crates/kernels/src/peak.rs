@@ -192,7 +192,7 @@ mod tests {
             assert_eq!(all.iter().filter(|k| k.kind == Kind::Fma).count(), expected);
             for k in all {
                 assert!(k.isa.level() <= isa.level() && k.flops(3) == 3.0 * k.flops(1), "{}", k.name());
-                k.run(&cpu, 3);
+                k.run(cpu, 3);
             }
         }
     }

@@ -20,9 +20,6 @@ impl Tolerance {
     pub const FINITE_DIFFERENCE: Self = Self { element: 1e-5, cosine: 1e-9 };
     /// One op with bf16 inputs and outputs: two roundings of 2^-9 each, and what they do to a sum.
     pub const BF16_OP: Self = Self { element: 1.6e-2, cosine: 1e-4 };
-    /// Gradients of attention in bf16: as an op, and a third rounding of 2^-9, of the probabilities and of the gradients
-    /// of the scores, before they are multiplied again.
-    pub const BF16_ATTENTION: Self = Self { element: 2.4e-2, cosine: 1e-4 };
 }
 
 /// What a comparison measured.

@@ -127,7 +127,8 @@ impl Loop<'_> {
 
     /// Reads what steps measured that are over.
     fn read_ready(&mut self) -> Result<(), TrainError> {
-        while let Some(first) = self.unread.pop_front_if(|u| u.under_way.is_ready()) {
+        let ready = |unread: &VecDeque<Unread>| unread.front().is_some_and(|u| u.under_way.is_ready());
+        while let Some(first) = ready(&self.unread).then(|| self.unread.pop_front()).flatten() {
             self.record(first)?;
         }
         Ok(())

@@ -10,7 +10,7 @@ fn no_gpu() -> bool {
     if !absent {
         use std::io::Write;
         let test = std::thread::current().name().unwrap_or("main").to_string();
-        writeln!(std::io::stderr(), "skipped: {test}: an NVIDIA GPU is here").unwrap();
+        writeln!(std::io::stderr(), "skipped: {test}: an NVIDIA GPU is here").expect("stderr can be written");
     }
     absent
 }

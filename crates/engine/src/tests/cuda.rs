@@ -11,7 +11,7 @@ fn gpu() -> Option<Ctx> {
         use std::io::Write;
         let (thread, at) = (std::thread::current(), std::panic::Location::caller());
         let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);
-        writeln!(std::io::stderr(), "skipped: {test}: no NVIDIA GPU").unwrap();
+        writeln!(std::io::stderr(), "skipped: {test}: no NVIDIA GPU").expect("stderr can be written");
         return None;
     }
     let ctx = Device::cuda(0, Some(2)).unwrap().ctx();

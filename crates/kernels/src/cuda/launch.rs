@@ -4,7 +4,7 @@ use super::driver::check;
 use super::{Cuda, TensorMap, compile, error};
 use crate::DType;
 use cudarc::driver::sys;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::CString;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -146,7 +146,6 @@ type Key = (&'static str, &'static str, Vec<(&'static str, Value)>);
 #[derive(Default)]
 pub(super) struct Kernels {
     loaded: Mutex<HashMap<Key, Kernel>>,
-    large: Mutex<HashMap<usize, u32>>,
     notice: OnceLock<String>,
     #[cfg(test)]
     wanted: Mutex<Wanted>,
@@ -163,6 +162,9 @@ pub(super) type Wanted = std::collections::BTreeMap<(&'static str, String), (&'s
 /// Modules of the process: a device that is opened twice loads a kernel once.
 type Modules = Mutex<HashMap<(usize, &'static str, String), usize>>;
 static MODULES: OnceLock<Modules> = OnceLock::new();
+
+/// Bytes of shared memory that functions may have: a function's attribute, so the process's and not a device's.
+static LARGE: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 /// The last launches, for the message of an error that shows itself later.
 #[derive(Debug, Default)]
@@ -327,7 +329,7 @@ impl Cuda {
         if bytes <= EVERY {
             return;
         }
-        let mut large = lock(&self.kernels.large);
+        let mut large = lock(&LARGE);
         let allowed = large.entry(kernel.function as usize).or_insert(EVERY);
         if *allowed < bytes {
             let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -47,22 +47,14 @@ pub(in crate::cuda) fn gemm_grouped(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
         let w = numbers(ctx, dtype, 3, e * rows * cols);
         let w = Weight::stacked(w.view(), e, rows, cols);
         let (mut y, mut dx) = (ctx.zeros(dtype, capacity * rows), ctx.zeros(dtype, capacity * cols));
-        let mut dw = floats(ctx, 4, e * rows * cols);
+        let (mut dw, mut sum) = (ctx.empty(DType::F32, e * rows * cols), floats(ctx, 4, e * rows * cols));
         experts::grouped(ctx, x.view(), offsets.view(), &w, y.view_mut());
         experts::grouped_backward_input(ctx, dy.view(), offsets.view(), &w, dx.view_mut());
-        for accumulate in [false, true] {
-            experts::grouped_backward_weight(
-                ctx,
-                x.view(),
-                dy.view(),
-                offsets.view(),
-                rows,
-                cols,
-                dw.view_mut(),
-                accumulate,
-            );
+        for (dw, accumulate) in [(&mut dw, false), (&mut sum, true)] {
+            let dw = dw.view_mut();
+            experts::grouped_backward_weight(ctx, x.view(), dy.view(), offsets.view(), rows, cols, dw, accumulate);
         }
-        out.extend([y, dx, dw]);
+        out.extend([y, dx, dw, sum]);
     }
     out
 }

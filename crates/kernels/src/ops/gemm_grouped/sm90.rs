@@ -254,6 +254,7 @@ fn weight_product<'a>(
     offsets: View<'a>,
     (r, cols): (usize, usize),
     dw: &ViewMut<'_>,
+    accumulate: bool,
 ) -> Product<'a> {
     let cap = capacity(x, cols, dy, r);
     Product {
@@ -265,11 +266,11 @@ fn weight_product<'a>(
         k: 0,
         experts: offsets.len() - 1,
         offsets: Some(offsets),
-        accumulate: true,
+        accumulate,
     }
 }
 
-/// `dW_e[out, in]` += `dy[rows of e]`^T `x[rows of e]`.
+/// `dW_e[out, in]` (+)= `dy[rows of e]`^T `x[rows of e]` of the experts that have rows; the others' stay as they are.
 pub fn backward_weight(
     cuda: &Cuda,
     x: View<'_>,
@@ -278,8 +279,9 @@ pub fn backward_weight(
     r: usize,
     cols: usize,
     dw: ViewMut<'_>,
+    accumulate: bool,
 ) {
-    weight_product(x, dy, offsets, (r, cols), &dw).run(cuda);
+    weight_product(x, dy, offsets, (r, cols), &dw, accumulate).run(cuda);
 }
 
 fn matrices(g: &Gemm<'_>) -> [Matrix; 3] {
@@ -338,7 +340,7 @@ mod tests {
             let mut dw = buf_on(&ctx, DType::F32, &vec![5.0; experts * out * cols]);
             forward_product(x.view(), at.view(), &weight, &y.view_mut()).run_by(cuda, tile);
             input_product(dy.view(), at.view(), &weight, &dx.view_mut()).run_by(cuda, tile);
-            weight_product(x.view(), dy.view(), at.view(), (out, cols), &dw.view_mut()).run_by(cuda, tile);
+            weight_product(x.view(), dy.view(), at.view(), (out, cols), &dw.view_mut(), true).run_by(cuda, tile);
             match &first {
                 None => {
                     assert_close("y", &y, &expected_y, op_tolerance(DType::Bf16));

@@ -9,7 +9,7 @@ static SOURCE: Source = source!("kv_store.cu");
 /// See [`super::store`].
 pub(super) fn store(cuda: &Cuda, mut a: Store<'_>) {
     let size = a.cache.dtype().size();
-    let wide = [a.latent, a.rope, a.k_pe_stride].iter().all(|n| n * size % 16 == 0)
+    let wide = [a.latent, a.rope, a.k_pe_stride].iter().all(|n| (n * size).is_multiple_of(16))
         && [a.c_kv.ptr(), a.k_pe.ptr(), a.cache.ptr()].iter().all(|p| p % 16 == 0);
     let bytes = if wide { 16 } else { size };
     let units = |n: usize| n * size / bytes;

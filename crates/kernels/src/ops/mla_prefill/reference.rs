@@ -81,6 +81,16 @@ pub fn forward(s: &Shape, x: &Inputs) -> (Vec<f64>, Vec<f64>) {
 /// The chain rule through softmax and scores. `out` is the forward's as the caller kept it: the mean of a row's
 /// probability gradients is dout . out, so that what rounding did to out is an input and not an error.
 pub fn backward(s: &Shape, x: &Inputs, out: &[f64], dout: &[f64]) -> Gradients {
+    sums(s, x, out, dout, |term| term)
+}
+
+/// Of every gradient the sum of its terms' squares: where each term is off by a rounding of its own, the root of it times
+/// that rounding's deviation is the deviation of the gradient.
+pub fn squares(s: &Shape, x: &Inputs, out: &[f64], dout: &[f64]) -> Gradients {
+    sums(s, x, out, dout, |term| term * term)
+}
+
+fn sums(s: &Shape, x: &Inputs, out: &[f64], dout: &[f64], of: impl Fn(f64) -> f64) -> Gradients {
     let nk = x.cu_k[x.cu_k.len() - 1] as usize;
     let mut g = Gradients { dq: vec![0.0; x.q.len()], dkv_up: vec![0.0; x.kv_up.len()], dk_pe: vec![0.0; nk * s.rope] };
     let (d, row) = (s.nope + s.rope, s.nope + s.v);
@@ -95,15 +105,15 @@ pub fn backward(s: &Shape, x: &Inputs, out: &[f64], dout: &[f64]) -> Gradients {
                 let ds = p[i] * (dp[i] - mean) * f64::from(s.scale);
                 let (query, key) = (x.query(s, q, h), x.key(s, k, h));
                 for c in 0..d {
-                    g.dq[(q * s.heads + h) * d + c] += ds * key[c];
+                    g.dq[(q * s.heads + h) * d + c] += of(ds * key[c]);
                     if c < s.nope {
-                        g.dkv_up[(k * s.heads + h) * row + c] += ds * query[c];
+                        g.dkv_up[(k * s.heads + h) * row + c] += of(ds * query[c]);
                     } else {
-                        g.dk_pe[k * s.rope + c - s.nope] += ds * query[c];
+                        g.dk_pe[k * s.rope + c - s.nope] += of(ds * query[c]);
                     }
                 }
                 for c in 0..s.v {
-                    g.dkv_up[(k * s.heads + h) * row + s.nope + c] += p[i] * dout[c];
+                    g.dkv_up[(k * s.heads + h) * row + s.nope + c] += of(p[i] * dout[c]);
                 }
             }
         }

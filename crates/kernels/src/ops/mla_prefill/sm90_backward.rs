@@ -16,8 +16,9 @@ const KEYS: usize = 128;
 const STAT_HEADS: usize = 4;
 /// The kernel's tiles and barriers, and what it may lose to alignment.
 const SHARED: usize = 197_888 + 256 + 1024;
-/// Heads whose blocks take turns in the order of tickets, so that the last blocks of a launch end at about the same time.
-const GROUP: usize = 8;
+/// Heads whose blocks take turns in the order of tickets: more of them let the last blocks of a launch end at about the
+/// same time, fewer find more of their data in the second-level cache.
+const GROUP: usize = 2;
 
 /// Whether the Hopper backward takes this: wgmma there, bf16, V3's head dims, pointers and strides that TMA takes, at
 /// least one query and one key.
@@ -44,8 +45,8 @@ pub(super) fn backward(cuda: &Cuda, shape: &Shape, x: &Inputs<'_>, mut b: Backwa
     // Sequences begin tiles of their own: at most one is lost to each.
     let (query_tiles, key_tiles) = (nq / QUERIES + sequences, nk / KEYS + sequences);
     let group = heads.min(GROUP);
-    // Sums of dQ are kept for as many heads as may be worked on at once, and for those that wait for these.
-    let slots = heads.min((2 * group).max((2 * cuda.sms() as usize).div_ceil(key_tiles) + group));
+    // Sums of dQ are kept for as many heads as may be worked on at once, and for those that would wait for these.
+    let slots = heads.min((4 * cuda.sms() as usize).div_ceil(key_tiles) + 2 * group);
 
     let stats = cuda.uninit(DType::F32, heads * query_tiles * 2 * QUERIES);
     let sums = cuda.uninit(DType::F32, query_tiles * slots * QUERIES * QK);
