@@ -60,7 +60,9 @@ failed=0
 for part in "${parts[@]}"; do
   begin=$SECONDS
   case $part in
-    kernels | engine | train | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    kernels | engine | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    # One device at a time, as a run has it.
+    train) ./bin/train --test-threads 1 ;;
     cache) cache ;;
     memcheck) sanitize memcheck ./bin/kernels --test-threads 1 small_shapes ;;
     racecheck) sanitize racecheck ./bin/kernels --test-threads 1 small_shapes ;;
