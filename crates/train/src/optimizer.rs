@@ -70,7 +70,7 @@ impl Optimizer {
     }
 
     /// The update itself from the gradients (shared tables already folded), the same launches every step; the norm before
-    /// clipping is then [`Optimizer::norm`].
+    /// clipping is then in `Optimizer::norm`.
     pub fn apply(&mut self, ctx: &Ctx, params: &mut Params, grads: &Grads) {
         grad_norm::norm(ctx, grads.arena.view(), &params.layout.trained_ranges(), self.norm.view_mut());
         let c = self.constants;
