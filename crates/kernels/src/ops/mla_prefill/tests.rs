@@ -125,8 +125,9 @@ impl Case {
     }
 }
 
-/// As `assert_close` for sums whose every term was rounded to bf16 once more (P and dS before their products): beyond the
-/// tolerance an element may be off by six deviations of what that does to it. A rounding by up to half of 2^-8 of a term
+/// As `assert_close` for sums whose every term was rounded to bf16 once more (P and dS before their products; Hopper's dS
+/// twice, as it is made of the rounded P): beyond the tolerance an element may be off by six deviations of what one such
+/// rounding does to it. A rounding by up to half of 2^-8 of a term
 /// deviates by that over the root of three; `squares` are the sums of the terms' squares. One in 5e8 elements is further off.
 fn assert_rounded(name: &str, found: &Buf, expected: &[f64], squares: &[f64], tol: Tolerance) {
     let found = found.view().to_f32();
