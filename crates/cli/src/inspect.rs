@@ -3,8 +3,8 @@
 use crate::output::Output;
 use crate::{Global, open};
 use clap::Args;
-use hadal_kernels::DType;
 use hadal_kernels::cuda::Cuda;
+use hadal_kernels::{DType, DeviceError};
 use hadal_model::account::{self, Activations, Flops, Parameters, Passes, TrainingMemory};
 use hadal_model::{Checkpoint, Layout, ModelConfig, PRESETS, Quantization, Recompute, Scope};
 use hadal_train::plan::{self, StepSize};
@@ -128,12 +128,14 @@ impl Inspect {
             return Ok(None);
         }
         // Without a GPU there is still something to say, but not about one of a number.
-        let absent = Cuda::count() == 0 && global.device_name() == "cuda";
+        let gpus = Cuda::count().map_err(DeviceError::from)?;
+        let absent = gpus == 0 && global.device_name() == "cuda";
         let ctx = if absent { global.host()? } else { global.ctx()? };
         let size = StepSize {
             config: config.clone(),
             precision: hadal_train::precision(&self.dtype)?,
             recompute: self.recompute.parse().map_err(anyhow::Error::msg)?,
+            micro_batches: 1,
             sequences: self.batch,
             tokens: self.seq.unwrap_or(config.max_position_embeddings.min(4096)),
             objective: TrainConfig::resolve(Settings::default(), config)?.objective,

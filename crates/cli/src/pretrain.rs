@@ -120,6 +120,8 @@ impl Pretrain {
         if !outcome.finished {
             return Ok(self.stopped(&outcome, out));
         }
+        // The report is inference.
+        ctx.device.as_cuda().into_iter().for_each(|cuda| cuda.set_invariant(true));
         demo::end(&ctx, &run, &outcome, progress.seen.ended(), !self.no_demo, out)?;
         Ok(ExitCode::SUCCESS)
     }

@@ -120,11 +120,12 @@ impl Device {
         }
     }
 
-    /// Hands memory that waits to be used again back to the system: when what needed it is over.
+    /// Hands host memory that waits to be used again back to the system: when what needed it is over.
     pub fn release(&self) {
         match self {
             Self::Cpu(cpu) => cpu.memory.release(),
-            Self::Cuda(cuda) => cuda.release(),
+            // An arena keeps its pieces: recorded steps name addresses in them.
+            Self::Cuda(_) => {}
         }
     }
 

@@ -74,6 +74,9 @@ impl Profile {
 impl Ctx {
     /// A timer for the op of this name; it counts nothing without a profile, or within another op.
     pub(crate) fn timer(&self, op: &'static str) -> Timer<'_> {
+        if let Device::Cuda(cuda) = &self.device {
+            cuda.begins(op);
+        }
         let profile = self.device.started().filter(|p| !p.running.swap(true, Ordering::Acquire));
         let begin = || match &self.device {
             Device::Cpu(_) => Begin::Host(Instant::now()),

@@ -48,7 +48,7 @@ pub fn levels() -> Vec<Ctx> {
 /// A context of the first GPU; where there is none, what it would have tested is reported as skipped.
 #[track_caller]
 pub fn gpu() -> Option<Ctx> {
-    if Cuda::count() == 0 {
+    if Cuda::count().unwrap() == 0 {
         skipped("no NVIDIA GPU");
         return None;
     }

@@ -56,10 +56,11 @@ impl Optimizer {
         self.t
     }
 
-    /// Goes on after so many updates, with the moments that they left.
-    pub(crate) fn restore(&mut self, m: Buf, v: Buf, updates: u64) {
-        assert!(m.len() == self.m.len() && v.len() == self.v.len(), "moments of another layout");
-        (self.m, self.v, self.t) = (m, v, updates);
+    /// Goes on after so many updates, with the moments that they left, arenas in host memory.
+    pub(crate) fn restore(&mut self, m: &Buf, v: &Buf, updates: u64) {
+        self.m.view_mut().write(m.view().f32());
+        self.v.view_mut().write(v.view().f32());
+        self.t = updates;
     }
 
     /// Counts an update and tells the device its learning rate: the part of an update that differs from step to step.

@@ -16,6 +16,8 @@ pub struct StepSize {
     pub precision: Precision,
     /// What backward computes again.
     pub recompute: Recompute,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
     /// Sequences of a micro-batch.
     pub sequences: usize,
     /// Tokens of a sequence.
@@ -60,13 +62,16 @@ pub fn gpu_memory(like: Option<&Cuda>, host: &Arc<Cpu>, size: &StepSize) -> GpuM
     }
     let state = used();
     let moments = state - before - weights - gradients;
-    let micro = [vec![sequence(size.tokens); size.sequences]];
+    let micro = vec![vec![sequence(size.tokens); size.sequences]; size.micro_batches];
     // The second step finds what the first one left.
     (0..2).for_each(|_| drop(trainer.begin(&ctx, &micro, 1e-3)));
     let memory = ctx.device.as_cuda().map(|cuda| cuda.memory());
     let (peak, total) = memory.map_or((0, 0), |m| (m.peak, m.reached));
     GpuMemory { weights, gradients, moments, step: peak - state, total }
 }
+
+/// Bytes that are left to kernels and libraries.
+const BESIDE: usize = 512 << 20;
 
 /// Tokens that nobody reads.
 fn sequence(tokens: usize) -> Sequence {
@@ -77,7 +82,8 @@ fn sequence(tokens: usize) -> Sequence {
 pub fn reserve(ctx: &Ctx, size: &StepSize) -> Result<(), String> {
     let Some(cuda) = ctx.device.as_cuda() else { return Ok(()) };
     let needed = |size: &StepSize| gpu_memory(Some(cuda), ctx.host(), size).total;
-    let (total, free) = (needed(size), cuda.free_memory());
+    // Compiled kernels and the libraries' own come beside the arena.
+    let (total, free) = (needed(size), cuda.free_memory().saturating_sub(BESIDE));
     if total <= free {
         cuda.reserve(total);
         return Ok(());

@@ -4,7 +4,6 @@ use crate::TrainError;
 use crate::config::saved::{self, Build, RUN_FILE};
 use crate::config::{DataSettings, TrainConfig};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::optimizer::Optimizer;
 use crate::plan::{self, StepSize};
 use crate::prepare::{Prepared, prepare, with_special_tokens};
 use crate::record;
@@ -246,13 +245,10 @@ impl Begun {
                 trainer
             }
             Some(state) => {
-                let mut optimizer = Optimizer::new(ctx, &layout, c.adamw);
-                let (params, average) = state.restore(ctx, &layout, c.precision, &mut optimizer)?;
+                // In the order of a run from its first step, so that on a GPU everything lies where it did.
+                let params = state.params(ctx, &layout, c.precision)?;
                 let mut trainer = Trainer::new(ctx, model, params, c.adamw, c.objective);
-                trainer.set_optimizer(optimizer);
-                if let Some(average) = average {
-                    trainer.keep_average(c.ema_decay, Some(average));
-                }
+                state.restore(ctx, &layout, c.ema_decay, &mut trainer)?;
                 observer.resumed(state.dir(), progress.step, &remarks);
                 trainer
             }
@@ -286,6 +282,7 @@ fn step_size(config: &ModelConfig, c: &TrainConfig) -> StepSize {
         config: config.clone(),
         precision: c.precision,
         recompute: c.recompute,
+        micro_batches: c.batch.div_ceil(c.micro_batch),
         sequences: c.micro_batch,
         tokens: c.seq,
         objective: c.objective,

@@ -8,7 +8,7 @@ use crate::pretrain::{Observer, Outcome, Run};
 use crate::record::Recorder;
 use crate::saver::Saver;
 use crate::state::{Arenas, Progress, name};
-use crate::step::{StepUnderWay, Trainer};
+use crate::step::{StepReport, StepUnderWay, Trainer};
 use hadal_kernels::{Buf, Ctx, DType, Elem, Mark, bf16};
 use hadal_model::Sequence;
 use std::collections::VecDeque;
@@ -34,7 +34,8 @@ fn not_finite(ctx: &Ctx, weights: &[f32], dtype: DType) -> Option<f32> {
     found.into_iter().flatten().next()
 }
 
-/// Steps that a GPU may be given before what the first of them measured is read: the host waits once for all of them.
+/// Steps that a GPU may be given before what the first of them measured is read: the host waits once for half of them,
+/// while the GPU has the other half to do.
 const BEHIND: usize = 16;
 
 /// A step whose measurements nobody has read.
@@ -119,10 +120,25 @@ impl Loop<'_> {
         self.progress.tokens += (c.batch * c.seq) as u64;
         let step = self.progress.step;
         let due = step.is_multiple_of(c.eval_every) || step == c.schedule.steps;
+        if due {
+            // Weights that gave something else are not worth a validation.
+            self.read_all()?;
+            self.sound(step, &under_way.read())?;
+        }
         let valid = due.then(|| self.evaluate(&ctx));
         self.progress.valid_bits_per_byte = valid.map(|v| v.bits_per_byte);
         self.unread.push_back(Unread { under_way, step, tokens: self.progress.tokens, lr, valid });
-        if due || self.unread.len() >= BEHIND { self.read_all() } else { self.read_ready() }
+        match self.unread.len() {
+            _ if due => self.read_all(),
+            BEHIND => self.read_first(BEHIND / 2),
+            _ => self.read_ready(),
+        }
+    }
+
+    /// A step's loss and gradient are numbers.
+    fn sound(&self, step: u64, report: &StepReport) -> Result<(), TrainError> {
+        finite(step, "loss", report.losses.total())?;
+        finite(step, "gradient norm", report.grad_norm.into())
     }
 
     /// Reads what steps measured that are over.
@@ -136,10 +152,13 @@ impl Loop<'_> {
 
     /// Reads what all steps measured, and waits for it.
     fn read_all(&mut self) -> Result<(), TrainError> {
-        while let Some(first) = self.unread.pop_front() {
-            self.record(first)?;
-        }
-        Ok(())
+        self.read_first(self.unread.len())
+    }
+
+    /// Reads what the first `n` steps measured, and waits for it.
+    fn read_first(&mut self, n: usize) -> Result<(), TrainError> {
+        let first: Vec<Unread> = self.unread.drain(..n).collect();
+        first.into_iter().try_for_each(|unread| self.record(unread))
     }
 
     /// The tokens of the next step: a function of the seed and the number of the first sample.
@@ -156,8 +175,7 @@ impl Loop<'_> {
         let end = under_way.into_end();
         let seconds = self.before.replace(end.clone()).map_or(0.0, |before| end.since(&before));
         let loss = report.losses.total();
-        finite(step, "loss", loss)?;
-        finite(step, "gradient norm", report.grad_norm.into())?;
+        self.sound(step, &report)?;
         finite(step, "validation loss", valid.map_or(0.0, |v| v.loss))?;
         let m = Metrics {
             step,

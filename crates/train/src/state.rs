@@ -7,7 +7,7 @@
 
 use crate::TrainError;
 use crate::config::saved::Build;
-use crate::optimizer::Optimizer;
+use crate::step::Trainer;
 use hadal_files::{Disk, Staged, Written, checksum};
 use hadal_kernels::{Buf, Ctx, DType};
 use hadal_model::io::{Manifest, SaveOptions, read_arena, write_arena, write_extra, write_model};
@@ -166,7 +166,8 @@ pub(crate) fn checkpoints(out: &Path) -> Result<BTreeMap<u64, PathBuf>, TrainErr
     Ok(found)
 }
 
-/// A checkpoint to go on from: its description, read and checked; its arenas are read by [`State::restore`].
+/// A checkpoint to go on from: its description, read and checked; its arenas are read by [`State::params`]
+/// and [`State::restore`].
 #[derive(Debug)]
 pub(crate) struct State {
     dir: PathBuf,
@@ -246,30 +247,35 @@ impl State {
         Ok(())
     }
 
-    /// Weights, moments and average as they were, to the bit.
-    pub fn restore(
-        &self,
-        ctx: &Ctx,
-        layout: &Arc<Layout>,
-        precision: Precision,
-        optimizer: &mut Optimizer,
-    ) -> Result<(Params, Option<Buf>), TrainError> {
+    /// The weights as they were, to the bit; all files of the checkpoint are checked first.
+    pub fn params(&self, ctx: &Ctx, layout: &Arc<Layout>, precision: Precision) -> Result<Params, TrainError> {
         self.verify()?;
         let state = self.dir.join(STATE);
         let (dir, stem) = match precision {
             Precision::Fp32 => (self.dir.as_path(), "model"),
             Precision::Bf16 => (state.as_path(), "master"),
         };
-        let read = |dir: &Path, stem| -> Result<Buf, TrainError> {
-            let mut arena = ctx.on_host().zeros(DType::F32, layout.len);
-            read_arena(ctx, dir, stem, layout, arena.view_mut().f32())?;
-            Ok(ctx.here(arena))
-        };
-        let params = Params::of_masters(ctx, layout.clone(), precision, read(dir, stem)?);
-        optimizer.restore(read(&state, "m")?, read(&state, "v")?, self.saved.updates);
-        let ema = if self.saved.ema { Some(read(&self.dir.join(EMA), "model")?) } else { None };
-        Ok((params, ema))
+        Ok(Params::of_masters(ctx, layout.clone(), precision, arena(ctx, dir, stem, layout)?))
     }
+
+    /// Moments and average as they were, into a trainer of the weights.
+    pub fn restore(&self, ctx: &Ctx, layout: &Layout, ema_decay: f32, trainer: &mut Trainer) -> Result<(), TrainError> {
+        let state = self.dir.join(STATE);
+        let read = |stem| arena(ctx, &state, stem, layout);
+        trainer.optimizer_mut().restore(&read("m")?, &read("v")?, self.saved.updates);
+        if self.saved.ema {
+            let average = arena(ctx, &self.dir.join(EMA), "model", layout)?;
+            trainer.keep_average(ema_decay, Some(ctx.here(average)));
+        }
+        Ok(())
+    }
+}
+
+/// An f32 arena of a layout, in host memory.
+fn arena(ctx: &Ctx, dir: &Path, stem: &str, layout: &Layout) -> Result<Buf, TrainError> {
+    let mut arena = ctx.on_host().zeros(DType::F32, layout.len);
+    read_arena(ctx, dir, stem, layout, arena.view_mut().f32())?;
+    Ok(arena)
 }
 
 fn show(stamp: &Stamp) -> String {

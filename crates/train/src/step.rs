@@ -106,10 +106,9 @@ impl Trainer {
         &self.optimizer
     }
 
-    /// Takes up the state of AdamW after some updates.
-    pub(crate) fn set_optimizer(&mut self, optimizer: Optimizer) {
-        self.optimizer = optimizer;
-        self.course = None;
+    /// As [`Trainer::optimizer`], to take up its state after some updates.
+    pub(crate) fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
     }
 
     /// The gradients of the last step, before clipping.
@@ -183,6 +182,8 @@ impl Trainer {
         let same = fits && self.batches.iter_mut().zip(micro_batches).all(|(b, s)| b.refill(s));
         if !same {
             let depth = self.model.layout.mtp.len();
+            // What was recorded names the buffers that go.
+            self.course = None;
             self.batches = micro_batches.iter().map(|s| Batch::new(ctx, s, depth)).collect();
         }
         same

@@ -177,7 +177,9 @@ fn memory_is_predicted() {
     for recompute in [Recompute::None, Recompute::Paper, Recompute::All] {
         let Some((ctx, cuda)) = gpu() else { return };
         let (precision, objective, average) = (Precision::Bf16, OBJECTIVE, false);
-        let size = StepSize { config: config.clone(), precision, recompute, sequences, tokens, objective, average };
+        let micro_batches = 1;
+        let of = config.clone();
+        let size = StepSize { config: of, precision, recompute, micro_batches, sequences, tokens, objective, average };
         let m = gpu_memory(Some(&cuda), ctx.host(), &size);
         cuda.reserve(m.total);
         let taken = cuda.memory().taken;

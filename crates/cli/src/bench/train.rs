@@ -290,15 +290,20 @@ impl Job {
             let ctx = Ctx { step: step as u64, ..ctx.clone() };
             trainer.begin(&ctx, &[sequences], self.constants.lr)
         };
-        let warm = self.steps.min(2);
+        let warm = 2;
+        ensure!(
+            self.steps > warm,
+            "--steps {}: expected at least 3 on a GPU: the first is launched, the second recorded",
+            self.steps
+        );
         let mut under_way: Vec<StepUnderWay> = (0..warm).map(&mut begin).collect();
         cuda.synchronize();
         let (before, start) = ((cuda.waits(), cuda.replays()), ctx.mark());
         under_way.extend((warm..self.steps).map(&mut begin));
         let timed = self.steps - warm;
         let ((waits, copies), replays) = (cuda.waits(), cuda.replays() - before.1);
-        let waited = (waits - before.0.0 + copies - before.0.1) as f64 / timed.max(1) as f64;
-        let ahead = Ahead { host_waits: waited, graph_replayed: timed > 0 && replays == timed as u64 };
+        let waited = (waits - before.0.0 + copies - before.0.1) as f64 / timed as f64;
+        let ahead = Ahead { host_waits: waited, graph_replayed: replays == timed as u64 };
         let losses: Vec<f64> = under_way.iter().map(|u| u.read().losses.main).collect();
         if let Some(step) = losses.iter().position(|l| !l.is_finite()) {
             bail!("step {}: expected a finite loss, found {}", step + 1, losses[step]);
@@ -328,6 +333,7 @@ impl Job {
             config: self.config.clone(),
             precision,
             recompute: Recompute::default(),
+            micro_batches: 1,
             sequences: self.tokens.batch,
             tokens: self.tokens.seq,
             objective: self.constants.objective(),

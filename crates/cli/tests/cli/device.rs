@@ -6,7 +6,7 @@ use hadal_kernels::cuda::Cuda;
 /// Whether this machine has no GPU, as its messages assume; if it has one, that they were not tested is reported.
 #[track_caller]
 fn no_gpu() -> bool {
-    let absent = Cuda::count() == 0;
+    let absent = Cuda::count().unwrap() == 0;
     if !absent {
         use std::io::Write;
         let test = std::thread::current().name().unwrap_or("main").to_string();

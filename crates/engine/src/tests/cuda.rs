@@ -7,7 +7,7 @@ use hadal_kernels::cuda::Cuda;
 /// The first GPU as inference has it, or a skip that is seen past the harness.
 #[track_caller]
 fn gpu() -> Option<Ctx> {
-    if Cuda::count() == 0 {
+    if Cuda::count().unwrap() == 0 {
         use std::io::Write;
         let (thread, at) = (std::thread::current(), std::panic::Location::caller());
         let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);

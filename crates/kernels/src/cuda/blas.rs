@@ -2,7 +2,7 @@
 //! has kernels of its own. An algorithm is the library's first proposal for a shape, never a matter of timing, so that
 //! the same GPU with the same library gives the same bits. Scratch comes from the device's arena for each call.
 
-use super::{Cuda, error};
+use super::{Cuda, error, graph};
 use crate::DType;
 use cudarc::cublaslt::sys::{self, cublasStatus_t as Status};
 use std::collections::HashMap;
@@ -78,6 +78,7 @@ unsafe impl Sync for Handle {}
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        let _alone = graph::nobody_records();
         // SAFETY: made by `Cuda::blas_handle`, destroyed once.
         unsafe { sys::cublasLtDestroy(self.0) };
     }

@@ -5,8 +5,17 @@ use super::Cuda;
 use super::driver::check;
 use super::memory::{Range, lock};
 use cudarc::driver::sys;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
+
+/// Held while a step is recorded, and alone by whoever waits for the whole device (memory and handles are freed so):
+/// that would break a recording of the same device on another thread.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+/// Keeps recordings from beginning, once those under way have ended.
+pub(super) fn nobody_records() -> RwLockWriteGuard<'static, ()> {
+    RECORDING.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Recorded work.
 pub struct Graph {
@@ -28,6 +37,7 @@ impl Cuda {
     /// replay, at the same addresses; `f` neither waits nor copies from or to the host.
     pub fn capture<R>(self: &Arc<Self>, f: impl FnOnce() -> R) -> (Graph, R) {
         self.bind();
+        let recording = RECORDING.read().unwrap_or_else(PoisonError::into_inner);
         let stream = self.stream.raw();
         // Relaxed: a kernel that is compiled and loaded in between is no part of the recording.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -48,6 +58,7 @@ impl Cuda {
                 self.check("preparing a recorded step", e.0);
             }
         }
+        drop(recording);
         (Graph { exec, ranges, kept, cuda: self.clone() }, result)
     }
 }

@@ -168,28 +168,31 @@ static LARGE: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 /// The last launches, for the message of an error that shows itself later.
 #[derive(Debug, Default)]
-pub(super) struct Recent(VecDeque<(&'static str, [u32; 3])>);
+pub(super) struct Recent {
+    op: &'static str,
+    launches: VecDeque<(&'static str, &'static str, [u32; 3])>,
+}
 
 impl Recent {
     /// As many as an error's message has room for.
     const KEPT: usize = 6;
 
     fn push(&mut self, name: &'static str, blocks: [u32; 3]) {
-        if self.0.len() == Self::KEPT {
-            self.0.pop_front();
+        if self.launches.len() == Self::KEPT {
+            self.launches.pop_front();
         }
-        self.0.push_back((name, blocks));
+        self.launches.push_back((self.op, name, blocks));
     }
 }
 
 impl std::fmt::Display for Recent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0.is_empty() {
+        if self.launches.is_empty() {
             return Ok(());
         }
         write!(f, "; launched last:")?;
-        for (name, [x, y, z]) in &self.0 {
-            write!(f, " {name}[{x}, {y}, {z}]")?;
+        for (op, name, [x, y, z]) in &self.launches {
+            write!(f, " {op}: {name}[{x}, {y}, {z}];")?;
         }
         write!(f, " (HADAL_CUDA_SYNC=1 waits after each, which tells the one that failed)")
     }
@@ -207,7 +210,7 @@ impl Kernels {
 }
 
 /// Wait after every launch, so that an error shows where it happens.
-fn sync_each() -> bool {
+pub(super) fn sync_each() -> bool {
     static SYNC: OnceLock<bool> = OnceLock::new();
     *SYNC.get_or_init(|| std::env::var_os("HADAL_CUDA_SYNC").is_some_and(|v| v == "1"))
 }
@@ -279,6 +282,11 @@ impl Cuda {
         }
         modules.insert(key, module as usize);
         module as usize
+    }
+
+    /// Says which op launches from here on, for the message of an error.
+    pub(crate) fn begins(&self, op: &'static str) {
+        lock(&self.recent).op = op;
     }
 
     /// Gives the device one launch. The arguments must be those of the kernel, in type and order, and point to memory

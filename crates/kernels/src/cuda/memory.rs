@@ -2,7 +2,7 @@
 //! training step repeat exactly, so that every step gets the same addresses, which a captured graph relies on.
 
 use super::driver::{DriverError, check};
-use super::{Cuda, error};
+use super::{Cuda, error, graph};
 use crate::DType;
 use cudarc::driver::sys;
 use std::collections::{BTreeMap, BTreeSet};
@@ -185,17 +185,6 @@ impl Arena {
         self.peak = self.used;
     }
 
-    /// Hands pieces of which nothing is in use back to the driver.
-    pub fn release(&mut self) {
-        let whole: Vec<(u64, usize)> =
-            self.pieces.iter().filter(|&(at, size)| self.free.get(at) == Some(size)).map(|(&a, &s)| (a, s)).collect();
-        for (at, size) in whole {
-            self.remove(at, size);
-            self.pieces.remove(&at);
-            self.free_piece(at);
-        }
-    }
-
     /// Bytes from the beginning of the first piece to `end`, what lies between pieces left out.
     fn reach(&self, end: u64) -> usize {
         self.pieces.iter().map(|(&at, &size)| size.min(end.saturating_sub(at) as usize)).sum()
@@ -216,15 +205,9 @@ fn rounded(bytes: usize) -> usize {
 
 impl Drop for Arena {
     fn drop(&mut self) {
+        // Freeing waits for the whole device, which would break a recording that another thread makes.
+        let _alone = (self.endless.is_none() && !self.pieces.is_empty()).then(graph::nobody_records);
         self.pieces.keys().for_each(|&at| self.free_piece(at));
-    }
-}
-
-impl Cuda {
-    /// Hands memory that nobody uses back to the driver.
-    pub(crate) fn release(&self) {
-        self.bind();
-        lock(&self.arena).release();
     }
 }
 

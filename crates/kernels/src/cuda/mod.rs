@@ -172,9 +172,12 @@ impl Cuda {
         })
     }
 
-    /// How many GPUs there are; 0 without a driver.
-    pub fn count() -> usize {
-        driver::count().unwrap_or(0)
+    /// How many GPUs there are; 0 without a driver, an error where there is one that does not work.
+    pub fn count() -> Result<usize, GpuError> {
+        match driver::count() {
+            Err(GpuError::NoDriver) => Ok(0),
+            counted => counted,
+        }
     }
 
     /// The host's cores beside it.
@@ -252,9 +255,9 @@ impl Cuda {
         self.kernels.notice()
     }
 
-    /// Whether steps may be recorded: not while somebody wants the time of every operation.
+    /// Whether steps may be recorded: not while somebody wants the time of every operation, or a wait behind each.
     pub fn may_record(&self) -> bool {
-        self.profile.get().is_none() && !self.dry
+        self.profile.get().is_none() && !self.dry && !launch::sync_each()
     }
 
     /// Panics while a graph is recorded, whose replays would not do what is asked for (a contract breach).

@@ -110,12 +110,13 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        if let Some(piece) = self.piece.take() {
-            let until = (!self.is_ready()).then(|| self.cuda.event());
-            if let Some(event) = &until {
-                self.cuda.record(event);
-            }
-            self.cuda.pinned.give(piece, until);
+        let Some(piece) = self.piece.take() else { return };
+        if self.is_ready() {
+            self.cuda.pinned.give(piece, None);
+        } else {
+            // Nobody will read it, and the copy may come yet, or never where the device has failed: the piece is let go of
+            // for good, as nothing here may fail.
+            std::mem::forget(piece);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// The first GPU, or a skip that is seen past the harness.
 #[track_caller]
 pub fn gpu() -> Option<(Ctx, Arc<Cuda>)> {
-    if Cuda::count() == 0 {
+    if Cuda::count().unwrap() == 0 {
         use std::io::Write;
         let (thread, at) = (std::thread::current(), std::panic::Location::caller());
         let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);
