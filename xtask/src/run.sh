@@ -20,22 +20,33 @@ say "commit: @COMMIT@"
 
 # The sanitizer wherever the toolkit put it.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
-# One suite on small shapes under one of its tools. Out-of-order copies make racecheck slow: few tests.
+# The suite on small shapes under one of its tools, each test in a process of its own: racecheck takes its time.
 sanitize() {
-  local tool=$1
-  shift
+  local tool=$1 tests folder test status failed=0
   if [ -z "$sanitizer" ]; then
     echo "skipped: $tool: no compute-sanitizer on this machine"
     return 0
   fi
-  timeout "${HADAL_SANITIZE_SECONDS:-240}" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "$@"
-  local status=$?
-  # What was found before the time was over counts.
-  if [ $status = 124 ] && ! grep -qaE '^========= .*(Invalid|Race reported|hazard)' "$log"; then
-    echo "skipped: $tool: time is over after $(grep -acE '^test .* ok$' "$log") tests without a finding"
-    return 0
-  fi
-  return $status
+  folder=$(mktemp -d)
+  tests=$(./bin/kernels small_shapes --list | sed -n 's/: test$//p')
+  [ -n "$tests" ] || { echo "broken: no tests on small shapes" && return 1; }
+  export sanitizer tool folder
+  xargs -P "${HADAL_SANITIZE_JOBS:-6}" -I '{}' bash -c 'timeout "${HADAL_SANITIZE_SECONDS:-240}" "$sanitizer" --tool "$tool" \
+    --error-exitcode 9 --print-limit 20 ./bin/kernels --exact "{}" > "$folder/{}" 2>&1; echo $? > "$folder/{}.status"' <<< "$tests"
+  for test in $tests; do
+    status=$(< "$folder/$test.status")
+    # What was found before the time was over counts.
+    if [ "$status" = 124 ] && ! grep -qaE '^========= .*(Invalid|Race reported|hazard)' "$folder/$test"; then
+      echo "skipped: $tool: no finding in $test when its time was over"
+    elif [ "$status" != 0 ]; then
+      failed=1
+      echo "broken: $test ($status)"
+      cat "$folder/$test"
+    fi
+  done
+  echo "$tool SUMMARY: $(cat "$folder"/*.status | grep -cx 0) of $(wc -l <<< "$tests") tests without a finding"
+  rm -r "$folder"
+  return $failed
 }
 
 # A few kernels with a cache that cannot be made, an empty one, a damaged one: they run, and the user is told what matters.
@@ -64,12 +75,11 @@ for part in "${parts[@]}"; do
     # One device at a time, as a run has it.
     train) ./bin/train --test-threads 1 ;;
     cache) cache ;;
-    memcheck) sanitize memcheck ./bin/kernels --test-threads 1 small_shapes ;;
-    racecheck) sanitize racecheck ./bin/kernels --test-threads 1 small_shapes ;;
+    memcheck | racecheck) sanitize "$part" ;;
     *) echo "no part $part" && false ;;
   esac > "$log" 2>&1
   status=$?
-  summary=$(grep -aE '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tr '\n' ' ')
+  summary=$(grep -aE '^test result: (FAILED|.* [1-9][0-9]* passed)|^[a-z]+check SUMMARY' "$log" | tr '\n' ' ')
   say "$part: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - begin)) s: $summary"
   grep -aoE 'skipped: .*' "$log" | sort -u | sed 's/^/  /' | tee -a report.txt
   grep -aE '^[A-Za-z0-9]+: loss .* apart$' "$log" | sed 's/^/  /' | tee -a report.txt
