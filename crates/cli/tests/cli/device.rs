@@ -53,6 +53,48 @@ fn without_a_driver_it_is_named_and_what_to_do() {
     refused(&["inspect", "nano", "--device", "cuda:0"], parts);
 }
 
+/// What a driver that is there may say: too old, no GPU, one that is too old, no compiler beside it, an error of its own.
+#[test]
+#[cfg(target_os = "linux")]
+fn fake_drivers_are_answered() {
+    let place = Place::new();
+    let library = place.arg("libcuda.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/fake_driver.rs");
+    let built = std::process::Command::new(std::env::var("RUSTC").unwrap_or("rustc".into()))
+        .args(["--edition", "2024", "--crate-type", "cdylib", "--crate-name", "cuda", "-o", &library, source])
+        .output()
+        .expect("rustc, which built this test");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let said = |fake: &str, device: &str| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_hadal"))
+            .args(["bench", "gemm", "--device", device])
+            .env("LD_LIBRARY_PATH", place.arg(""))
+            .env("FAKE_CUDA", fake)
+            .output()
+            .unwrap();
+        assert_eq!(out.status.code(), Some(1), "{fake}");
+        String::from_utf8(out.stderr).unwrap()
+    };
+    let says = |fake: &str, device: &str, parts: &[&str]| {
+        let found = said(fake, device);
+        assert_eq!(found.lines().count(), 1, "{found}");
+        for part in parts {
+            assert!(found.contains(part), "{fake}: {part}: {found}");
+        }
+    };
+    says("11040 1 9 0 0", "cuda", &["driver supports CUDA 11.4", "expected 12.8 or newer", "update the driver"]);
+    says("13000 0 9 0 0", "cuda", &["--device cuda:0", "this machine has 0 GPUs"]);
+    // CUDA_ERROR_NO_DEVICE.
+    says("13000 1 9 0 100", "cuda", &["this machine has 0 GPUs"]);
+    says("13000 2 9 0 0", "cuda:2", &["--device cuda:2", "this machine has 2 GPUs, numbered from 0"]);
+    says("13000 1 7 5 0", "cuda", &["Fake 1000 has compute capability 7.5", "expected 8.0 (Ampere) or newer"]);
+    says("13000 1 9 0 999", "cuda", &["starting the driver", "FAKE_ERROR", "an error that is not real"]);
+    // No NVRTC beside it; a machine that has one has a driver too, of which no test can rid it.
+    if no_gpu() {
+        says("13000 1 9 0 0", "cuda", &["NVRTC", "libnvrtc.so", "LD_LIBRARY_PATH"]);
+    }
+}
+
 #[test]
 fn verbs_of_the_host_have_no_device() {
     let model = trained().join("step-000003");
