@@ -140,6 +140,22 @@ impl Global {
     }
 }
 
+impl Cli {
+    fn run(&self, out: &Output) -> anyhow::Result<ExitCode> {
+        self.global.has_effect(&self.verb)?;
+        match &self.verb {
+            Verb::Pretrain(v) => return v.run(&self.global, out),
+            Verb::Generate(v) => v.run(&self.global, out),
+            Verb::Logits(v) => v.run(&self.global, out),
+            Verb::Inspect(v) => v.run(&self.global, out),
+            Verb::Convert(v) => v.run(&self.global, out),
+            Verb::Tokenizer(v) => v.run(&self.global, out),
+            Verb::Bench(v) => v.run(&self.global, out),
+        }
+        .map(|()| ExitCode::SUCCESS)
+    }
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -157,16 +173,13 @@ fn main() -> ExitCode {
         Some(message) if hadal_kernels::cuda::is_failure() => out.error(message),
         _ => out.error(&format!("internal, please report it: {info}")),
     }));
-    let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
-    let result = cli.global.has_effect(&cli.verb).and_then(|()| match &cli.verb {
-        Verb::Pretrain(v) => v.run(&cli.global, &out),
-        Verb::Generate(v) => done(v.run(&cli.global, &out)),
-        Verb::Logits(v) => done(v.run(&cli.global, &out)),
-        Verb::Inspect(v) => done(v.run(&cli.global, &out)),
-        Verb::Convert(v) => done(v.run(&cli.global, &out)),
-        Verb::Tokenizer(v) => done(v.run(&cli.global, &out)),
-        Verb::Bench(v) => done(v.run(&cli.global, &out)),
-    });
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cli.run(&out)));
+    let result = match ran {
+        Ok(result) => result,
+        // The hook has told it. What the user can do something about ends as any refusal does.
+        Err(_) if hadal_kernels::cuda::is_failure() => return ExitCode::FAILURE,
+        Err(fault) => std::panic::resume_unwind(fault),
+    };
     if let Some(notice) = cli.global.notice() {
         eprintln!("{notice}");
     }

@@ -15,6 +15,7 @@ pub mod ops;
 mod panel;
 pub mod peak;
 mod profile;
+mod sizes;
 #[cfg(test)]
 mod testing;
 

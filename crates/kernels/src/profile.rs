@@ -3,6 +3,7 @@
 //! not a sampler: what an op's callers do between ops, and what they wait for, is not in it.
 
 use crate::cuda::{Cuda, Event};
+use crate::sizes::Named;
 use crate::{Ctx, Device};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +29,11 @@ impl Profile {
 
 /// Counts for an op from its making to its end.
 #[must_use = "a timer counts until it is dropped"]
-pub(crate) struct Timer<'a>(Option<(&'a Profile, &'static str, Begin<'a>)>);
+pub(crate) struct Timer<'a> {
+    counts: Option<(&'a Profile, &'static str, Begin<'a>)>,
+    /// Where the op was noted.
+    noted: Option<&'a Cuda>,
+}
 
 enum Begin<'a> {
     Host(Instant),
@@ -72,25 +77,32 @@ impl Profile {
 }
 
 impl Ctx {
-    /// A timer for the op of this name; it counts nothing without a profile, or within another op.
-    pub(crate) fn timer(&self, op: &'static str) -> Timer<'_> {
-        if let Device::Cuda(cuda) = &self.device {
-            cuda.begins(op);
+    /// A timer for the op of this name, whose arguments have these sizes; it counts nothing without a profile, or within
+    /// another op. An error of a GPU names the op and the sizes.
+    pub(crate) fn timer(&self, op: &'static str, sizes: &[Named]) -> Timer<'_> {
+        let noted = self.device.as_cuda().map(|cuda| &**cuda);
+        if let Some(cuda) = noted {
+            cuda.op_begins(op, sizes);
         }
         let profile = self.device.started().filter(|p| !p.running.swap(true, Ordering::Acquire));
         let begin = || match &self.device {
             Device::Cpu(_) => Begin::Host(Instant::now()),
             Device::Cuda(cuda) => Begin::Cuda(cuda, cuda.mark()),
         };
-        Timer(profile.map(|p| (p, op, begin())))
+        Timer { counts: profile.map(|p| (p, op, begin())), noted }
     }
 }
 
 impl Drop for Timer<'_> {
     fn drop(&mut self) {
-        let Some((profile, op, begin)) = self.0.take() else { return };
+        if let Some(cuda) = self.noted {
+            cuda.op_ends();
+        }
+        let Some((profile, op, begin)) = self.counts.take() else { return };
         match begin {
             Begin::Host(begin) => profile.count(op, begin.elapsed().as_secs_f64()),
+            // A device that has failed has no more marks, and a second panic would hide the message of the first.
+            Begin::Cuda(..) if std::thread::panicking() => {}
             Begin::Cuda(cuda, begin) => {
                 let marks = [begin, cuda.mark()];
                 profile.marks.lock().unwrap_or_else(PoisonError::into_inner).push((op, marks));
@@ -103,6 +115,7 @@ impl Drop for Timer<'_> {
 #[cfg(test)]
 mod tests {
     use crate::ops::add;
+    use crate::sizes::sizes;
     use crate::testing::ctx;
 
     #[test]
@@ -114,7 +127,7 @@ mod tests {
         let (profile, silent) = (ctx.device.profile(), other.device.profile());
         assert!(profile.take().is_empty());
         {
-            let _timer = ctx.timer("outer");
+            let _timer = ctx.timer("outer", sizes![sum.view()]);
             add::accumulate(&ctx, ones.view(), sum.view_mut());
         }
         add::convert(&ctx, ones.view(), sum.view_mut());

@@ -33,10 +33,12 @@ const MODEL: &str = "
     max_position_embeddings = 32
 ";
 
-/// Stops a run after a step, or never.
+/// Stops a run after a step, or ends it in the midst of one, or never.
 #[derive(Default)]
 struct Watch {
     stop_after: Option<u64>,
+    /// Panics in that step, as a GPU's failure does.
+    fail_at: Option<u64>,
     step: u64,
     resumed: Option<(u64, Vec<String>)>,
     saved: Vec<PathBuf>,
@@ -47,6 +49,9 @@ impl Observer for Watch {
     fn start(&mut self, _: &Start) {}
     fn step(&mut self, m: &Metrics) {
         self.step = m.step;
+        if self.fail_at == Some(m.step) {
+            panic!("a failure of the device in step {}", m.step);
+        }
     }
     fn checkpoint(&mut self, path: &Path) {
         self.saved.push(path.to_path_buf());
@@ -277,6 +282,35 @@ fn full_disk_from_every_file_operation_on() {
 #[test]
 fn an_error_at_every_file_operation() {
     faults_everywhere(Fault::Once(StorageFull), false);
+}
+
+/// A device that fails ends a run by a panic, wherever its step is. What was saved before is whole, what was about to be
+/// is finished, and the run goes on from there.
+#[test]
+fn a_device_that_fails_leaves_the_checkpoints_before() {
+    let place = Place::new();
+    for beside in [true, false] {
+        let s = || Settings { save_beside: Some(beside), checkpoint_every: Some(1), keep_last: Some(6), ..settings() };
+        let alone = place.run(&format!("alone {beside}"), s(), false);
+        go(&alone, &Disk::new(), &mut Watch::default()).unwrap();
+        for fail_at in 1..=6 {
+            let run = place.run("run", s(), true);
+            let mut watch = Watch { fail_at: Some(fail_at), ..Watch::default() };
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| go(&run, &Disk::new(), &mut watch)));
+            assert!(ended.is_err());
+            assert_whole_or_hidden(&run);
+            let saved = steps(&run.out);
+            assert_eq!(saved.len() as u64, fail_at - 1, "every step before has its checkpoint: {saved:?}");
+            for step in &saved {
+                assert_eq!(bytes(&alone.out.join(step)), bytes(&run.out.join(step)), "{step}");
+            }
+            let mut watch = Watch::default();
+            assert!(go(&run, &Disk::new(), &mut watch).unwrap().finished);
+            assert_eq!(watch.resumed.map(|(step, _)| step), (fail_at > 1).then_some(fail_at - 1));
+            assert_same_run(&alone.out, &run.out);
+            std::fs::remove_dir_all(&run.out).unwrap();
+        }
+    }
 }
 
 /// A run stopped after step 2, and what resuming it says once `spoil` has been at its directory.

@@ -2,7 +2,7 @@
 //! has kernels of its own. An algorithm is the library's first proposal for a shape, never a matter of timing, so that
 //! the same GPU with the same library gives the same bits. Scratch comes from the device's arena for each call.
 
-use super::{Cuda, error, graph};
+use super::{Cuda, graph};
 use crate::DType;
 use cudarc::cublaslt::sys::{self, cublasStatus_t as Status};
 use std::collections::HashMap;
@@ -270,6 +270,7 @@ impl Cuda {
     /// has nothing for it.
     pub(crate) fn multiply(&self, p: &Product, a: u64, b: u64, c: u64) -> std::result::Result<bool, BlasError> {
         if self.dry {
+            self.recent().library();
             // The most that an algorithm may take.
             drop(self.uninit(DType::F32, SCRATCH as usize / 4));
             return Ok(true);
@@ -279,6 +280,7 @@ impl Cuda {
         let Some(plan) = self.plan(handle, p)? else { return Ok(false) };
         let scratch = (plan.scratch > 0).then(|| self.uninit(DType::F32, plan.scratch.div_ceil(4)));
         let at = scratch.as_ref().map_or(0, |s| s.view().ptr());
+        self.recent().library();
         let (one, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
         // SAFETY: the handles are alive; the addresses are those of the caller's buffers, whose sizes its contract
         // asserts; the scratch lives until what is launched here comes before whatever uses its memory next.
@@ -303,12 +305,13 @@ impl Cuda {
             )
         };
         check(status).map_err(|status| BlasError { doing: "launching", product: *p, status })?;
+        self.launched();
         Ok(true)
     }
 
     /// Ends what is going on with the library's message.
     pub(crate) fn blas_failed(&self, e: &BlasError) -> ! {
-        error::fail(format!("GPU {} ({}): {e}", self.ordinal, self.name))
+        self.fail(&e.to_string())
     }
 }
 

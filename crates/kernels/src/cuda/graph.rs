@@ -4,6 +4,7 @@
 use super::Cuda;
 use super::driver::check;
 use super::memory::{Range, lock};
+use super::recent::Recorded;
 use cudarc::driver::sys;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
@@ -24,6 +25,7 @@ pub struct Graph {
     ranges: Vec<Range>,
     /// What of it was in use at the recording's end: its results.
     kept: Vec<Range>,
+    launches: Arc<Recorded>,
     cuda: Arc<Cuda>,
 }
 
@@ -44,10 +46,12 @@ impl Cuda {
         // SAFETY: the stream is alive and records nothing yet.
         self.check("recording a step", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) });
         lock(&self.arena).begin_recording();
+        self.recent().begin_recording();
         self.recording.store(true, Ordering::Relaxed);
         let result = f();
         self.recording.store(false, Ordering::Relaxed);
         let (ranges, kept) = lock(&self.arena).end_recording();
+        let launches = Arc::new(self.recent().end_recording());
         let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: ends the recording begun above; the handles are written by the driver and used once.
         unsafe {
@@ -59,7 +63,7 @@ impl Cuda {
             }
         }
         drop(recording);
-        (Graph { exec, ranges, kept, cuda: self.clone() }, result)
+        (Graph { exec, ranges, kept, launches, cuda: self.clone() }, result)
     }
 }
 
@@ -72,10 +76,12 @@ impl Graph {
             return false;
         }
         self.cuda.bind();
+        self.cuda.recent().step(&self.launches);
         self.cuda.counts.replays.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the graph is alive, and the memory that it names is still the arena's.
         let result = unsafe { sys::cuGraphLaunch(self.exec, self.cuda.stream.raw()) };
         self.cuda.check("replaying a step", result);
+        self.cuda.launched();
         true
     }
 }

@@ -1,11 +1,12 @@
 //! Kernels by name, and launching them.
 
 use super::driver::check;
-use super::{Cuda, TensorMap, compile, error};
+use super::{Cuda, TensorMap, compile};
 use crate::DType;
 use cudarc::driver::sys;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// CUDA C++ of one file, and what it stands on.
@@ -166,38 +167,6 @@ static MODULES: OnceLock<Modules> = OnceLock::new();
 /// Bytes of shared memory that functions may have: a function's attribute, so the process's and not a device's.
 static LARGE: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
-/// The last launches, for the message of an error that shows itself later.
-#[derive(Debug, Default)]
-pub(super) struct Recent {
-    op: &'static str,
-    launches: VecDeque<(&'static str, &'static str, [u32; 3])>,
-}
-
-impl Recent {
-    /// As many as an error's message has room for.
-    const KEPT: usize = 6;
-
-    fn push(&mut self, name: &'static str, blocks: [u32; 3]) {
-        if self.launches.len() == Self::KEPT {
-            self.launches.pop_front();
-        }
-        self.launches.push_back((self.op, name, blocks));
-    }
-}
-
-impl std::fmt::Display for Recent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.launches.is_empty() {
-            return Ok(());
-        }
-        write!(f, "; launched last:")?;
-        for (op, name, [x, y, z]) in &self.launches {
-            write!(f, " {op}: {name}[{x}, {y}, {z}];")?;
-        }
-        write!(f, " (HADAL_CUDA_SYNC=1 waits after each, which tells the one that failed)")
-    }
-}
-
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -277,27 +246,26 @@ impl Cuda {
         }
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is a whole cubin in memory that outlives the call; the driver checks it.
-        if let Err(e) = check(unsafe { sys::cuModuleLoadData(&mut module, code.as_ptr().cast()) }) {
-            error::fail(format!("GPU {} ({}): loading the kernels of {name}: {e}", self.ordinal, self.name));
+        let loaded = unsafe { sys::cuModuleLoadData(&mut module, code.as_ptr().cast()) };
+        if check(loaded).is_err() {
+            self.check(&format!("loading the kernels of {name}"), loaded);
         }
         modules.insert(key, module as usize);
         module as usize
     }
 
-    /// Says which op launches from here on, for the message of an error.
-    pub(crate) fn begins(&self, op: &'static str) {
-        lock(&self.recent).op = op;
-    }
-
     /// Gives the device one launch. The arguments must be those of the kernel, in type and order, and point to memory
     /// that the kernel may use as it does: what the ops' asserts are for.
     pub(crate) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
-        if grid.blocks.contains(&0) || self.dry {
+        if grid.blocks.contains(&0) {
+            return;
+        }
+        self.recent().kernel(kernel.name, grid.blocks);
+        if self.dry {
             return;
         }
         self.bind();
         self.allow_shared(kernel, grid.shared);
-        lock(&self.recent).push(kernel.name, grid.blocks);
         let mut pointers: Vec<*mut std::ffi::c_void> =
             args.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast()).collect();
         // SAFETY: a structure of numbers and handles, for which zeros are valid.
@@ -326,7 +294,12 @@ impl Cuda {
         if check(result).is_err() {
             self.check(&format!("launching {} on {grid:?}", kernel.name), result);
         }
-        if sync_each() {
+        self.launched();
+    }
+
+    /// Behind every launch: the wait that somebody may have asked for. A recording launches nothing to wait for.
+    pub(super) fn launched(&self) {
+        if sync_each() && !self.recording.load(Ordering::Relaxed) {
             self.synchronize();
         }
     }

@@ -15,6 +15,7 @@ mod graph;
 mod launch;
 mod memory;
 mod pinned;
+mod recent;
 #[cfg(test)]
 mod small_shapes;
 mod tensor_map;
@@ -29,6 +30,7 @@ pub use memory::{CudaBuf, CudaView, CudaViewMut, MemoryUse};
 pub use pinned::Pending;
 pub(crate) use tensor_map::{Swizzle, TensorMap};
 
+use crate::sizes::Named;
 use crate::{Buf, Cpu, DType, Profile, View, ViewMut};
 use cudarc::driver::sys;
 pub use driver::Event;
@@ -36,9 +38,10 @@ use driver::{Stream, check};
 use launch::Kernels;
 use memory::Arena;
 use pinned::Pinned;
+use recent::Recent;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What every kernel's source begins with.
 pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
@@ -70,7 +73,7 @@ pub struct Cuda {
     /// A graph is being recorded.
     recording: AtomicBool,
     counts: Counts,
-    recent: Mutex<launch::Recent>,
+    recent: Mutex<Recent>,
     pub(crate) profile: OnceLock<Profile>,
 }
 
@@ -277,9 +280,29 @@ impl Cuda {
     /// Ends what is going on, with a message for the user, if the driver reports an error.
     fn check(&self, what: &str, result: sys::CUresult) {
         if let Err(e) = check(result) {
-            let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-            error::fail(format!("GPU {} ({}): {what}: {e}{recent}", self.ordinal, self.name));
+            self.fail(&format!("{what}: {e}"));
         }
+    }
+
+    /// Ends what is going on with a message that names what the device was given last: whatever reports an error, that
+    /// may be what caused it.
+    fn fail(&self, what: &str) -> ! {
+        let recent = self.recent().describe(launch::sync_each());
+        error::fail(format!("GPU {} ({}): {what}{recent}", self.ordinal, self.name))
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An op begins, with arguments of these sizes, which ends at [`Cuda::op_ends`]: for the message of an error.
+    pub(crate) fn op_begins(&self, op: &'static str, sizes: &[Named]) {
+        self.recent().begin(op, sizes);
+    }
+
+    /// The op that began last is over.
+    pub(crate) fn op_ends(&self) {
+        self.recent().end();
     }
 
     /// Waits until the device has done all that it was given.
@@ -300,7 +323,7 @@ impl Cuda {
         self.bind();
         let taken = memory::lock(&self.arena).reserve(bytes);
         if let Err(e) = taken {
-            error::fail(self.out_of_memory(bytes, &e));
+            self.no_memory(bytes, &e);
         }
     }
 
@@ -314,11 +337,15 @@ impl Cuda {
         memory::lock(&self.arena).reset_peak();
     }
 
-    fn out_of_memory(&self, bytes: usize, e: &driver::DriverError) -> String {
+    /// Ends what is going on for want of memory, or for what failed before.
+    fn no_memory(&self, bytes: usize, e: &driver::DriverError) -> ! {
+        if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            self.fail(&format!("taking {bytes} bytes of memory: {e}"));
+        }
         let (free, total) = driver::memory_info().unwrap_or((0, self.total));
         let used = self.memory().used;
         let gib = |b: usize| b as f64 / (1u64 << 30) as f64;
-        format!(
+        error::fail(format!(
             "GPU {} ({}): {:.2} GiB wanted, {:.2} GiB in use by this process, {:.2} of {:.2} GiB free ({e}); a smaller \
              batch, a shorter sequence or recompute = \"all\" needs less: `hadal inspect --device cuda` predicts how much",
             self.ordinal,
@@ -327,7 +354,7 @@ impl Cuda {
             gib(used),
             gib(free),
             gib(total)
-        )
+        ))
     }
 
     /// `len` elements of whatever value; with debug assertions NaN or -1. The memory is the device's again when the
@@ -360,7 +387,7 @@ impl Cuda {
         let ptr = memory::lock(&self.arena).take(bytes);
         match ptr {
             Ok(ptr) => CudaBuf::new(self, ptr, len, dtype),
-            Err(e) => error::fail(self.out_of_memory(bytes, &e)),
+            Err(e) => self.no_memory(bytes, &e),
         }
     }
 
@@ -442,7 +469,7 @@ impl Cuda {
             return Event::none();
         }
         self.bind();
-        Event::new().unwrap_or_else(|e| error::fail(format!("GPU {}: making an event: {e}", self.ordinal)))
+        Event::new().unwrap_or_else(|e| self.fail(&format!("making an event: {e}")))
     }
 
     /// Places a mark behind all that the device was given.

@@ -1,8 +1,8 @@
 //! Host memory that the device reads and writes on its own, and copies through it. Uploads never wait: each takes a
 //! piece that no earlier copy still needs. Downloads wait, or are asked for now and read later.
 
+use super::Cuda;
 use super::driver::{Event, check};
-use super::{Cuda, error};
 use crate::{DType, View};
 use cudarc::driver::sys;
 use std::sync::atomic::Ordering;
@@ -20,13 +20,13 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
-    fn new(bytes: usize) -> Self {
+    fn new(cuda: &Cuda, bytes: usize) -> Self {
         let mut ptr = std::ptr::null_mut();
         // SAFETY: writes one address; callers made a context current.
-        match check(unsafe { sys::cuMemHostAlloc(&mut ptr, bytes, 0) }) {
-            Ok(()) => Self { ptr: ptr.cast(), bytes },
-            Err(e) => error::fail(format!("taking {bytes} bytes of pinned host memory: {e}")),
+        if let Err(e) = check(unsafe { sys::cuMemHostAlloc(&mut ptr, bytes, 0) }) {
+            cuda.fail(&format!("taking {bytes} bytes of pinned host memory: {e}"));
         }
+        Self { ptr: ptr.cast(), bytes }
     }
 }
 
@@ -47,13 +47,13 @@ pub(super) struct Pinned {
 const LEAST: usize = 4096;
 
 impl Pinned {
-    fn take(&self, bytes: usize) -> Piece {
+    fn take(&self, cuda: &Cuda, bytes: usize) -> Piece {
         let bytes = bytes.max(LEAST).next_power_of_two();
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let free = |(p, e): &(Piece, Option<Event>)| p.bytes == bytes && e.as_ref().is_none_or(Event::has_passed);
         match waiting.iter().position(free) {
             Some(i) => waiting.swap_remove(i).0,
-            None => Piece::new(bytes),
+            None => Piece::new(cuda, bytes),
         }
     }
 
@@ -132,7 +132,7 @@ impl Cuda {
         // Large uploads (weights of a checkpoint) go in pieces that are used again.
         const PIECE: usize = 32 << 20;
         for (i, part) in bytes.chunks(PIECE).enumerate() {
-            let piece = self.pinned.take(part.len());
+            let piece = self.pinned.take(self, part.len());
             // SAFETY: the piece is at least as large, nobody else has it, and the destination was taken for all bytes.
             let result = unsafe {
                 std::ptr::copy_nonoverlapping(part.as_ptr(), piece.ptr, part.len());
@@ -169,7 +169,7 @@ impl Cuda {
         self.not_recorded("copying from the device");
         self.bind();
         let bytes = view.len() * view.dtype().size();
-        let piece = (bytes > 0 && !self.dry).then(|| self.pinned.take(bytes));
+        let piece = (bytes > 0 && !self.dry).then(|| self.pinned.take(self, bytes));
         if let Some(piece) = &piece {
             // SAFETY: the piece is at least as large, nobody else has it, and the result keeps it until the copy is over.
             let result = unsafe { sys::cuMemcpyDtoHAsync_v2(piece.ptr.cast(), view.ptr(), bytes, self.stream.raw()) };

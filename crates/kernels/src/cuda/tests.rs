@@ -1,8 +1,9 @@
 //! The device itself: memory, copies, launches, recordings. Each test needs a GPU.
 
 use super::{Cuda, Grid, PRELUDE, Source, Value, args};
+use crate::ops::{gemm, rmsnorm};
 use crate::testing::{gpu, normals};
-use crate::{Buf, Ctx, DType, View};
+use crate::{Buf, Ctx, DType, View, Weight};
 use std::sync::Arc;
 
 static SOURCE: Source = Source {
@@ -124,6 +125,28 @@ fn a_dry_device_counts_what_a_real_one_takes() {
     let taken = work(&ctx);
     assert_eq!((taken.peak, taken.reached, taken.used), (counted.peak, counted.reached, counted.used));
     assert_eq!(taken.taken, counted.reached.max(64 << 20), "one piece is enough");
+}
+
+/// The message of a failure, whose cause may be anything that was launched before.
+#[test]
+fn a_failure_names_ops_and_sizes() {
+    let cuda = Cuda::dry(None, crate::testing::ctx().host().clone());
+    let ctx = crate::Device::Cuda(cuda.clone()).ctx();
+    let (x, weight, mut y) = (ctx.empty(DType::Bf16, 512), ctx.filled(64, 1.0), ctx.empty(DType::Bf16, 512));
+    let mut rstd = ctx.empty(DType::F32, 8);
+    let (x_stride, eps) = (64, 1e-6);
+    let (out, kept) = (y.view_mut(), rstd.view_mut());
+    let norm = rmsnorm::Forward { x: x.view(), x_stride, weight: weight.view(), eps, y: out, rstd: kept };
+    rmsnorm::forward(&ctx, norm);
+    let square = Weight::new(x.view(), 8, 64);
+    gemm::linear(&ctx, y.view(), &square, ctx.empty(DType::F32, 64).view_mut());
+    let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cuda.fail("waiting for the device: why")));
+    let message = failed.expect_err("a failure").downcast_ref::<String>().expect("a message for the user").clone();
+    let expected = "GPU 0 (NVIDIA H200): waiting for the device: why; launched last: rmsnorm forward (x bf16[512], \
+                    x_stride 64, weight f32[64], y bf16[512], rstd f32[8]): rmsnorm_forward, grid [2, 1, 1]; gemm (m 8, \
+                    n 8, k 64, a.data bf16[512], a.ld 64, ta 0, b.data bf16[512], b.ld 64, tb 1, c.data f32[64], c.ld 8): \
+                    cuBLASLt (HADAL_CUDA_SYNC=1 waits after each, which tells the one that failed)";
+    assert_eq!(message, expected);
 }
 
 #[test]

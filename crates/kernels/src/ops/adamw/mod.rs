@@ -12,6 +12,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 use std::ops::Range;
 
@@ -80,7 +81,7 @@ fn in_order(segments: &[Segment], p: usize) -> Vec<&Segment> {
 
 /// One update.
 pub fn step(ctx: &Ctx, a: AdamW<'_>) {
-    let _timer = ctx.timer("adamw");
+    let _timer = ctx.timer("adamw", sizes![a.master, a.grad, a.m, a.v, a.compute, a.segments, a.norm, a.schedule]);
     let p = a.master.len();
     assert!(
         a.grad.len() == p && a.m.len() == p && a.v.len() == p && a.compute.as_ref().is_none_or(|c| c.len() == p),

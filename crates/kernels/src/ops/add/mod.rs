@@ -8,11 +8,12 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// out = a + b (any float dtypes of equal length).
 pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
-    let _timer = ctx.timer("add");
+    let _timer = ctx.timer("add", sizes![a, b, out]);
     assert!(a.len() == out.len() && b.len() == out.len(), "{} + {} to {}", a.len(), b.len(), out.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::add(cuda, a, b, out),
@@ -24,7 +25,7 @@ pub fn add(ctx: &Ctx, a: View<'_>, b: View<'_>, out: ViewMut<'_>) {
 
 /// out += a.
 pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
-    let _timer = ctx.timer("add");
+    let _timer = ctx.timer("add", sizes![a, out]);
     assert_eq!(a.len(), out.len(), "adding {} elements to {}", a.len(), out.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::accumulate(cuda, a, out),
@@ -36,7 +37,7 @@ pub fn accumulate(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
 
 /// out = a in out's dtype.
 pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
-    let _timer = ctx.timer("add");
+    let _timer = ctx.timer("add", sizes![a, out]);
     assert_eq!(a.len(), out.len(), "converting {} elements to {}", a.len(), out.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::convert(cuda, a, out),
@@ -49,7 +50,7 @@ pub fn convert(ctx: &Ctx, a: View<'_>, out: ViewMut<'_>) {
 /// out += weight * (a - out): the running average of what `a` holds from call to call (V3 report 3.2.3 keeps one of the
 /// weights).
 pub fn blend(ctx: &Ctx, weight: f32, a: View<'_>, out: ViewMut<'_>) {
-    let _timer = ctx.timer("add");
+    let _timer = ctx.timer("add", sizes![a, out]);
     assert_eq!(a.len(), out.len(), "blending {} elements into {}", a.len(), out.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::blend(cuda, weight, a, out),

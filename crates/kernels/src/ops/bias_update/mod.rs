@@ -9,11 +9,12 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// `bias[e]` -= gamma * sign(`load[e]` * E - sum of load): load i32 `[E]`, bias f32 `[E]`.
 pub fn step(ctx: &Ctx, load: View<'_>, gamma: f32, bias: ViewMut<'_>) {
-    let _timer = ctx.timer("bias_update");
+    let _timer = ctx.timer("bias_update", sizes![load, bias]);
     assert_eq!(load.len(), bias.len(), "bias_update: loads and biases of a gate");
     match &ctx.device {
         Device::Cuda(cuda) => cuda::step(cuda, load, gamma, bias),

@@ -8,12 +8,13 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// `y[N, D]` = `table[ids]`. ids i32 `[N]`, table `[V, D]` in y's dtype or f32 (then rounded). An id outside 0..V is a
 /// contract breach (callers check their tokens first).
 pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
-    let _timer = ctx.timer("embedding forward");
+    let _timer = ctx.timer("embedding forward", sizes![ids, table, y]);
     let (v, d) = (table.rows, table.cols);
     assert!(table.experts == 1 && table.data.len() == v * d, "table [{v}, {d}] in {}", table.data.len());
     assert_eq!(y.len(), ids.len() * d, "y [{}, {d}]", ids.len());
@@ -28,7 +29,7 @@ pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
 /// `dtable[V, D]` (f32) += sum of `dy[n]` over the positions n that hold each id, in order of n. The sum is complete
 /// before it is added.
 pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
-    let _timer = ctx.timer("embedding backward");
+    let _timer = ctx.timer("embedding backward", sizes![ids, dy, dtable]);
     let n = ids.len();
     if n == 0 {
         return;

@@ -18,6 +18,7 @@ mod reference;
 mod tests;
 
 use crate::panel::Operand;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// A row-major matrix in a view: element (r, c) at `r * ld + c`.
@@ -63,7 +64,8 @@ pub struct Gemm<'a> {
 
 /// C (+)= op(A) op(B). See the module's contract.
 pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
-    let _timer = ctx.timer("gemm");
+    let _timer =
+        ctx.timer("gemm", sizes![g.m, g.n, g.k, g.a.data, g.a.ld, g.ta, g.b.data, g.b.ld, g.tb, g.c.data, g.c.ld]);
     let (m, n, k) = (g.m, g.n, g.k);
     let fits = |rows: usize, cols: usize, ld: usize, len: usize| {
         let end = || (rows - 1).checked_mul(ld).and_then(|before| before.checked_add(cols));
@@ -87,7 +89,7 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
 
 /// `y[N, out]` = `x[N, in]` W^T (W `[out, in]`).
 pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
-    let _timer = ctx.timer("gemm forward");
+    let _timer = ctx.timer("gemm forward", sizes![x, w, y]);
     let n = rows_of(x.len(), w.cols, "x");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
     assert_eq!(y.len(), n * w.rows, "y of x [{n}, {}] and W [{}, {}]", w.cols, w.rows, w.cols);
@@ -109,7 +111,7 @@ pub fn linear(ctx: &Ctx, x: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
 
 /// `dx[N, in]` (+)= `dy[N, out]` W.
 pub fn linear_backward_input(ctx: &Ctx, dy: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
-    let _timer = ctx.timer("gemm backward input");
+    let _timer = ctx.timer("gemm backward input", sizes![dy, w, dx]);
     let n = rows_of(dy.len(), w.rows, "dy");
     assert_eq!(w.experts, 1, "a stack of {} matrices", w.experts);
     assert_eq!(dx.len(), n * w.cols, "dx of dy [{n}, {}] and W [{}, {}]", w.rows, w.rows, w.cols);
@@ -139,7 +141,7 @@ pub fn linear_backward_weight(
     dw: MatMut<'_>,
     accumulate: bool,
 ) {
-    let _timer = ctx.timer("gemm backward weight");
+    let _timer = ctx.timer("gemm backward weight", sizes![x, dy, rows, cols, dw.data, dw.ld]);
     let n = rows_of(x.len(), cols, "x");
     assert_eq!(dy.len(), n * rows, "dy of x [{n}, {cols}] and W [{rows}, {cols}]");
     gemm(

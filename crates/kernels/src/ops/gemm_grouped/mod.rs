@@ -12,11 +12,12 @@ pub(super) mod sm90;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// `y[row, out]` = `x[row, in]` W_e^T for the rows of each expert e. x `[cap, in]`, y `[cap, out]`, W `[E, out, in]`.
 pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
-    let _timer = ctx.timer("gemm_grouped forward");
+    let _timer = ctx.timer("gemm_grouped forward", sizes![x, offsets, w, y]);
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::forward(cuda, x, offsets, w, y),
@@ -26,7 +27,7 @@ pub fn grouped(ctx: &Ctx, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: Vie
 
 /// `dx[row, in]` = `dy[row, out]` W_e (overwrites the rows below `offsets[E]`).
 pub fn grouped_backward_input(ctx: &Ctx, dy: View<'_>, offsets: View<'_>, w: &Weight<'_>, dx: ViewMut<'_>) {
-    let _timer = ctx.timer("gemm_grouped backward input");
+    let _timer = ctx.timer("gemm_grouped backward input", sizes![dy, offsets, w, dx]);
     assert_eq!(offsets.len(), w.experts + 1, "offsets of {} experts", w.experts);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward_input(cuda, dy, offsets, w, dx),
@@ -46,7 +47,7 @@ pub fn grouped_backward_weight(
     dw: ViewMut<'_>,
     accumulate: bool,
 ) {
-    let _timer = ctx.timer("gemm_grouped backward weight");
+    let _timer = ctx.timer("gemm_grouped backward weight", sizes![x, dy, offsets, rows, cols, dw]);
     assert_eq!(dw.len() + rows * cols, offsets.len() * rows * cols, "dW [{} - 1, {rows}, {cols}]", offsets.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward_weight(cuda, x, dy, offsets, rows, cols, dw, accumulate),

@@ -15,6 +15,7 @@ mod sm90;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, Weight};
 
 /// What both directions read.
@@ -49,7 +50,7 @@ pub struct Outputs<'a> {
 
 /// Log-probabilities, entropy and top-k without ever forming all logits.
 pub fn forward(ctx: &Ctx, x: Inputs<'_>, out: Outputs<'_>) {
-    let _timer = ctx.timer("head_loss forward");
+    let _timer = ctx.timer("head_loss forward", sizes![x.hidden, x.weight, x.targets, x.given, out.top]);
     let n = x.check();
     let v = x.weight.rows;
     for (name, len) in [("lse", out.lse.len()), ("logp", out.logp.len()), ("entropy", out.entropy.len())] {
@@ -93,7 +94,8 @@ pub struct Backward<'a> {
 
 /// Gradients of hidden and weight; logits are recomputed slice by slice.
 pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
-    let _timer = ctx.timer("head_loss backward");
+    let _timer =
+        ctx.timer("head_loss backward", sizes![x.hidden, x.weight, x.targets, x.given, b.d_hidden, b.d_weight]);
     let n = x.check();
     let (v, d) = (x.weight.rows, x.weight.cols);
     for (name, len) in [("lse", b.lse.len()), ("d_logp", b.d_logp.len())] {
@@ -124,7 +126,7 @@ pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
 
 /// out (f32 `[N]`) = `weight` where there is a target, else 0: the gradient of `weight` times the sum of all logp.
 pub fn target_weights(ctx: &Ctx, targets: View<'_>, weight: f32, out: ViewMut<'_>) {
-    let _timer = ctx.timer("head_loss target weights");
+    let _timer = ctx.timer("head_loss target weights", sizes![targets, out]);
     assert_eq!(out.len(), targets.len(), "head_loss target weights: out and targets differ in size");
     if out.is_empty() {
         return;

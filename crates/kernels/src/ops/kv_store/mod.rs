@@ -8,6 +8,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Arguments of [`store`].
@@ -32,7 +33,7 @@ pub struct Store<'a> {
 /// `cache[slot]` = `[c_kv | k_pe]`. A slot beyond the cache is a contract breach: a CPU panics and names the token, a
 /// GPU stops with an assertion of the device.
 pub fn store(ctx: &Ctx, a: Store<'_>) {
-    let _timer = ctx.timer("kv_store");
+    let _timer = ctx.timer("kv_store", sizes![a.c_kv, a.k_pe, a.k_pe_stride, a.latent, a.rope, a.slots, a.cache]);
     let (n, c, r) = (a.slots.len(), a.latent, a.rope);
     assert_eq!(a.c_kv.len(), n * c, "c_kv of {n} tokens x {c}");
     assert!(a.k_pe_stride >= r, "k_pe: rows of {r}, {} apart", a.k_pe_stride);

@@ -11,6 +11,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Tokens per cache block.
@@ -45,7 +46,10 @@ pub struct Decode<'a> {
 
 /// out = softmax(q . cache^T * scale) `cache[.., ..C]`.
 pub fn forward(ctx: &Ctx, a: Decode<'_>) {
-    let _timer = ctx.timer("mla_decode");
+    let _timer = ctx.timer(
+        "mla_decode",
+        sizes![a.heads, a.latent, a.rope, a.q, a.cache, a.block_table, a.cu_q, a.lengths, a.out, a.lse],
+    );
     check(&a);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::forward(cuda, a),

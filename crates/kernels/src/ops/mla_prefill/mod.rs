@@ -19,6 +19,7 @@ mod sm90_forward;
 mod tests;
 pub(super) mod tile;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, Elem, View, ViewMut, ops::by_dtype};
 
 /// Sizes shared by forward and backward.
@@ -57,7 +58,10 @@ pub struct Inputs<'a> {
 /// out `[Nq, H, W]` and lse f32 `[Nq, H]` (natural log of the sum of exp of the scaled scores). A query that sees no
 /// key gets zeros and -inf.
 pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: ViewMut<'_>) {
-    let _timer = ctx.timer("mla_prefill forward");
+    let _timer = ctx.timer(
+        "mla_prefill forward",
+        sizes![shape.heads, shape.nope, shape.rope, shape.v, shape.k_pe_stride, x.q, x.kv_up, x.cu_q],
+    );
     let (nq, _) = check(&shape, &x);
     let (h, w) = (shape.heads, shape.v);
     assert_eq!(out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");
@@ -91,7 +95,10 @@ pub struct Backward<'a> {
 
 /// Gradients of q, kv_up and k_pe; deterministic.
 pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
-    let _timer = ctx.timer("mla_prefill backward");
+    let _timer = ctx.timer(
+        "mla_prefill backward",
+        sizes![shape.heads, shape.nope, shape.rope, shape.v, shape.k_pe_stride, x.q, x.kv_up, x.cu_q],
+    );
     let (nq, nk) = check(&shape, &x);
     let Shape { heads: h, nope: p, rope: r, v: w, .. } = shape;
     assert_eq!(b.out.len(), nq * h * w, "out of {nq} queries x {h} heads x {w}");

@@ -10,6 +10,7 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, Elem, View, ViewMut};
 
 /// From the choice i32 `[N, K]`: `offsets` i32 `[E + 1]` (rows of each expert), `row_of_slot` i32 `[N * K]` and its
@@ -22,7 +23,7 @@ pub fn plan(
     row_of_slot: ViewMut<'_>,
     slot_of_row: ViewMut<'_>,
 ) {
-    let _timer = ctx.timer("moe_permute plan");
+    let _timer = ctx.timer("moe_permute plan", sizes![indices, experts, offsets, row_of_slot, slot_of_row]);
     let slots = indices.len();
     assert!(
         offsets.len() == experts + 1 && row_of_slot.len() == slots && slot_of_row.len() == slots,
@@ -48,7 +49,7 @@ pub fn permute(
     [row_of_slot, slot_of_row]: [View<'_>; 2],
     rows: ViewMut<'_>,
 ) {
-    let _timer = ctx.timer("moe_permute permute");
+    let _timer = ctx.timer("moe_permute permute", sizes![x, dim, top_k, row_of_slot, slot_of_row, rows]);
     check(slot_of_row.len(), top_k, dim, rows.len(), x.len());
     assert_eq!(row_of_slot.len(), slot_of_row.len(), "moe_permute: a permutation and its inverse");
     match &ctx.device {
@@ -69,7 +70,7 @@ pub fn permute_backward(
     dx: ViewMut<'_>,
     accumulate: bool,
 ) {
-    let _timer = ctx.timer("moe_permute permute backward");
+    let _timer = ctx.timer("moe_permute permute backward", sizes![d_rows, dim, top_k, row_of_slot, dx]);
     check(row_of_slot.len(), top_k, dim, d_rows.len(), dx.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::permute_backward(cuda, d_rows, dim, top_k, row_of_slot, dx, accumulate),
@@ -103,7 +104,8 @@ pub struct Combine<'a> {
 
 /// See [`Combine`].
 pub fn combine(ctx: &Ctx, a: Combine<'_>) {
-    let _timer = ctx.timer("moe_permute combine");
+    let _timer = ctx
+        .timer("moe_permute combine", sizes![a.rows, a.dim, a.top_k, a.row_of_slot, a.weights, a.base, a.extra, a.y]);
     check(a.row_of_slot.len(), a.top_k, a.dim, a.rows.len(), a.y.len());
     let (y, slots) = (a.y.len(), a.row_of_slot.len());
     assert!(

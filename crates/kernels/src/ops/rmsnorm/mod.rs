@@ -10,6 +10,7 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// Arguments of [`forward`].
@@ -31,7 +32,7 @@ pub struct Forward<'a> {
 
 /// y = RMSNorm(x) * w. N = rstd.len().
 pub fn forward(ctx: &Ctx, a: Forward<'_>) {
-    let _timer = ctx.timer("rmsnorm forward");
+    let _timer = ctx.timer("rmsnorm forward", sizes![a.x, a.x_stride, a.weight, a.y, a.rstd]);
     let (n, d) = (a.rstd.len(), a.weight.len());
     assert_rows("x", n, d, a.x_stride, a.x.len());
     assert_eq!(a.y.len(), n * d, "y [{n}, {d}]");
@@ -64,7 +65,8 @@ pub struct BackwardInput<'a> {
 
 /// dx (+)= gradient of the norm's input.
 pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
-    let _timer = ctx.timer("rmsnorm backward input");
+    let _timer =
+        ctx.timer("rmsnorm backward input", sizes![a.dy, a.x, a.x_stride, a.weight, a.rstd, a.dx, a.dx_stride]);
     let (n, d) = (a.rstd.len(), a.weight.len());
     assert_rows("x", n, d, a.x_stride, a.x.len());
     assert_rows("dx", n, d, a.dx_stride, a.dx.len());
@@ -78,7 +80,7 @@ pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
 /// `dw[D]` (f32) += sum over n of `dy[n]` * `x[n]` * `rstd[n]`, in a fixed order; the sum is complete before it is
 /// added.
 pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, dw: ViewMut<'_>) {
-    let _timer = ctx.timer("rmsnorm backward weight");
+    let _timer = ctx.timer("rmsnorm backward weight", sizes![dy, x, x_stride, rstd, dw]);
     let (n, d) = (rstd.len(), dw.len());
     assert_rows("x", n, d, x_stride, x.len());
     assert_eq!(dy.len(), n * d, "dy [{n}, {d}]");

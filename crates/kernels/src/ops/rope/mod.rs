@@ -9,6 +9,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 
 /// Arguments of [`apply`]. Token n's head h begins at `n * token_stride + offset + h * head_stride`.
@@ -38,7 +39,8 @@ pub struct Rope<'a> {
 
 /// Rotates x by position. The backward pass is the same call with `inverse` on the gradient.
 pub fn apply(ctx: &Ctx, a: Rope<'_>) {
-    let _timer = ctx.timer("rope");
+    let _timer =
+        ctx.timer("rope", sizes![a.x, a.token_stride, a.offset, a.heads, a.head_stride, a.positions, a.inv_freq]);
     let (n, width) = (a.positions.len(), 2 * a.inv_freq.len());
     if n > 0 && a.heads > 0 {
         let end = a.offset + (a.heads - 1) * a.head_stride + width;

@@ -17,6 +17,7 @@ mod tests;
 
 pub(crate) use select::top_k;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// How logits become scores.
@@ -77,7 +78,8 @@ pub struct Forward<'a> {
 
 /// Scores, choice and weights of each token.
 pub fn forward(ctx: &Ctx, c: &Config, a: Forward<'_>) {
-    let _timer = ctx.timer("router forward");
+    let _timer = ctx
+        .timer("router forward", sizes![c.experts, c.top_k, a.logits, a.bias, a.given, a.scores, a.indices, a.weights]);
     c.check();
     let n = c.tokens(a.logits.len());
     assert!(
@@ -120,7 +122,8 @@ pub struct Backward<'a> {
 
 /// Gradient of the logits. The choice itself has none.
 pub fn backward(ctx: &Ctx, c: &Config, a: Backward<'_>) {
-    let _timer = ctx.timer("router backward");
+    let _timer = ctx
+        .timer("router backward", sizes![c.experts, c.top_k, a.scores, a.indices, a.d_weights, a.d_scores, a.d_logits]);
     c.check();
     let n = c.tokens(a.scores.len());
     assert!(

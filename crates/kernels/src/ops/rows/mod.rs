@@ -8,11 +8,12 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// `out[n, D]` = `x[index[n]]`; index i32 `[n]` within x's rows.
 pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<'_>) {
-    let _timer = ctx.timer("rows");
+    let _timer = ctx.timer("rows", sizes![x, dim, index, out]);
     assert_eq!(out.len(), index.len() * dim, "gather of {} rows of {dim}", index.len());
     match &ctx.device {
         Device::Cuda(cuda) => cuda::gather(cuda, x, dim, index, out),
@@ -25,7 +26,7 @@ pub fn gather(ctx: &Ctx, x: View<'_>, dim: usize, index: View<'_>, out: ViewMut<
 /// `x[index[n]]` += `d[n]`. No index occurs twice (a contract breach, asserted in debug builds), so the order of n does
 /// not matter.
 pub fn scatter_add(ctx: &Ctx, d: View<'_>, dim: usize, index: View<'_>, x: ViewMut<'_>) {
-    let _timer = ctx.timer("rows");
+    let _timer = ctx.timer("rows", sizes![d, dim, index, x]);
     assert_eq!(d.len(), index.len() * dim, "scatter of {} rows of {dim}", index.len());
     debug_assert!(!index.is_host() || distinct(index.i32()), "scatter to {index:?}: an index occurs twice");
     match &ctx.device {
@@ -49,7 +50,7 @@ pub fn copy_strided(
     rows: usize,
     width: usize,
 ) {
-    let _timer = ctx.timer("rows");
+    let _timer = ctx.timer("rows", sizes![from, from_stride, to, to_stride, rows, width]);
     assert!(width <= from_stride && width <= to_stride, "rows of {width} overlap at {from_stride}, {to_stride}");
     match &ctx.device {
         Device::Cuda(cuda) => cuda::copy_strided(cuda, (from, from_stride), (to, to_stride), rows, width),

@@ -15,6 +15,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// How one row is sampled.
@@ -37,7 +38,7 @@ pub struct Params {
 /// tokens i32 `[S]` and the log-probability f32 `[S]` (of the untruncated distribution at that temperature; at
 /// temperature 0, at temperature 1) of each, from logits f32 `[S, V]`, one `Params` a row.
 pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_>, logp: ViewMut<'_>) {
-    let _timer = ctx.timer("sample");
+    let _timer = ctx.timer("sample", sizes![logits, params, tokens, logp]);
     let (s, l) = (params.len(), logits.len());
     let sizes = (tokens.len(), logp.len());
     assert_eq!(sizes, (s, s), "sample: tokens and logp of {sizes:?} elements for S = {s} rows");

@@ -11,6 +11,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};
 
 /// Arguments of [`forward_backward`].
@@ -34,7 +35,8 @@ pub struct SeqBalance<'a> {
 
 /// The loss of each sequence and the weighted gradient of its scores, in one pass.
 pub fn forward_backward(ctx: &Ctx, a: SeqBalance<'_>) {
-    let _timer = ctx.timer("seq_balance");
+    let _timer =
+        ctx.timer("seq_balance", sizes![a.scores, a.experts, a.top_k, a.cu, a.seq_weights, a.loss, a.d_scores]);
     let (experts, sequences) = (a.experts, a.seq_weights.len());
     assert!(0 < a.top_k && a.top_k <= experts, "seq_balance: top {} of {experts} experts", a.top_k);
     assert!(

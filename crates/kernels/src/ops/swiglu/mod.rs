@@ -9,12 +9,13 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, Elem, View, ViewMut};
 
 /// `y[N, F]` from `gate_up[N, 2F]`. `rows`: compute only the first `rows[0]` rows (i32 `[1]` on the device); None for
 /// all.
 pub fn forward(ctx: &Ctx, gate_up: View<'_>, width: usize, rows: Option<View<'_>>, y: ViewMut<'_>) {
-    let _timer = ctx.timer("swiglu forward");
+    let _timer = ctx.timer("swiglu forward", sizes![gate_up, width, rows, y]);
     check(width, gate_up.len(), y.len(), rows);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::forward(cuda, gate_up, width, rows, y),
@@ -44,7 +45,7 @@ pub struct Backward<'a> {
 /// Backward in place, which computes y again on its way: y is rounded as the forward's, then weights * y once more, the
 /// gradient of gate_up once.
 pub fn backward(ctx: &Ctx, b: Backward<'_>) {
-    let _timer = ctx.timer("swiglu backward");
+    let _timer = ctx.timer("swiglu backward", sizes![b.dy, b.gate_up, b.width, b.rows, b.weights]);
     check(b.width, b.gate_up.len(), b.dy.len(), b.rows);
     let n = b.dy.len() / b.width;
     assert!(
