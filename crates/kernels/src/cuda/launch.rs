@@ -32,17 +32,17 @@ impl Source {
     }
 }
 
-/// The source of a file beside the calling one: after the prelude, and after the Hopper helpers if `sm90` says so.
+/// The source of a file beside the calling one: after the prelude, and after the helpers for mma.sync or for Hopper if
+/// `mma` or `sm90` says so.
 macro_rules! source {
-    ($file:literal) => {
-        $crate::cuda::Source { name: $file, heads: &[$crate::cuda::PRELUDE], text: include_str!($file) }
+    ($file:literal $(, $head:path)?) => {
+        $crate::cuda::Source { name: $file, heads: &[$crate::cuda::PRELUDE $(, $head)?], text: include_str!($file) }
+    };
+    (mma, $file:literal) => {
+        $crate::cuda::source!($file, $crate::cuda::MMA)
     };
     (sm90, $file:literal) => {
-        $crate::cuda::Source {
-            name: $file,
-            heads: &[$crate::cuda::PRELUDE, $crate::cuda::SM90],
-            text: include_str!($file),
-        }
+        $crate::cuda::source!($file, $crate::cuda::SM90)
     };
 }
 pub(crate) use source;

@@ -45,6 +45,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What every kernel's source begins with.
 pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
+/// Products by mma.sync.
+pub(crate) const MMA: &str = include_str!("mma.cuh");
 /// Hopper's own instructions.
 pub(crate) const SM90: &str = include_str!("sm90.cuh");
 

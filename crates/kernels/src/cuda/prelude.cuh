@@ -61,6 +61,16 @@ template <> struct Vec<bf16> {
     }
 };
 
+// One element, where no more may be taken at once.
+template <typename T> struct Single {
+    static const int N = 1;
+    T raw;
+    DEV void load(const T* p) { raw = *p; }
+    DEV void store(T* p) const { *p = raw; }
+    DEV void to(float (&x)[1]) const { x[0] = widen(raw); }
+    DEV void from(const float (&x)[1]) { raw = narrow<T>(x[0]); }
+};
+
 // Every lane gets the result; the order of the sum is fixed.
 template <typename F> DEV F warp_sum(F x) {
 #pragma unroll

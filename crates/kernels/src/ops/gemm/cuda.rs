@@ -7,7 +7,7 @@ use crate::cuda::{self, Cuda, Grid, Source, Value, args, source};
 use crate::ops::gemm_grouped::sm90;
 use crate::{Buf, DType, View, ViewMut};
 
-static SOURCE: Source = source!("gemm.cu");
+static SOURCE: Source = source!(mma, "gemm.cu");
 
 pub(super) fn gemm(cuda: &Cuda, mut g: Gemm<'_>) {
     // Adding an empty sum would turn -0 into 0.

@@ -189,13 +189,6 @@ template <int N> DEV void put(C_TYPE* c, const float (&sums)[N], int left, bool 
 #define WARPS_N (TILE_N / WARP_N)
 #define BLOCK ((TILE_M / WARP_M) * WARPS_N * WARP)
 
-DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // An operand's tile of TILE_K by OUTER (rows of A or columns of B) in shared memory: rows of 16-byte chunks in the order
 // of global memory, a row's chunks exchanged by a function of the row so that eight rows' same chunk lie in eight
 // different groups of banks, and ldmatrix as well as the copy take the fewest cycles there are.
@@ -365,7 +358,7 @@ gemm_mma(const bf16* a, const bf16* b, C_TYPE* c, int m, int n, int k, int piece
 #pragma unroll
                             for (int j = 0; j < NJ * 2; j++) {
                                 const u32(&y)[4] = fb[s % 2][pb][j / 2];
-                                mma(to[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
+                                multiply(to[i][j], fa[s % 2][pa][i], y[j % 2 * 2], y[j % 2 * 2 + 1]);
                             }
                     }
             if (SHORT && s % 2 == 1) {

@@ -6,7 +6,7 @@ use crate::DType;
 use crate::cuda::{Cuda, Grid, Kernel, Source, Value, args, source};
 
 static PLAIN: Source = source!("mla_decode.cu");
-static MMA: Source = source!("mla_decode_mma.cu");
+static MMA: Source = source!(mma, "mla_decode_mma.cu");
 
 /// Heads of a block, most parts of a query, least blocks of one: as in the kernels.
 const HEADS: usize = 16;

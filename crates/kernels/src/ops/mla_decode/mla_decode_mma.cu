@@ -19,7 +19,6 @@ static const int LEAST = 2;
 // Tiles of 16 columns, and those of a warp.
 static const int TILES = (C + 15) / 16;
 static const int OWN = (TILES + WARPS - 1) / WARPS;
-#define LOG2E 1.4426950408889634f
 
 struct Shared {
     bf16 q[HEADS * LD];
@@ -29,58 +28,12 @@ struct Shared {
     float sum[WARPS][HEADS];
 };
 
-DEV u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-// Sixteen bytes, or zeros where `there` is false: then nothing is read.
-DEV void copy16(bf16* to, const bf16* from, bool there) {
-    int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
-}
-DEV void wait_for_copies() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
 // n of ROWS rows, zeros in what is left of [ROWS][WP].
 template <int ROWS> DEV void load_rows(bf16* to, const bf16* from, int n) {
     for (int r = threadIdx.x / WARP; r < ROWS; r += WARPS)
 #pragma unroll
         for (int c = threadIdx.x % WARP * 8; c < WP; c += WARP * 8)
             copy16(to + r * LD + c, from + r * WIDTH + c, r < n && c < WIDTH);
-}
-
-// The left operand's 16 x 16 at `p`, rows `ld` apart; also the right one's 16 (k) x 16 (n) stored as [k][n], turned.
-DEV void load_left(u32 (&a)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(shared_address(p + lane % 16 * ld + lane / 16 * 8)));
-}
-DEV void load_right(u32 (&b)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(shared_address(p + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8)));
-}
-DEV void load_right_turned(u32 (&b)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(shared_address(p + lane % 16 * ld + lane / 16 * 8)));
-}
-DEV void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-DEV float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEV float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-DEV float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
 // As `mla_decode_parts`.
@@ -112,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mla_decode_parts_mma(
         int n = min(BLOCK, end - base);
         __syncthreads();
         load_rows<BLOCK>(s.keys, cache + i64(table[i64(low) * max_blocks + base / BLOCK]) * BLOCK * WIDTH, n);
-        wait_for_copies();
+        commit();
+        wait_for_all_but<0>();
         __syncthreads();
         float x[2][4] = {};
 #pragma unroll 4

@@ -3,10 +3,10 @@
 //! packed batch can have, and a block finds its sequence itself.
 
 use super::{Backward, Inputs, Shape};
-use crate::cuda::{Cuda, Grid, Kernel, Source, Value, args, source};
+use crate::cuda::{Arg, Cuda, Grid, Kernel, Source, Value, args, source};
 use crate::{DType, View, ViewMut};
 
-static MMA: Source = source!("any_mma.cu");
+static MMA: Source = source!(mma, "any_mma.cu");
 static PLAIN: Source = source!("any_plain.cu");
 
 /// Rows of a block, of queries or of keys.
@@ -91,6 +91,11 @@ impl<'a> Kernels<'a> {
     }
 }
 
+/// What every kernel's arguments begin with.
+fn inputs(x: &Inputs<'_>) -> [Arg; 5] {
+    args![x.q.ptr(), x.kv_up.ptr(), x.k_pe.ptr(), x.cu_q.ptr(), x.cu_k.ptr()]
+}
+
 /// See [`super::forward`].
 pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMut<'_>, mut lse: ViewMut<'_>) {
     let k = Kernels::new(cuda, shape, x, &[x.q.ptr(), x.kv_up.ptr(), x.k_pe.ptr(), out.ptr()]);
@@ -98,11 +103,6 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
     let slots = k.query_tiles();
     let (kernel, grid) = k.pick("mla_any_forward", "mla_plain_forward", slots * shape.heads, TILE * (2 * key + value));
     let args = args![
-        x.q.ptr(),
-        x.kv_up.ptr(),
-        x.k_pe.ptr(),
-        x.cu_q.ptr(),
-        x.cu_k.ptr(),
         out.ptr(),
         lse.ptr(),
         k.seqs as i32,
@@ -111,7 +111,7 @@ pub(super) fn forward(cuda: &Cuda, shape: Shape, x: &Inputs<'_>, mut out: ViewMu
         shape.k_pe_stride as i64,
         shape.scale,
     ];
-    cuda.launch(&kernel, grid, &args);
+    cuda.launch(&kernel, grid, &[&inputs(x)[..], &args].concat());
 }
 
 /// See [`super::backward`].
@@ -136,11 +136,6 @@ fn queries(k: &Kernels<'_>, x: &Inputs<'_>, b: &mut Backward<'_>, delta: View<'_
         (TILE + 2 * STEP) * (key + value),
     );
     let args = args![
-        x.q.ptr(),
-        x.kv_up.ptr(),
-        x.k_pe.ptr(),
-        x.cu_q.ptr(),
-        x.cu_k.ptr(),
         b.dout.ptr(),
         b.lse.ptr(),
         delta.ptr(),
@@ -151,7 +146,7 @@ fn queries(k: &Kernels<'_>, x: &Inputs<'_>, b: &mut Backward<'_>, delta: View<'_
         s.k_pe_stride as i64,
         s.scale,
     ];
-    k.cuda.launch(&kernel, grid, &args);
+    k.cuda.launch(&kernel, grid, &[&inputs(x)[..], &args].concat());
 }
 
 /// Heads are taken some at a time, so that what they add to dk_pe has a bounded size; the sums' order is theirs.
@@ -167,11 +162,6 @@ fn keys(k: &Kernels<'_>, x: &Inputs<'_>, b: &mut Backward<'_>, delta: View<'_>) 
         let (kernel, grid) =
             k.pick("mla_any_backward_keys", "mla_plain_backward_keys", (k.nk / TILE + k.seqs) * some, bytes);
         let args = args![
-            x.q.ptr(),
-            x.kv_up.ptr(),
-            x.k_pe.ptr(),
-            x.cu_q.ptr(),
-            x.cu_k.ptr(),
             b.dout.ptr(),
             b.lse.ptr(),
             delta.ptr(),
@@ -184,7 +174,7 @@ fn keys(k: &Kernels<'_>, x: &Inputs<'_>, b: &mut Backward<'_>, delta: View<'_>) 
             s.k_pe_stride as i64,
             s.scale,
         ];
-        k.cuda.launch(&kernel, grid, &args);
+        k.cuda.launch(&kernel, grid, &[&inputs(x)[..], &args].concat());
         let grid = Grid::new([plane.div_ceil(THREADS as usize) as u32, 1, 1], THREADS);
         let args = args![
             parts.view().ptr(),

@@ -19,7 +19,6 @@ static const int KEYS = 64;
 // Rows per step of a backward kernel; two steps are in flight.
 static const int STEP = 32;
 static const int THREADS = 128;
-#define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
 // ---- Tiles of a packed batch
@@ -44,17 +43,6 @@ DEV bool find_tile(const int* cu, int seqs, int slot, Tile& t) {
 }
 
 // ---- Copies into shared memory
-
-DEV u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
-// Sixteen bytes, or zeros where `there` is false: then nothing is read.
-DEV void copy16(bf16* to, const bf16* from, bool there) {
-    int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
-}
-DEV void commit() { asm volatile("cp.async.commit_group;"); }
-// Waits until at most N of the groups of copies that this thread began are under way.
-template <int N> DEV void wait_for_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // A thread copies the same columns of every so many rows: what it computes for a copy is little beside the products.
 // Loops over rows stay rolled: unrolled, their addresses take the registers that the sums need.
@@ -109,33 +97,6 @@ DEV void load_keys(bf16* to, const bf16* up, i64 up_stride, const bf16* pe, i64 
 
 // ---- Products
 
-// The left operand's 16 x 16 at `p`, rows `ld` apart.
-DEV void load_left(u32 (&a)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(shared_address(p + lane % 16 * ld + lane / 16 * 8)));
-}
-// The right operand's 16 (k) x 16 (n), stored as [n][k].
-DEV void load_right(u32 (&b)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(shared_address(p + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8)));
-}
-// The same, stored as [k][n].
-DEV void load_right_turned(u32 (&b)[4], const bf16* p, int ld) {
-    u32 lane = threadIdx.x % WARP;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(shared_address(p + lane % 16 * ld + lane / 16 * 8)));
-}
-DEV void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 // c [16][8 N] += left [16][16 K] x right^T, both in shared memory as [row][k].
 template <int N, int K> DEV void multiply_rows(float (&c)[N][4], const bf16* left, const bf16* right, int ld) {
 #pragma unroll
@@ -171,19 +132,6 @@ DEV void multiply_result(float (&c)[N][4], const float (&left)[K][4], const bf16
 template <int N> DEV void clear(float (&c)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
-}
-DEV float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEV float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-DEV float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 // Two neighbouring columns of a row of `width` elements at `to`.
 DEV void store2(bf16* to, int column, int width, float x, float y) {

@@ -3,6 +3,7 @@
 use super::Combine;
 use crate::DType::{F32, I32};
 use crate::cuda::{Cuda, Grid, Source, Value::Int, Value::Type, args, source};
+use crate::ops::launch::blocks;
 use crate::{DType, View, ViewMut};
 
 static SOURCE: Source = source!("moe_permute.cu");
@@ -11,9 +12,7 @@ const THREADS: usize = 256;
 const TILE: usize = 1024;
 
 fn grid(items: usize) -> Grid {
-    let blocks = items.div_ceil(THREADS);
-    assert!(i32::try_from(blocks).is_ok(), "moe_permute: {items} pieces of rows are too many for one launch");
-    Grid::new([blocks as u32, 1, 1], THREADS as u32)
+    Grid::new([blocks(items, THREADS), 1, 1], THREADS as u32)
 }
 
 /// Stable counting sort of the slots by expert. A choice that is no expert's ends the program: it would be written

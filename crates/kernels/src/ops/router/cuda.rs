@@ -3,6 +3,7 @@
 use super::{Backward, Config, Forward, GroupScore, Scoring};
 use crate::DType::{F32, I32};
 use crate::cuda::{Cuda, Grid, Kernel, Source, Value::Int, args, source};
+use crate::ops::launch::int;
 
 static SOURCE: Source = source!("router.cu");
 /// Tokens of a block.
@@ -18,7 +19,7 @@ pub(super) fn forward(cuda: &Cuda, c: &Config, mut a: Forward<'_>) {
         a.scores.typed_ptr(F32),
         a.indices.typed_ptr(I32),
         a.weights.typed_ptr(F32),
-        rows(n),
+        int(n),
         c.scale,
     ];
     cuda.launch(&kernel(cuda, c, "router_forward"), grid(n), &args);
@@ -33,14 +34,10 @@ pub(super) fn backward(cuda: &Cuda, c: &Config, mut a: Backward<'_>) {
         a.d_weights.typed_ptr(F32),
         a.d_scores.map_or(0, |d| d.typed_ptr(F32)),
         a.d_logits.typed_ptr(F32),
-        rows(n),
+        int(n),
         c.scale,
     ];
     cuda.launch(&kernel(cuda, c, "router_backward"), grid(n), &args);
-}
-
-fn rows(n: usize) -> i32 {
-    i32::try_from(n).unwrap_or_else(|_| panic!("router: {n} tokens do not fit an i32"))
 }
 
 fn grid(n: usize) -> Grid {

@@ -7,14 +7,7 @@ typedef ELEM T;
 #if WIDE
 typedef Vec<T> Pack;
 #else
-struct Pack {
-    static const int N = 1;
-    T raw;
-    DEV void load(const T* p) { raw = *p; }
-    DEV void store(T* p) const { *p = raw; }
-    DEV void to(float (&x)[1]) const { x[0] = widen(raw); }
-    DEV void from(const float (&x)[1]) { raw = narrow<T>(x[0]); }
-};
+typedef Single<T> Pack;
 #endif
 static constexpr int N = Pack::N;
 
