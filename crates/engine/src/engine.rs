@@ -184,14 +184,15 @@ impl Engine {
         let hidden = self.forward(ctx, &plan);
         let (drawn, last) = self.caught_up(&plan);
         let logits = self.last_logits(ctx, &hidden, &last);
-        let host = logits.host();
-        let mut rows = host.view().f32().chunks(self.model.config.vocab_size);
-        if let Some(bad) = rows.position(|row| row.iter().any(|l| !l.is_finite())) {
+        // Of logits, which are as wide as the vocabulary, nothing leaves the device.
+        let mut finite = ctx.empty(DType::I32, drawn.len());
+        sample::finite(ctx, logits.view(), finite.view_mut());
+        if let Some(bad) = ctx.download(finite.view()).i32().iter().position(|&f| f == 0) {
             return Err(self.give_up(&drawn, bad));
         }
         let (tokens, logp) = self.draw(ctx, &logits, &drawn);
-        let (tokens, logp) = (tokens.view().to_i32(), logp.view().to_f32());
-        let answers = drawn.iter().zip(tokens).zip(logp);
+        let (tokens, logp) = (ctx.download(tokens.view()), ctx.download(logp.view()));
+        let answers = drawn.iter().zip(tokens.i32()).zip(logp.f32());
         // A drawn token is an id, never negative.
         let events: Vec<Event> = answers.map(|((&i, t), p)| self.sequences[i].take(t as u32, p)).collect();
         for (&i, event) in drawn.iter().zip(&events).rev() {

@@ -488,16 +488,19 @@ fn bad_requests_are_refused() {
 /// One number of the head is so large that some hidden states overflow the logit of token 0 and others do not.
 #[test]
 fn activations_that_overflow_end_their_request_alone() {
-    let ctx = ctx(2);
-    let mut f = Fixture::new(&ctx, v3(), Precision::Fp32);
+    overflow(&ctx(2));
+}
+
+fn overflow(ctx: &Ctx) {
+    let mut f = Fixture::new(ctx, v3(), Precision::Fp32);
     let head = f.model.layout.head.unwrap();
-    Arc::get_mut(&mut f.params).unwrap().f32_mut(head).f32()[7] = 1.7e38;
+    Arc::get_mut(&mut f.params).unwrap().f32_mut(head).slice(7..8).write(&[1.7e38f32]);
     let outcome = |requests: Vec<Request>| {
-        let mut engine = f.engine(&ctx, CacheOptions::blocks(64));
+        let mut engine = f.engine(ctx, CacheOptions::blocks(64));
         requests.into_iter().for_each(|r| engine.submit(r).unwrap());
         let (mut answers, mut errors) = (BTreeMap::<u64, Vec<Event>>::new(), BTreeMap::new());
         while !engine.is_idle() {
-            match engine.step(&ctx) {
+            match engine.step(ctx) {
                 Ok(events) => events.into_iter().for_each(|e| answers.entry(e.id).or_default().push(e)),
                 Err(EngineError::NotFinite { id, position }) => assert!(errors.insert(id, position).is_none()),
                 Err(e) => panic!("{e}"),

@@ -125,3 +125,25 @@ fn greedy_answers_are_those_of_the_cpu() {
         }
     }
 }
+
+#[test]
+fn activations_that_overflow_end_their_request_alone_here_too() {
+    let Some(ctx) = gpu() else { return };
+    overflow(&ctx);
+}
+
+/// What leaves the device is a few numbers a sequence, asked for and read when they are there.
+#[test]
+fn a_step_copies_no_logits_to_the_host() {
+    let Some(ctx) = gpu() else { return };
+    let cuda = ctx.device.as_cuda().unwrap();
+    let f = Fixture::new(&ctx, even(), Precision::Bf16);
+    let mut engine = f.engine(&ctx, CacheOptions::blocks(8));
+    (0..3).for_each(|i| engine.submit(greedy(i, text(i, 20), 8)).unwrap());
+    let (_, before) = cuda.waits();
+    let mut answered = 0;
+    while !engine.is_idle() {
+        answered += engine.step(&ctx).unwrap().len();
+    }
+    assert_eq!((answered, cuda.waits().1 - before), (24, 0));
+}

@@ -297,8 +297,10 @@ pub(in crate::cuda) fn sample(ctx: &Ctx, _: DType) -> Vec<Buf> {
     let params = [plain, greedy, draw::Params { top_k: 40, ..plain }, draw::Params { top_p: 0.9, top_k: 100, ..plain }];
     let logits = floats(ctx, 1, params.len() * v);
     let (mut tokens, mut logp) = (ctx.empty(DType::I32, params.len()), ctx.empty(DType::F32, params.len()));
+    let mut finite = ctx.empty(DType::I32, params.len());
+    draw::finite(ctx, logits.view(), finite.view_mut());
     draw::sample(ctx, logits.view(), &params, tokens.view_mut(), logp.view_mut());
-    vec![tokens, logp]
+    vec![finite, tokens, logp]
 }
 
 pub(in crate::cuda) fn seq_balance(ctx: &Ctx, _: DType) -> Vec<Buf> {

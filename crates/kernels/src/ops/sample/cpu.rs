@@ -17,6 +17,12 @@ pub(super) fn sample(cpu: &Cpu, logits: &[f32], params: &[Params], tokens: &mut 
     });
 }
 
+/// See the module's contract; sizes have been checked.
+pub(super) fn finite(cpu: &Cpu, x: &[f32], out: &mut [i32]) {
+    let v = x.len() / out.len();
+    cpu.chunks_mut(out, 1, |r, out| out[0] = x[r * v..(r + 1) * v].iter().all(|x| x.is_finite()).into());
+}
+
 /// The token of row `r` and its log-probability.
 fn row(isa: Isa, r: usize, logits: &[f32], p: &Params) -> (usize, f32) {
     let best = most_likely(r, logits);

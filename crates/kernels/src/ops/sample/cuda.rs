@@ -2,7 +2,9 @@
 //! with the device's assertion.
 
 use super::Params;
+use crate::DType::{F32, I32};
 use crate::cuda::{Cuda, Grid, Source, args, source};
+use crate::ops::launch::int;
 use crate::{View, ViewMut};
 use hadal_numerics::{Purpose, Rng};
 
@@ -20,6 +22,13 @@ pub(super) fn sample(cuda: &Cuda, logits: View<'_>, params: &[Params], mut token
     let args = args![logits.ptr(), params.view().ptr(), tokens.ptr(), logp.ptr(), v as i32];
     let rows = words.len() / WORDS;
     cuda.launch(&cuda.kernel(&SOURCE, "sample", &[]), Grid::new([rows as u32, 1, 1], 1024), &args);
+}
+
+/// See [`super::finite`]; sizes have been checked.
+pub(super) fn finite(cuda: &Cuda, x: View<'_>, mut out: ViewMut<'_>) {
+    let (rows, v) = (out.len() as u32, int(x.len() / out.len()));
+    let args = args![x.typed_ptr(F32), out.typed_ptr(I32), v];
+    cuda.launch(&cuda.kernel(&SOURCE, "sample_finite", &[]), Grid::new([rows, 1, 1], 1024), &args);
 }
 
 /// Words of a row.

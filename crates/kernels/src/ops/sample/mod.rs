@@ -6,7 +6,7 @@
 //!
 //! A logit of minus infinity is a forbidden id. A NaN, plus infinity or a row that forbids everything is a contract
 //! breach: the model upstream has diverged, and a token drawn from it would hide that. A CPU panics and names the row,
-//! a GPU stops with an assertion of the device, which ends the process.
+//! a GPU stops with an assertion of the device, which ends the process. [`finite`] tells such rows before.
 
 mod cpu;
 mod cuda;
@@ -58,5 +58,20 @@ pub fn sample(ctx: &Ctx, logits: View<'_>, params: &[Params], tokens: ViewMut<'_
     match &ctx.device {
         Device::Cuda(cuda) => cuda::sample(cuda, logits, params, tokens, logp),
         Device::Cpu(cpu) => cpu::sample(cpu, logits.f32(), params, tokens.i32(), logp.f32()),
+    }
+}
+
+/// `out[r]` (i32 `[S]`) = 1 if every element of row r of x, f32 `[S, V]`, is finite, else 0.
+pub fn finite(ctx: &Ctx, x: View<'_>, out: ViewMut<'_>) {
+    let _timer = ctx.timer("sample finite", sizes![x, out]);
+    let (s, l) = (out.len(), x.len());
+    if s == 0 {
+        assert_eq!(l, 0, "sample: {l} elements for S = 0 rows");
+        return;
+    }
+    assert!(l > 0 && l.is_multiple_of(s), "sample: {l} elements for S = {s} rows");
+    match &ctx.device {
+        Device::Cuda(cuda) => cuda::finite(cuda, x, out),
+        Device::Cpu(cpu) => cpu::finite(cpu, x.f32(), out.i32()),
     }
 }

@@ -259,3 +259,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
         logp[blockIdx.x] = float(double(row.scaled(id)) - log(double(all) / double(ONE)));
     }
 }
+
+// Whether a row is finite as a whole. Grid: rows.
+extern "C" __global__ void __launch_bounds__(THREADS) sample_finite(const float* x, int* out, int v) {
+    const float* row = x + i64(blockIdx.x) * v;
+    bool finite = true;
+    for (int j = threadIdx.x; j < v; j += THREADS) finite &= fabsf(row[j]) < INF;
+    int all = __syncthreads_and(finite);
+    if (threadIdx.x == 0) out[blockIdx.x] = all != 0;
+}

@@ -1,4 +1,4 @@
-use super::{Params, reference, sample};
+use super::{Params, finite, reference, sample};
 use crate::testing::{assert_close, assert_same_bits, buf, contexts, ctx, gpu, levels, normals};
 use crate::{Buf, Ctx, DType};
 use hadal_numerics::Tolerance;
@@ -163,6 +163,25 @@ fn extremes_stay_finite() {
             let (tokens, logp) = run(&ctx, &logits, &[Params { temperature, ..PLAIN }]);
             assert_eq!(tokens, [2]);
             assert_eq!(logp.view().to_f32(), [0.0]);
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_not_finite_are_told() {
+    let broken = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    for ctx in levels() {
+        for [s, v] in SHAPES {
+            let (mut x, mut expected) = (normals(5, s * v, 3e38), vec![1; s]);
+            x.iter_mut().for_each(|x| *x = x.clamp(-f32::MAX, f32::MAX));
+            // Every third row, at the first, the last or another place.
+            for r in (0..s).step_by(3) {
+                x[r * v + [0, v - 1, r * 7 % v][r / 3 % 3]] = broken[r / 3 % 4];
+                expected[r] = 0;
+            }
+            let mut out = ctx.zeros(DType::I32, s);
+            finite(&ctx, ctx.from_f32(&x).view(), out.view_mut());
+            assert_eq!(out.view().to_i32(), expected, "[{s}, {v}]");
         }
     }
 }
