@@ -53,11 +53,9 @@ fn without_a_driver_it_is_named_and_what_to_do() {
     refused(&["inspect", "nano", "--device", "cuda:0"], parts);
 }
 
-/// What a driver that is there may say: too old, no GPU, one that is too old, no compiler beside it, an error of its own.
-#[test]
+/// Builds `fake_driver.rs` as the driver's library.
 #[cfg(target_os = "linux")]
-fn fake_drivers_are_answered() {
-    let place = Place::new();
+pub fn fake_driver(place: &Place) {
     let library = place.arg("libcuda.so");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/fake_driver.rs");
     let built = std::process::Command::new(std::env::var("RUSTC").unwrap_or("rustc".into()))
@@ -65,6 +63,14 @@ fn fake_drivers_are_answered() {
         .output()
         .expect("rustc, which built this test");
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// What a driver that is there may say: too old, no GPU, one that is too old, no compiler beside it, an error of its own.
+#[test]
+#[cfg(target_os = "linux")]
+fn fake_drivers_are_answered() {
+    let place = Place::new();
+    fake_driver(&place);
     let said = |fake: &str, device: &str| {
         let out = std::process::Command::new(env!("CARGO_BIN_EXE_hadal"))
             .args(["bench", "gemm", "--device", device])

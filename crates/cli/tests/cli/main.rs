@@ -9,6 +9,8 @@ mod data;
 mod demo;
 mod determinism;
 mod device;
+#[cfg(target_os = "linux")]
+mod device_failure;
 mod inference;
 mod pretrain;
 mod resume;
