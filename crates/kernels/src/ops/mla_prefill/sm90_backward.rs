@@ -1,10 +1,14 @@
 //! Launches the backward of Hopper. Which head dims it takes is fixed (V3's); the kernel's file says how it works.
 
 use super::{Backward, Inputs, Shape};
-use crate::cuda::{Cuda, Grid, Source, Swizzle, args, source};
+use crate::cuda::{Cuda, Grid, PRELUDE, SM90, Source, Swizzle, args};
 use crate::{Buf, DType};
 
-static SOURCE: Source = source!(sm90, "sm90_backward.cu");
+static SOURCE: Source = Source {
+    name: "sm90_backward.cu",
+    heads: &[PRELUDE, SM90, include_str!("sm90_backward.cuh")],
+    text: include_str!("sm90_backward.cu"),
+};
 
 // As in the kernel.
 const NOPE: usize = 128;
@@ -14,11 +18,11 @@ const QK: usize = NOPE + ROPE;
 const QUERIES: usize = 64;
 const KEYS: usize = 128;
 const STAT_HEADS: usize = 4;
-/// The kernel's tiles and barriers, and what it may lose to alignment.
-const SHARED: usize = 197_888 + 256 + 1024;
-/// Heads whose blocks take turns in the order of tickets: more of them let the last blocks of a launch end at about the
+/// The kernel's tiles, barriers and works, and what it may lose to alignment.
+const SHARED: usize = 230_720 + 2 * 52 + 1024;
+/// Heads whose works take turns in the order of tickets: more of them let the last blocks of a launch end at about the
 /// same time, fewer find more of their data in the second-level cache.
-const GROUP: usize = 2;
+const GROUP: usize = 1;
 
 /// Whether the Hopper backward takes this: wgmma there, bf16, V3's head dims, pointers and strides that TMA takes, at
 /// least one query and one key.
@@ -51,7 +55,7 @@ pub(super) fn backward(cuda: &Cuda, shape: &Shape, x: &Inputs<'_>, mut b: Backwa
     let stats = cuda.uninit(DType::F32, heads * query_tiles * 2 * QUERIES);
     let sums = cuda.uninit(DType::F32, query_tiles * slots * QUERIES * QK);
     let pe_sums = cuda.uninit(DType::F32, key_tiles * KEYS * ROPE);
-    let counters = cuda.uninit(DType::I32, 1 + query_tiles * slots + 2 * key_tiles);
+    let counters = cuda.uninit(DType::I32, 1 + query_tiles * slots + key_tiles);
     let [stats, sums, pe_sums, counters] = [&stats, &sums, &pe_sums, &counters].map(Buf::view);
 
     let prepare = cuda.kernel(&SOURCE, "mla_backward_stats", &[]);
@@ -83,7 +87,9 @@ pub(super) fn backward(cuda: &Cuda, shape: &Shape, x: &Inputs<'_>, mut b: Backwa
     let v = rows(x.kv_up.ptr(), heads * (NOPE + V), nk, [64, KEYS as u32], Swizzle::B128);
     let k_pe = map(x.k_pe.ptr(), ROPE, nk, shape.k_pe_stride, [32, KEYS as u32], Swizzle::B64);
     let kernel = cuda.kernel(&SOURCE, "mla_backward", &[]);
-    let grid = Grid::new([(key_tiles * heads) as u32, 1, 1], 384).shared(SHARED as u32);
+    // One block fits a multiprocessor, and takes work until there is none.
+    let blocks = (key_tiles * heads).min(cuda.sms() as usize);
+    let grid = Grid::new([blocks as u32, 1, 1], 384).shared(SHARED as u32);
     cuda.launch(
         &kernel,
         grid,

@@ -1,6 +1,6 @@
 use super::{Backward, Inputs, Shape, backward, forward, reference};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, isas, levels, normals, op_tolerance,
+    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, isas, levels, normals, op_tolerance,
     thread_counts,
 };
 use crate::{Buf, Ctx, DType, Level};
@@ -250,6 +250,25 @@ fn thread_count_changes_no_bit() {
                 ] {
                     assert_same_bits(name, a, b);
                 }
+            }
+        }
+    }
+}
+
+/// On a GPU blocks add to dq in turns. Over many tiles of queries and keys every run gives the same bits, the right ones.
+#[test]
+fn a_gpu_repeats_its_bits() {
+    let Some(ctx) = gpu() else { return };
+    for shape in even_shapes() {
+        let case = Case::new(DType::Bf16, Shape { heads: 3, ..shape }, &[(700, 700), (300, 900), (1, 1), (450, 450)]);
+        case.check(&ctx);
+        let first = case.run(&ctx);
+        for _ in 0..8 {
+            let r = case.run(&ctx);
+            for (name, a, b) in
+                [("dq", &first.dq, &r.dq), ("dkv_up", &first.dkv_up, &r.dkv_up), ("dk_pe", &first.dk_pe, &r.dk_pe)]
+            {
+                assert_same_bits(name, a, b);
             }
         }
     }
