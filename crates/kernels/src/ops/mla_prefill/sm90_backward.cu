@@ -1,6 +1,6 @@
 // Backward of MLA attention in its multi-head form on Hopper: P = 128, R = 64, W = 128, bf16.
 //
-// A work is a head's tile of 128 keys and the tiles of 64 queries that see it:
+// A work is a head's tile of 128 keys and the tiles of 64 queries that see it, from the diagonal on:
 //     S^T = K Q^T,  P^T = exp2(c S^T - lse),  dP^T = V dO^T,  dS^T = P^T (dP^T - D),
 //     dV += P^T dO,  dK += dS^T Q,  dQ[queries] += dS K.
 // Two warpgroups hold 64 keys each: S^T, dP^T, dV and dK in registers. dS goes through shared memory, as each of them
@@ -58,7 +58,8 @@ mla_backward_stats(const bf16* out, const bf16* dout, const float* lse, bf16* dq
     __syncthreads();
     for (int i = threadIdx.x; i < STAT_HEADS * 2 * QUERIES; i += 256) {
         int h = i / (2 * QUERIES);
-        if (h0 + h < heads) stats[(i64(h0 + h) * gridDim.x + tile) * (2 * QUERIES) + i % (2 * QUERIES)] = both[h][i % (2 * QUERIES)];
+        if (h0 + h < heads)
+            stats[(i64(h0 + h) * gridDim.x + tile) * (2 * QUERIES) + i % (2 * QUERIES)] = both[h][i % (2 * QUERIES)];
     }
 }
 
@@ -99,8 +100,7 @@ DEV void added(u32 base, int wg, Done& done) {
 }
 
 // A warpgroup's sums of a tile go to device memory.
-DEV void give(const Params& p, const volatile Work& w, u32 base, int wg, float* to, bool first, const float (&x)[48], Done& done) {
-    mbar_wait(base + AT_BARS + (BAR_TURN + (done.turns & 1)) * 8, done.turns >> 1 & 1);
+DEV void give(u32 base, int wg, float* to, bool first, const float (&x)[48], Done& done) {
     if (first) {
 #pragma unroll
         for (int i = 0; i < 12; i++) put4(to + i * 512, x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
@@ -138,12 +138,27 @@ DEV void write_part(const Params& p, bf16* out, int left, const float* x, int la
     if (left > 8) store16(out + i64(8) * p.heads * QK, b[0], b[1], b[2], b[3]);
 }
 
+// Where a tile's sums go. Found, and the turn waited for, while the product runs.
+struct Where {
+    float* sums;
+    int at;
+    bool first, last;
+};
+DEV Where where_to(const Params& p, const volatile Work& w, u32 base, int wg, int n, const Done& done) {
+    const int at = place(w, n), seen = tiles_seen(at, w.queries, w.offset);
+    Where where;
+    where.at = at, where.first = adds_first(w, seen), where.last = adds_last(w, seen);
+    where.sums = p.sums + (i64(w.query_tile + at) * p.slots + w.slot) * (QUERIES * QK) + wg * (QUERIES * QK / 2) + own_thread() * 4;
+    if (!where.last) mbar_wait(base + AT_BARS + (BAR_TURN + (done.turns & 1)) * 8, done.turns >> 1 & 1);
+    return where;
+}
+
 // A warpgroup's sums of a tile leave; the last to add takes what the others summed and writes the result: two thirds
 // come by way of shared memory, the rest it loads itself, as there is no room.
-DEV void put(const Params& p, const volatile Work& w, u32 base, int wg, int n, float (&x)[48], Done& done) {
-    const int t = own_thread(), lane = t % WARP, at = place(w, n), seen = tiles_seen(at, w.queries, w.offset);
-    float* sums = p.sums + (i64(w.query_tile + at) * p.slots + w.slot) * (QUERIES * QK) + wg * (QUERIES * QK / 2) + t * 4;
-    if (!adds_last(w)) return give(p, w, base, wg, sums, adds_first(w, seen), x, done);
+DEV void put(const Params& p, const volatile Work& w, u32 base, int wg, const Where& where, float (&x)[48], Done& done) {
+    float* const sums = where.sums;
+    if (!where.last) return give(base, wg, sums, where.first, x, done);
+    const int t = own_thread(), lane = t % WARP, at = where.at, seen = tiles_seen(at, w.queries, w.offset);
     const int r = at * QUERIES + t / WARP * 16 + lane / 4, left = w.queries - r;
     bf16* out = p.dq + (i64(w.query + r) * p.heads + w.head) * QK + wg * 96 + lane % 4 * 8;
     if (seen > 1) take_part(base, wg, 0, x, done.written);
@@ -155,7 +170,8 @@ DEV void put(const Params& p, const volatile Work& w, u32 base, int wg, int n, f
         take_part(base, wg, 1, x + 16, done.written++);
         write_part(p, out + 32, left, x + 16, lane);
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[32 + 4 * i] += y[i].x, x[33 + 4 * i] += y[i].y, x[34 + 4 * i] += y[i].z, x[35 + 4 * i] += y[i].w;
+        for (int i = 0; i < 4; i++)
+            x[32 + 4 * i] += y[i].x, x[33 + 4 * i] += y[i].y, x[34 + 4 * i] += y[i].z, x[35 + 4 * i] += y[i].w;
         added(base, wg, done);
     } else {
         write_part(p, out + 32, left, x + 16, lane);
@@ -166,7 +182,8 @@ DEV void put(const Params& p, const volatile Work& w, u32 base, int wg, int n, f
 // Issues this warpgroup's half of dQ of the tile in `stage`, when both warpgroups' dS are there.
 DEV void issue_dq(float (&dq)[48], u32 base, u32 wg, int stage, int parity) {
     mbar_wait(base + AT_BARS + (BAR_DS + stage) * 8, parity);
-    const u64 desc_ds = desc_mn(base + AT_DS + stage * DS_STAGE, DS_STAGE), desc_key = desc64_mn(base + AT_K + wg * 3 * K_BOX, K_BOX);
+    const u64 desc_ds = desc_mn(base + AT_DS + stage * DS_STAGE, DS_STAGE);
+    const u64 desc_key = desc64_mn(base + AT_K + wg * 3 * K_BOX, K_BOX);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 8; k++) wgmma<96, 1, 1>(dq, desc_add(desc_ds, k * 2048), desc_add(desc_key, k * 1024), k > 0);
@@ -175,8 +192,8 @@ DEV void issue_dq(float (&dq)[48], u32 base, u32 wg, int stage, int parity) {
 
 // One tile of queries: its part of dV and dK (the latter still runs at the end), and dQ of the tile before.
 template <bool FIRST>
-DEV void step(const Params& p, const volatile Work& w, const u32 base, const int wg, const u32 turn, const int before, const int n, Done& done,
-              float (&dk)[96], float (&dv)[64]) {
+DEV void step(const Params& p, const volatile Work& w, const u32 base, const int wg, const u32 turn, const int before,
+              const int n, Done& done, float (&dk)[96], float (&dv)[64]) {
     const u32 bars = base + AT_BARS;
     const float c = p.scale * LOG2E;
     const u64 desc_key = desc64_k(base + AT_K + wg * 64 * 64);
@@ -201,12 +218,14 @@ DEV void step(const Params& p, const volatile Work& w, const u32 base, const int
             if (own_thread() % WARP == 0) mbar_arrive(bars + (BAR_EMPTY + (stage ^ 1)) * 8);
         }
         const int limit = place(w, n) * QUERIES + w.offset - w.j * KEYS;
+        float l[16];
+#pragma unroll
+        for (int b = 0; b < 8; b++) l[2 * b] = load2(stats + b * 32, l[2 * b + 1]);
         wgmma_wait<0>();
         wgmma_pin(s);
 #pragma unroll
         for (int b = 0; b < 8; b++) {
-            float l0, l1;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(l0), "=f"(l1) : "r"(stats + b * 32));
+            const float l0 = l[2 * b], l1 = l[2 * b + 1];
             s[4 * b] = exp2_fast(s[4 * b] * c - l0), s[4 * b + 1] = exp2_fast(s[4 * b + 1] * c - l1);
             s[4 * b + 2] = exp2_fast(s[4 * b + 2] * c - l0), s[4 * b + 3] = exp2_fast(s[4 * b + 3] * c - l1);
         }
@@ -238,13 +257,17 @@ DEV void step(const Params& p, const volatile Work& w, const u32 base, const int
             wgmma<128, 1>(dv, a, desc_add(desc_do_t, k * 2048), 1);
         }
         wgmma_commit();
+        float d[16];   // D: half of it comes before dP, as far as registers go
+#pragma unroll
+        for (int b = 0; b < 4; b++) d[2 * b] = load2(stats + 256 + b * 32, d[2 * b + 1]);
         wgmma_wait<1>();
         wgmma_pin(dp);
         if (n == w.steps - 1 && own_thread() % WARP == 0) mbar_arrive(bars + BAR_V_EMPTY * 8);
 #pragma unroll
         for (int b = 0; b < 8; b++) {
             float d0, d1;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(d0), "=f"(d1) : "r"(stats + 256 + b * 32));
+            if (b < 4) d0 = d[2 * b], d1 = d[2 * b + 1];
+            else d0 = load2(stats + 256 + b * 32, d1);
             const u32 p = pb[2 * b], r = pb[2 * b + 1];
             sb[2 * b] = narrow2(lower(p) * (dp[4 * b] - d0), upper(p) * (dp[4 * b + 1] - d1));
             sb[2 * b + 1] = narrow2(lower(r) * (dp[4 * b + 2] - d0), upper(r) * (dp[4 * b + 3] - d1));
@@ -271,14 +294,17 @@ DEV void step(const Params& p, const volatile Work& w, const u32 base, const int
     for (int k = 0; k < 4; k++) wgmma<192, 0, 1>(dk, desc_add(desc_ds, k * 32), desc_add(desc_q_t, k * 2048), 1);
     wgmma_commit();
     if (!FIRST) {
+        const Where where = where_to(p, w, base, wg, n - 1, done);
         wgmma_wait<1>();
         wgmma_pin(dq);
         if (own_thread() % WARP == 0) mbar_arrive(bars + (BAR_DS_EMPTY + (stage ^ 1)) * 8);
-        put(p, w, base, wg, n - 1, dq, done);
+        put(p, w, base, wg, where, dq, done);
     }
 }
 
-DEV void consume(const Params& p, const volatile Work& w, const u32 base, const int wg, const u32 turn, const int before, Done& done) {
+// A warpgroup's part of a work: the `turn`-th of the block, modulo 2, after `before` tiles of others.
+DEV void consume(const Params& p, const volatile Work& w, const u32 base, const int wg, const u32 turn, const int before,
+                 Done& done) {
     const u32 bars = base + AT_BARS;
     float dk[96], dv[64];
 #pragma unroll
@@ -293,17 +319,18 @@ DEV void consume(const Params& p, const volatile Work& w, const u32 base, const 
         for (int n = 1; n < steps; n++) step<false>(p, w, base, wg, turn, before, n, done, dk, dv);
         wgmma_wait<0>();
         wgmma_pin(dk);
-        const int stage = (before + steps - 1) & 1;
+        const int n = steps, stage = (before + n - 1) & 1;
         if (own_thread() % WARP == 0) mbar_arrive(bars + (BAR_EMPTY + stage) * 8);
         float dq[48];
-        issue_dq(dq, base, wg, stage, (before + steps - 1) >> 1 & 1);
+        issue_dq(dq, base, wg, stage, (before + n - 1) >> 1 & 1);
+        const Where where = where_to(p, w, base, wg, n - 1, done);
         wgmma_wait<0>();
         wgmma_pin(dq);
         if (own_thread() % WARP == 0) {
             mbar_arrive(bars + (BAR_DS_EMPTY + stage) * 8);
             mbar_arrive(bars + BAR_K_EMPTY * 8);
         }
-        put(p, w, base, wg, steps - 1, dq, done);
+        put(p, w, base, wg, where, dq, done);
     }
     const int t = own_thread(), lane = t % WARP, row = wg * 64 + t / WARP * 16 + lane / 4;
     if (steps == 0) {
@@ -335,7 +362,8 @@ DEV void consume(const Params& p, const volatile Work& w, const u32 base, const 
             // dk_pe's rows may begin at any even element.
             if (row < w.keys) *reinterpret_cast<u32*>(out + i * 8) = narrow2(dk[64 + 4 * i] * p.scale, dk[65 + 4 * i] * p.scale);
             if (row + 8 < w.keys)
-                *reinterpret_cast<u32*>(out + 8 * p.dk_pe_stride + i * 8) = narrow2(dk[66 + 4 * i] * p.scale, dk[67 + 4 * i] * p.scale);
+                *reinterpret_cast<u32*>(out + 8 * p.dk_pe_stride + i * 8) =
+                    narrow2(dk[66 + 4 * i] * p.scale, dk[67 + 4 * i] * p.scale);
         }
     }
     added(base, wg, done);
@@ -350,7 +378,7 @@ DEV void consume(const Params& p, const volatile Work& w, const u32 base, const 
     write_rows(dk, p.scale, base + AT_DS + wg * 8192, DS_STAGE, to, stride, rows, t, 1 + wg);
 }
 
-// The next work there is; steps = -1 if there is none.
+// The next work there is, if any.
 DEV bool take_work(volatile Work& w, const Params& p) {
     for (;;) {
         u32 ticket;
@@ -360,6 +388,7 @@ DEV bool take_work(volatile Work& w, const Params& p) {
     }
 }
 
+// The block's `it`-th work, as soon as all are done with the last but one; steps = -1 if there is none.
 DEV void take(const Params& p, volatile Work* works, u32 bars, int it) {
     mbar_wait(bars + (BAR_WORK_EMPTY + (it & 1)) * 8, (it >> 1 & 1) ^ 1);
     if (!take_work(works[it & 1], p)) works[it & 1].steps = -1;
@@ -382,7 +411,8 @@ DEV void load(const Params& p, const volatile Work& w, u32 base, int it, int loa
 #pragma unroll 1
             for (int i = 0; i < 3; i++)
                 tma_load(base + AT_Q + stage * Q_STAGE + i * Q_BOX, &map_q, bar_q, w.head * QK + i * 64, query);
-            bulk_load(base + AT_STATS + stage * STATS, p.stats + (i64(w.head) * p.query_tiles + w.query_tile + at) * (2 * QUERIES), STATS, bar_q);
+            const float* stats = p.stats + (i64(w.head) * p.query_tiles + w.query_tile + at) * (2 * QUERIES);
+            bulk_load(base + AT_STATS + stage * STATS, stats, STATS, bar_q);
             mbar_expect(bar_do, DO_STAGE);
 #pragma unroll 1
             for (int i = 0; i < 2; i++)
@@ -403,7 +433,7 @@ DEV void load(const Params& p, const volatile Work& w, u32 base, int it, int loa
     }
 }
 
-// One thread waits for this block's turns: for the next two at most.
+// One thread waits for this block's turns, at most two ahead of those who take them.
 DEV void await_turn(const Params& p, const volatile Work& w, int n, u32 bars, int& turns) {
     const Turn turn = turn_of(p, w, n);
     if (turn.alone) return;
@@ -421,10 +451,11 @@ DEV void serve_sums(const Params& p, const volatile Work& w, u32 base, int& turn
 #pragma unroll 1
     for (int n = 0; n <= w.steps; n++) {
         if (turn_of(p, w, n).alone) continue;
-        if (n < w.steps && adds_last(w)) {
+        if (n < w.steps && adds_last(w, seen_at(w, n))) {
             mbar_wait(base + AT_BARS + (BAR_TURN + (turns & 1)) * 8, turns >> 1 & 1);
             fence_async_global();
-            const float* sums = p.sums + (i64(w.query_tile + place(w, n)) * p.slots + w.slot) * (QUERIES * QK) + HALF * (QUERIES * QK / 2);
+            const float* sums = p.sums + (i64(w.query_tile + place(w, n)) * p.slots + w.slot) * (QUERIES * QK) +
+                                HALF * (QUERIES * QK / 2);
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {
                 mbar_wait(BAR_OF(BAR_DONE, part), written & 1 ^ 1);
@@ -452,11 +483,12 @@ mla_backward(const __grid_constant__ TensorMap map_q, const __grid_constant__ Te
     extern __shared__ __align__(1024) u8 raw[];
     const u32 base = (smem(raw) + 1023) & ~1023u, bars = base + AT_BARS;
     volatile Work* works = reinterpret_cast<volatile Work*>(raw + (base - smem(raw)) + AT_WORK);
-    const Params p = {stats, sums, pe_sums, counters, dq, dkv_up, dk_pe, cu_q, cu_k, dk_pe_stride, sequences, heads, group, slots, query_tiles, key_tiles, scale};
+    const Params p = {stats, sums, pe_sums, counters, dq, dkv_up, dk_pe, cu_q, cu_k, dk_pe_stride,
+                      sequences, heads, group, slots, query_tiles, key_tiles, scale};
     if (threadIdx.x == 0) {
         for (int i = 0; i < BAR_ADDED + 4; i++) {
-            // By warps: a warpgroup's four, both's eight, and these with the four threads that serve them; where loads from
-            // shared memory must be over, each thread of a warpgroup.
+            // By warps: a warpgroup's four, both's eight, and these with the four threads that serve them; by threads where
+            // loads from shared memory must be over.
             int count = i >= BAR_ADDED ? 4 : i == BAR_WORK_EMPTY || i == BAR_WORK_EMPTY + 1 ? 12 : i >= BAR_SEEN ? 2 : 1;
             if ((i >= BAR_EMPTY && i < BAR_READY) || i == BAR_K_EMPTY || i == BAR_V_EMPTY) count = 8;
             if (i >= BAR_DONE && i < BAR_V) count = 128;
@@ -495,7 +527,8 @@ mla_backward(const __grid_constant__ TensorMap map_q, const __grid_constant__ Te
             for (int it = -1; it < 0 || works[it & 1].steps >= 0; it++) {
 #pragma unroll 1
                 for (int n = 0; n <= (it < 0 ? 0 : works[it & 1].steps); n++) {
-                    // The next work's loads begin while this one ends.
+                    // The next work is looked for three tiles before this one ends: its loads begin meanwhile. Earlier, and
+                    // others would wait for what this block has not begun.
                     if (n == (it < 0 ? 0 : max(works[it & 1].steps - 3, 0))) take(p, works, bars, it + 1);
                     if (it >= 0) await_turn(p, works[it & 1], n, bars, turns);
                 }

@@ -24,22 +24,23 @@
 #define AT_STATS (AT_SUMS + 4 * SUMS_PART)
 #define STATS 512                    // lse and D of 64 queries
 #define AT_BARS (AT_STATS + 2 * STATS)
-#define AT_WORK (AT_BARS + 320)      // what the block does now and next: SHARED in the launch code ends behind it
+#define AT_WORK (AT_BARS + 320)      // what the block does now and next
 
-#define BAR_K 0
+// mbarriers; of those with a stage or a half, two or four follow each other. What each says:
+#define BAR_K 0            // K is there; Q with lse and D; dO
 #define BAR_Q 1
 #define BAR_DO 3
-#define BAR_EMPTY 5
-#define BAR_DS 7
+#define BAR_EMPTY 5        // Q, dO, lse and D of a stage are read
+#define BAR_DS 7           // dS is there, of both warpgroups; read by both
 #define BAR_DS_EMPTY 9
-#define BAR_READY 11
+#define BAR_READY 11       // a third of the others' sums is there; read
 #define BAR_DONE 15
-#define BAR_V 19
+#define BAR_V 19           // V is there; K is read; V is read
 #define BAR_K_EMPTY 20
 #define BAR_V_EMPTY 21
-#define BAR_WORK 22
+#define BAR_WORK 22        // a work is there; done with by all
 #define BAR_WORK_EMPTY 24
-#define BAR_TURN 26
+#define BAR_TURN 26        // it is this block's turn; both halves have had it; a half has added
 #define BAR_SEEN 28
 #define BAR_ADDED 30
 
@@ -85,7 +86,8 @@ DEV void await(const u32* p, u32 v) {
 DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEV float4 load_shared(u32 at) {
     float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
     return v;
 }
 DEV void add4(float* p, float a, float b, float c, float d) {
@@ -97,7 +99,13 @@ DEV void put4(float* p, float a, float b, float c, float d) {
 // Not from the first-level cache: other processors have written there.
 DEV float4 get4(const float* p) {
     float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+DEV float load2(u32 at, float& next) {
+    float v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v), "=f"(next) : "r"(at));
     return v;
 }
 DEV void store16(bf16* p, u32 a, u32 b, u32 c, u32 d) {
@@ -126,7 +134,8 @@ DEV int tiles_seen(int i, int queries, int offset) {
     return (min(i * QUERIES + QUERIES, queries) - 1 + offset) / KEYS + 1;
 }
 
-DEV bool find_work(volatile Work& w, u32 ticket, int tiles, int heads, int group, int slots, const int* cu_q, const int* cu_k, int sequences) {
+DEV bool find_work(volatile Work& w, u32 ticket, int tiles, int heads, int group, int slots, const int* cu_q,
+                   const int* cu_k, int sequences) {
     const u32 g = ticket / u32(group * tiles), r = ticket - g * u32(group * tiles);
     const u32 in_group = min(group, heads - int(g) * group);
     w.tile = r / in_group;
@@ -136,7 +145,7 @@ DEV bool find_work(volatile Work& w, u32 ticket, int tiles, int heads, int group
     int count = (keys + KEYS - 1) / KEYS;
     // Later keys first.
     w.j = count - 1 - (w.tile - base);
-    if (w.j < 0) return false;
+    if (w.j < 0 || w.j >= count) return false;
     w.tile = base + w.j;
     w.key = k0 + w.j * KEYS, w.keys = min(keys - w.j * KEYS, KEYS);
     w.query = cu_q[s], w.queries = cu_q[s + 1] - w.query;
@@ -151,11 +160,12 @@ DEV bool find_work(volatile Work& w, u32 ticket, int tiles, int heads, int group
 // The tile of queries of step n, within its sequence.
 DEV int place(const volatile Work& w, int n) { return w.first + n; }
 DEV int seen_at(const volatile Work& w, int n) { return tiles_seen(place(w, n), w.queries, w.offset); }
+// Of the `seen` tiles of keys that a tile of queries sees, the last adds first and the first last.
 DEV bool adds_first(const volatile Work& w, int seen) { return w.j == seen - 1; }
-DEV bool adds_last(const volatile Work& w) { return w.j == 0; }
+DEV bool adds_last(const volatile Work& w, int seen) { return w.j == 0; }
 
 // sums: f32 [tiles of queries][slots][2][12][128][4], the fragments of dQ; pe_sums: f32 [tiles of keys][2][8][128][4].
-// counters: the ticket, then slots per tile of queries, then 2 per tile of keys.
+// counters: the ticket, then slots per tile of queries, then one per tile of keys.
 struct Params {
     const float* stats;
     float* sums;
@@ -176,8 +186,8 @@ struct Turn {
     u32 target;
     bool alone;
 };
-// Which value the counter of a tile of queries must have for this block to add, and where it is. Each half of a tile
-// counts one.
+// Which value the counter of step n's tile of queries must have for this block to add, and where it is; after the last step,
+// that of dk_pe. Each half of a tile counts one.
 DEV Turn turn_of(const Params& p, const volatile Work& w, int n) {
     Turn t;
     if (n == w.steps) {
