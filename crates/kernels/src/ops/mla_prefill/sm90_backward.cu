@@ -281,6 +281,8 @@ DEV void step(const Params& p, const volatile Work& w, const u32 base, const int
     for (int k = 0; k < 4; k++)
         stmatrix4(ds_row ^ (k << 5), sb[4 * k], sb[4 * k + 1], sb[4 * k + 2], sb[4 * k + 3]);
     fence_async();
+    // Every thread for itself: what it has loaded of lse and D, another proxy will overwrite.
+    mbar_arrive(bars + (BAR_STATS_EMPTY + stage) * 8);
     wgmma_wait<0>();
     wgmma_pin(dv);
     bar_sync(1 + wg, 128);
@@ -411,6 +413,7 @@ DEV void load(const Params& p, const volatile Work& w, u32 base, int it, int loa
 #pragma unroll 1
             for (int i = 0; i < 3; i++)
                 tma_load(base + AT_Q + stage * Q_STAGE + i * Q_BOX, &map_q, bar_q, w.head * QK + i * 64, query);
+            mbar_wait(bars + (BAR_STATS_EMPTY + stage) * 8, parity ^ 1);
             const float* stats = p.stats + (i64(w.head) * p.query_tiles + w.query_tile + at) * (2 * QUERIES);
             bulk_load(base + AT_STATS + stage * STATS, stats, STATS, bar_q);
             mbar_expect(bar_do, DO_STAGE);
@@ -486,12 +489,13 @@ mla_backward(const __grid_constant__ TensorMap map_q, const __grid_constant__ Te
     const Params p = {stats, sums, pe_sums, counters, dq, dkv_up, dk_pe, cu_q, cu_k, dk_pe_stride,
                       sequences, heads, group, slots, query_tiles, key_tiles, scale};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < BAR_ADDED + 4; i++) {
+        for (int i = 0; i < BAR_STATS_EMPTY + 2; i++) {
             // By warps: a warpgroup's four, both's eight, and these with the four threads that serve them; by threads where
             // loads from shared memory must be over.
             int count = i >= BAR_ADDED ? 4 : i == BAR_WORK_EMPTY || i == BAR_WORK_EMPTY + 1 ? 12 : i >= BAR_SEEN ? 2 : 1;
             if ((i >= BAR_EMPTY && i < BAR_READY) || i == BAR_K_EMPTY || i == BAR_V_EMPTY) count = 8;
             if (i >= BAR_DONE && i < BAR_V) count = 128;
+            if (i >= BAR_STATS_EMPTY) count = 256;
             mbar_init(bars + i * 8, count);
         }
         mbar_init_fence();

@@ -30,7 +30,7 @@
 #define BAR_K 0            // K is there; Q with lse and D; dO
 #define BAR_Q 1
 #define BAR_DO 3
-#define BAR_EMPTY 5        // Q, dO, lse and D of a stage are read
+#define BAR_EMPTY 5        // Q and dO of a stage are read
 #define BAR_DS 7           // dS is there, of both warpgroups; read by both
 #define BAR_DS_EMPTY 9
 #define BAR_READY 11       // a third of the others' sums is there; read
@@ -43,6 +43,7 @@
 #define BAR_TURN 26        // it is this block's turn; both halves have had it; a half has added
 #define BAR_SEEN 28
 #define BAR_ADDED 30
+#define BAR_STATS_EMPTY 34 // lse and D of a stage are read
 
 #define LOG2E 1.4426950408889634f
 
