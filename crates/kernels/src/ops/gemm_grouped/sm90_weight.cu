@@ -2,23 +2,23 @@
 // [rows, n]; expert e has the rows offsets[e] .. offsets[e + 1], read on the device.
 //
 // Blocks stay, two make a cluster, and take items one after another from a counter in device memory. An item is a pair
-// of tiles of one expert, one below the other, over a chunk of its rows; the pair shares the loads of x. In a block one
-// thread loads by TMA into a ring of STAGES; two warpgroups take the block's items in turns and hold a whole tile's sums
+// of tiles of one expert, one below the other, over a chunk of its rows; the pair shares the loads of x. In a block two
+// warps load by TMA into a ring of STAGES; two warpgroups take the block's items in turns and hold a whole tile's sums
 // each, so that one stores its results beneath the other's products.
 //
 // Items come in an order of falling size, experts with the most rows first, so that all blocks end together. Experts
 // with a large share of all rows are cut into chunks of rows: the last chunk's warpgroup adds what the others left in
-// `parts`. What is cut where follows from the offsets and the number of clusters alone, and so do the results' bits; who
-// takes which item does not matter. An item waits only for items that were taken before it.
+// `parts`. What is cut where follows from the offsets, the shape and the number of clusters, and so do the results'
+// bits; who takes which item does not matter. An item waits only for items that were taken before it.
 //
-// Compile-time: ADD (dW += product; the old dW comes through the ring, after the operands; experts without rows are left
-// alone, else they get zeros), tile BM x BN, STAGES, CLUSTER, BAND (pairs of tiles of m walked together, for reuse in
-// L2), SPLIT (an expert is cut where it has more than one of so many shares of a cluster's even share of all work),
-// PARTS (places that `parts` may have for each block of a cluster), BUFFERS (pieces of dW that a warpgroup may have under
-// way to memory, two at a time).
+// Compile-time: ADD (dW += product; the old dW comes through the ring, after the operands; experts without rows are
+// left alone, else they get zeros), tile BM x BN, STAGES, CLUSTER, BAND (pairs of tiles of m walked together, for reuse in
+// L2), SPLIT (no item is more than one in so many of a cluster's even share of all work), PARTS (tiles that `parts` may
+// have for each block of a cluster), BUFFERS (pieces of dW that a warpgroup may have under way to memory), EVICT (dW is
+// not to stay in L2), MIN_CHUNK (steps that a chunk has at least).
 //
-// The maps of dy and x are three-dimensional windows: coordinate (col, cap - size + row, offset + size), base moved down
-// by cap rows, strides of both outer dimensions one row. A row past the expert's end has second coordinate >= cap:
+// The maps of dy and x are three-dimensional windows: coordinate (col, cap - size + row, offset + size), base moved
+// down by cap rows, strides of both outer dimensions one row. A row past the expert's end has second coordinate >= cap:
 // outside the map, so that loads give zeros there. Boxes wholly outside are never asked for.
 
 static const int BK = 64;  // rows of a step: one box
@@ -26,17 +26,15 @@ static const int WM = BM / 64;
 static const int THREADS = 384;
 static const int BOX_BYTES = 8192;  // 64 x 64 of bf16, or a piece of dW: 64 x 32 of f32
 static const int A_BOXES = WM, B_BOXES = BN / 64, STAGE_BYTES = (A_BOXES + B_BOXES) * BOX_BYTES;
-#ifndef PAIR
-#define PAIR 1
-#endif
+static const int DEEP = BN == 128 ? 8 : 4;  // reads under way at once, as registers allow
 static const int PIECE = 32, PIECES = WM * BN / PIECE;
 static const int OLD_PIECES = A_BOXES + B_BOXES;  // of dW in a stage
 static const int OLD_STAGES = ADD ? (PIECES + OLD_PIECES - 1) / OLD_PIECES : 0;
 static const int TILE = BM * BN;
 // The last columns of tiles may be narrower, so that none hangs over where 64 divides the columns.
 static const int NARROW = BN == 192 ? 128 : BN;
-// Items whose numbers are known in a block at once. The loading thread is never further ahead of a warpgroup than
-// the stages and two items more.
+// Items whose numbers are known in a block at once. The loading warps are never further ahead of a warpgroup than the
+// stages and two items more.
 static const int KNOWN = 16;
 
 // Zero before and after every launch.
@@ -54,8 +52,8 @@ struct Shared {
 
 struct Item {
     int expert, row, col, width, offset, size;  // row: of the pair
-    int begin, end;                      // steps of the expert's rows
-    int part, parts, tiles;              // its place in `parts`; how many places before it in steps of `tiles` belong to it
+    int begin, end;                             // steps of the expert's rows
+    int part, parts, tiles;  // its place in `parts`; so many chunks come before, each `tiles` places below the next
     bool last;
 
     DEV int steps() const { return max(end - begin, 1); }
@@ -90,7 +88,7 @@ struct Schedule {
 };
 
 // Fills the tables: who has the most rows, steps of a chunk, first items. By all threads.
-DEV void plan(Shared& s, const int* segments, int* offsets, int* first, int* order, int experts, int tiles, int area) {
+DEV void plan(Shared& s, const int* segments, int* offsets, int* first, int* order, int experts, int tiles) {
     for (int e = threadIdx.x; e <= experts; e += THREADS) offsets[e] = segments[e];
     __syncthreads();
     for (int e = threadIdx.x; e < experts; e += THREADS) {
@@ -111,9 +109,8 @@ DEV void plan(Shared& s, const int* segments, int* offsets, int* first, int* ord
         };
         for (int r = lane; r < experts; r += WARP) sum += steps(r);
         for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, d);
-        // By the area in 256 x 64, whatever the tile, so that all tiles give the same bits. Rounded up by more than the
-        // division's error.
-        int chunk = max(int(float(sum) * area / (3 * SPLIT * (gridDim.x / CLUSTER))) + 1, MIN_CHUNK), before = 0;
+        // Rounded up by more than the division's error.
+        int chunk = max(int(float(sum) * tiles / (gridDim.x / CLUSTER * SPLIT)) + 1, MIN_CHUNK), before = 0;
         for (int r = lane; r - lane < experts; r += WARP) {
             int count = r < experts ? steps(r) : 0;
             int items = r < experts && (count > 0 || !ADD) ? max((count + chunk - 1) / chunk, 1) * tiles : 0;
@@ -153,12 +150,10 @@ DEV void release(u32 barrier) {
     if (CLUSTER > 1 && lane < CLUSTER) mbar_arrive_at(barrier, lane);
 }
 
-// All threads of the cluster meet: first `come`, then `meet`. It orders nothing but their barriers' initialisation.
-DEV void come() {
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
+// All threads of the cluster meet. It orders nothing but their barriers' initialisation.
 DEV void meet() {
-    if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (CLUSTER > 1)
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Writes a number into the shared memory of block `rank` of the cluster and counts its bytes on that block's barrier.
@@ -233,11 +228,8 @@ struct Piece {
     }
 };
 
-#ifndef HINT
-#define HINT 0
-#endif
 DEV void store_piece(const TensorMap* map, u32 from, int c0, int c1, int c2) {
-    if (HINT == 0) return tma_store(map, from, c0, c1, c2);
+    if (!EVICT) return tma_store(map, from, c0, c1, c2);
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
     asm volatile(
@@ -278,7 +270,7 @@ DEV int piece_col(int p) { return p % (BN / PIECE) * PIECE; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
 sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-            const __grid_constant__ TensorMap map_c, const int* segments, float* parts, float* dw, int experts, int m,
+            const __grid_constant__ TensorMap map_c, const int* segments, float* parts, int experts, int m,
             int n, int cap) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *reinterpret_cast<Shared*>(raw);
@@ -286,7 +278,8 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
     Slot slot = {smem(s.ring), smem(s.full), smem(s.empty), 0, 0};
     int thread = threadIdx.x, group = thread / 128;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0, known = smem(s.known);
-    int mt = (m + CLUSTER * BM - 1) / (CLUSTER * BM), nt = (n + BN - 1) / BN, narrow = BN > NARROW ? min((nt * BN - n) / 64, nt) : 0;
+    int mt = (m + CLUSTER * BM - 1) / (CLUSTER * BM), nt = (n + BN - 1) / BN;
+    int narrow = BN > NARROW ? min((nt * BN - n) / 64, nt) : 0;
 
     u32 next = 0;
     if (thread == 0) {
@@ -299,20 +292,18 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         mbar_init_fence();
         for (int i = 0; i < KNOWN; i++) mbar_expect(known + 8 * i, 4);
     }
-    __syncwarp();
-    come();
     if (thread < WARP && rank == 0 && elect_one()) next = take();
-    plan(s, segments, offsets, first, order, experts, mt * nt, mt * ((n + 63) / 64));
+    plan(s, segments, offsets, first, order, experts, mt * nt);
     __syncthreads();
     meet();
-    int total = __shfl_sync(ALL_LANES, first[experts], 0);
-    mt = __shfl_sync(ALL_LANES, mt, 0), nt = __shfl_sync(ALL_LANES, nt, 0), narrow = __shfl_sync(ALL_LANES, narrow, 0);
-    Schedule schedule = {offsets, first, order, mt, nt, narrow, __shfl_sync(ALL_LANES, s.chunk, 0), 0};
+    int total = first[experts];
+    Schedule schedule = {offsets, first, order, mt, nt, narrow, s.chunk, 0};
 
-    // The same in all lanes, as the compiler can tell: what follows from it stays in uniform registers.
+    // The same in all lanes, as the compiler can tell: what follows from it stays in uniform registers. Loads of values
+    // that might differ between lanes are issued by a loop over the lanes, which took most of a step.
     int warp = __shfl_sync(ALL_LANES, thread / WARP, 0), lane = thread % WARP;
     if (group == 0) {
-        regs_down<48>();
+        regs_down<40>();
         // One warp loads dy, one x; the first of the cluster also takes the items.
         if (warp < 2) {
             bool leads = warp == 0 && rank == 0, one = elect_one();
@@ -338,7 +329,8 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 int row = item.row + rank * BM, window = cap - item.size, end = item.offset + item.size;
                 // What the ring holds in place of boxes outside reaches only results that are not stored.
                 int rows = min(m - row, BM), cols = min(n - item.col, item.width);
-                int boxes_a = item.size > 0 ? max(rows + 63, 0) / 64 : 0, boxes_b = item.size > 0 ? (cols + 63) / 64 : 0;
+                bool any = item.size > 0;
+                int boxes_a = any ? max(rows + 63, 0) / 64 : 0, boxes_b = any ? (cols + 63) / 64 : 0;
                 u32 bytes = (boxes_a + boxes_b) * BOX_BYTES;
                 int at = window + item.begin * BK;
                 for (int step = 0; step < item.steps(); step++, at += BK) {
@@ -349,18 +341,17 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                             mbar_expect(bar, bytes);
 #pragma unroll
                             for (int j = 0; j < A_BOXES; j++)
-                                if (j < boxes_a) tma_load(slot.data() + j * BOX_BYTES, &map_a, bar, row + j * 64, at, end);
+                                if (j < boxes_a)
+                                    tma_load(slot.data() + j * BOX_BYTES, &map_a, bar, row + j * 64, at, end);
                         }
-                    } else {
-                        if (one) {
+                    } else if (one) {
 #pragma unroll
-                            for (int j = 0; j < B_BOXES; j++) {
-                                u32 to = slot.data() + (A_BOXES + j) * BOX_BYTES;
-                                int col = item.col + j * 64;
-                                if (CLUSTER == 1 && j < boxes_b) tma_load(to, &map_b, bar, col, at, end);
-                                if (CLUSTER > 1 && j < boxes_b && (j + step) % CLUSTER == rank)
-                                    tma_load_to((1 << CLUSTER) - 1, to, &map_b, bar, col, at, end);
-                            }
+                        for (int j = 0; j < B_BOXES; j++) {
+                            u32 to = slot.data() + (A_BOXES + j) * BOX_BYTES;
+                            int col = item.col + j * 64;
+                            if (CLUSTER == 1 && j < boxes_b) tma_load(to, &map_b, bar, col, at, end);
+                            if (CLUSTER > 1 && j < boxes_b && (j + step) % CLUSTER == rank)
+                                tma_load_to((1 << CLUSTER) - 1, to, &map_b, bar, col, at, end);
                         }
                     }
                     __syncwarp();
@@ -403,8 +394,8 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         for (int i = 0;; i++) {
             mbar_wait(known + 8 * (i % KNOWN), i / KNOWN & 1);
             int t = __shfl_sync(ALL_LANES, *(volatile u32*)(s.item + i % KNOWN), 0);
-            // The other warpgroup has seen all slots of the item before: a slot's parity tells this round from no other
-            // but the one before.
+            // The other warpgroup has seen the item before filled, to its last slot. Before that a slot might be two
+            // rounds behind, which its parity does not tell from this one.
             if (i % 2 == w && i > 0) bar_sync(3 + w, 256);
             if (t >= total) break;
             Item item = schedule.at(t);
@@ -462,12 +453,12 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 bar_sync(1 + w, 128);
                 const float4* from = reinterpret_cast<const float4*>(parts + i64(part) * TILE) + own;
 #pragma unroll
-                for (int j = 0; j < WM * BN / 8; j += 4) {
-                    float4 v[4];
+                for (int j = 0; j < WM * BN / 8; j += DEEP) {
+                    float4 v[DEEP];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) v[i] = read(from + (j + i) * 128);
+                    for (int i = 0; i < DEEP; i++) v[i] = read(from + (j + i) * 128);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
+                    for (int i = 0; i < DEEP; i++) {
                         float* x = acc[0] + 4 * (j + i);
                         x[0] += v[i].x, x[1] += v[i].y, x[2] += v[i].z, x[3] += v[i].w;
                     }
@@ -476,29 +467,26 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
 
             int row = item.row + rank * BM, rows = m - row, cols = min(n - item.col, item.width);
 #pragma unroll
-            for (int p = 0; p < PIECES; p += PAIR) {
+            for (int p = 0; p < PIECES; p++) {
                 if (piece_col(p) >= NARROW && piece_col(p) >= cols) continue;
                 u32 from = staging + buffer * BOX_BYTES;
-                if (own == 0) tma_wait_read<BUFFERS / PAIR - 1>();
+                if (own == 0) tma_wait_read<BUFFERS - 1>();
                 bar_sync(1 + w, 128);
-#pragma unroll
-                for (int i = 0; i < PAIR; i++) Piece{from + i * BOX_BYTES + warp * 2048, lane}.put(acc[0] + (p + i) * 16);
+                Piece{from + warp * 2048, lane}.put(acc[0] + p * 16);
                 fence_async();
                 bar_sync(1 + w, 128);
                 if (own == 0) {
-                    for (int i = 0; i < PAIR; i++)
-                        if (piece_row(p) < rows && piece_col(p + i) < cols)
-                            store_piece(&map_c, from + i * BOX_BYTES, item.col + piece_col(p + i), row + piece_row(p), item.expert);
-                    // A group for every pair, that those under way can be counted.
+                    if (piece_row(p) < rows && piece_col(p) < cols)
+                        store_piece(&map_c, from, item.col + piece_col(p), row + piece_row(p), item.expert);
+                    // A group for every piece, that those under way can be counted.
                     tma_commit();
                 }
-                buffer = buffer + PAIR == BUFFERS ? 0 : buffer + PAIR;
+                if (++buffer == BUFFERS) buffer = 0;
             }
         }
         if (own == 0) tma_wait_read<0>();
         __syncwarp();
     }
     // No block leaves while another may still signal its barriers.
-    come();
     meet();
 }

@@ -9,39 +9,38 @@ static SOURCE: Source = source!(sm90, "sm90_weight.cu");
 
 /// Blocks that share the loads of x.
 const CLUSTER: usize = 2;
-/// An expert's rows are cut into chunks where a tile over all of them is more work than this share of a cluster's.
-const SPLIT: usize = 1;
-/// The kernel's steps of 64 rows that a chunk has at least.
+/// The kernel's steps of 64 rows that a chunk of an expert's rows has at least.
 const MIN_CHUNK: usize = 16;
 /// Shared memory that a block may have.
 const SHARED: usize = 227 << 10;
 /// Bytes of a box of 64 x 64 in BF16, or of a piece of dW.
 const BOX: usize = 8192;
 
-/// Shape of a warpgroup's tile; pieces of it under way to memory; tiles of m walked together. The bits are the same with
-/// all of them.
+/// Shape of a warpgroup's tile; the rest as in `sm90_weight.cu`.
 #[derive(Clone, Copy)]
 struct Tile {
     bm: usize,
     bn: usize,
     buffers: usize,
     band: usize,
+    split: usize,
+    evict: bool,
 }
 
+const LARGE: Tile = Tile { bm: 128, bn: 192, buffers: 2, band: 4, split: 2, evict: true };
+const SMALL: Tile = Tile { bm: 128, bn: 128, buffers: 2, band: 8, split: 1, evict: false };
+
 impl Tile {
-    /// What is added to dW comes through the ring, which then wants to be longer.
-    fn of(accumulate: bool) -> Self {
-        if accumulate {
-            Self { bm: 128, bn: 128, buffers: 2, band: 8 }
-        } else {
-            Self { bm: 128, bn: 192, buffers: 2, band: 4 }
-        }
+    /// The large one loads less for each product. The small one leaves less idle at the end, where there are few tiles.
+    /// The choice is the same for adding and for overwriting, as experts may be cut otherwise with the other.
+    fn of(experts: usize, r: usize, cols: usize, clusters: usize) -> Self {
+        if experts * LARGE.pairs(r, cols) < 8 * clusters { SMALL } else { LARGE }
     }
 
     /// Stages of the ring, and the shared memory with everything beside it.
     fn ring(&self, experts: usize) -> (usize, u32) {
-        let barriers = 16 * 12 + 8;
-        let beside = 2 * self.buffers * BOX + barriers + (3 * experts + 2) * 4;
+        let numbers = 16 * 12 + 8;
+        let beside = 2 * self.buffers * BOX + numbers + (3 * experts + 2) * 4;
         let stage = (self.bm + self.bn) / 64 * BOX + 16;
         let stages = (SHARED - beside) / stage;
         (stages, (stages * stage + beside) as u32)
@@ -73,18 +72,32 @@ pub fn backward_weight(
     dw: ViewMut<'_>,
     accumulate: bool,
 ) {
+    let tile = Tile::of(offsets.len() - 1, r, cols, clusters(cuda));
+    run_by(&tile, cuda, [x, dy, offsets], (r, cols), dw, accumulate);
+}
+
+fn clusters(cuda: &Cuda) -> usize {
+    cuda.sms() as usize / CLUSTER
+}
+
+fn run_by(
+    tile: &Tile,
+    cuda: &Cuda,
+    [x, dy, offsets]: [View<'_>; 3],
+    (r, cols): (usize, usize),
+    dw: ViewMut<'_>,
+    accumulate: bool,
+) {
     let (cap, experts) = (capacity(x, cols, dy, r), offsets.len() - 1);
     if experts == 0 {
         return;
     }
     assert!(experts <= MAX_EXPERTS, "{experts} experts");
-    let tile = Tile::of(accumulate);
-    let clusters = cuda.sms() as usize / CLUSTER;
-    // Chunks but an expert's last leave their sums in memory. A chunk has no less than a cluster's share of the steps of
-    // all tiles of 256 x 192, which bounds their number, as does the number of rows.
-    let shares = 3 * clusters * SPLIT;
-    let by_share = (cols.div_ceil(tile.bn) * shares).div_ceil(cols.div_ceil(64)) + 1;
-    let kept = by_share.min(tile.pairs(r, cols) * (cap / (64 * MIN_CHUNK)));
+    let clusters = clusters(cuda);
+    // Chunks but an expert's last leave their sums in memory. A chunk has more than its part of a cluster's share of all
+    // steps, and no fewer than MIN_CHUNK.
+    let parts = clusters * tile.split + 1;
+    let kept = parts.min(tile.pairs(r, cols) * (cap / (64 * MIN_CHUNK))).max(1);
     let sums = cuda.empty(DType::F32, kept * CLUSTER * tile.bm * tile.bn);
     let (stages, shared) = tile.ring(experts);
     let defines = [
@@ -94,10 +107,11 @@ pub fn backward_weight(
         ("STAGES", Int(stages as i64)),
         ("CLUSTER", Int(CLUSTER as i64)),
         ("BAND", Int(tile.band as i64)),
-        ("SPLIT", Int(SPLIT as i64)),
+        ("SPLIT", Int(tile.split as i64)),
         ("MIN_CHUNK", Int(MIN_CHUNK as i64)),
-        ("PARTS", Int((shares + 1) as i64)),
+        ("PARTS", Int(parts as i64)),
         ("BUFFERS", Int(tile.buffers as i64)),
+        ("EVICT", Int(tile.evict.into())),
     ];
     let kernel = cuda.kernel(&SOURCE, "sm90_weight", &defines);
     let (a, b, c) = (rows(dy, cap, r), rows(x, cap, cols), rows(dw.as_view(), r, cols));
@@ -146,24 +160,26 @@ mod tests {
         let (_, expected) = reference::backward(&wide(&x), &wide(&dy), &offsets, &w, out, cols);
         let upload = |b: &Buf| buf_on(&ctx, DType::Bf16, &b.view().to_f32());
         let (x, dy, at) = (upload(&x), upload(&dy), ctx.from_i32(&offsets));
-        let mut bits: Option<Buf> = None;
-        for (accumulate, start, plus) in [(false, f32::from(bf16::NAN), 0.0), (true, 0.0, 0.0), (true, 5.0, 5.0)] {
-            let run = || {
-                let mut dw = buf_on(&ctx, DType::F32, &vec![start; w.len()]);
-                backward_weight(cuda, x.view(), dy.view(), at.view(), (out, cols), dw.view_mut(), accumulate);
-                dw
-            };
-            let first = run();
-            let expected: Vec<f64> = expected.iter().map(|w| w + plus).collect();
-            assert_close("dw", &first, &expected, op_tolerance(DType::F32));
-            for _ in 0..3 {
-                assert_same_bits("dw again", &first, &run());
-            }
-            // Both forms cut the rows alike, though their tiles differ.
-            if plus == 0.0 {
-                match &bits {
-                    None => bits = Some(first),
-                    Some(bits) => assert_same_bits("dw added to zero", bits, &first),
+        for tile in [SMALL, LARGE] {
+            let mut bits: Option<Buf> = None;
+            for (accumulate, start, plus) in [(false, f32::from(bf16::NAN), 0.0), (true, 0.0, 0.0), (true, 5.0, 5.0)] {
+                let run = || {
+                    let mut dw = buf_on(&ctx, DType::F32, &vec![start; w.len()]);
+                    run_by(&tile, cuda, [x.view(), dy.view(), at.view()], (out, cols), dw.view_mut(), accumulate);
+                    dw
+                };
+                let first = run();
+                let expected: Vec<f64> = expected.iter().map(|w| w + plus).collect();
+                assert_close("dw", &first, &expected, op_tolerance(DType::F32));
+                for _ in 0..3 {
+                    assert_same_bits("dw again", &first, &run());
+                }
+                // Both forms cut the rows alike.
+                if plus == 0.0 {
+                    match &bits {
+                        None => bits = Some(first),
+                        Some(bits) => assert_same_bits("dw added to zero", bits, &first),
+                    }
                 }
             }
         }
