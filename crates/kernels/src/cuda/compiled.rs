@@ -91,7 +91,10 @@ fn large(ctx: &Ctx, dtype: DType) {
         let (mut y, mut dw) = (empty(n * f), ctx.zeros(DType::F32, e * f * width));
         gemm_grouped::grouped(ctx, x.view(), offsets.view(), &w, y.view_mut());
         gemm_grouped::grouped_backward_input(ctx, y.view(), offsets.view(), &w, dx.view_mut());
-        gemm_grouped::grouped_backward_weight(ctx, x.view(), y.view(), offsets.view(), f, width, dw.view_mut(), true);
+        for accumulate in [false, true] {
+            let (x, dy, offsets) = (x.view(), y.view(), offsets.view());
+            gemm_grouped::grouped_backward_weight(ctx, x, dy, offsets, f, width, dw.view_mut(), accumulate);
+        }
     }
     for d in [128, 256, 512, 1536, 2048, 5120, 7168] {
         let (x, weight, rstd) = (empty(n * d), ctx.zeros(DType::F32, d), ctx.zeros(DType::F32, n));

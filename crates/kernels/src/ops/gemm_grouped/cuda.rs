@@ -1,12 +1,10 @@
 //! Grouped products on a GPU: wgmma where the GPU has it and the addresses allow it, else the kernels of `gemm`. The
 //! number of blocks comes from the rows' capacity; blocks learn the experts' rows from the offsets in device memory.
 
-use super::sm90;
-use crate::cuda::{Cuda, Grid, Source, args, source};
+use super::{sm90, sm90_weight};
+use crate::cuda::Cuda;
 use crate::ops::gemm::cuda::{Product, Rows, Side};
 use crate::{View, ViewMut, Weight};
-
-static EMPTY: Source = source!("empty.cu");
 
 pub(super) fn forward(cuda: &Cuda, x: View<'_>, offsets: View<'_>, w: &Weight<'_>, y: ViewMut<'_>) {
     if sm90::supports(cuda, x, w, &y) {
@@ -43,11 +41,8 @@ pub(super) fn backward_weight(
     mut dw: ViewMut<'_>,
     accumulate: bool,
 ) {
-    if !x.is_empty() && sm90::supports_weight(cuda, x, dy, rows, cols, &dw) {
-        if !accumulate {
-            zero_empty(cuda, offsets, rows * cols, dw.reborrow());
-        }
-        return sm90::backward_weight(cuda, x, dy, offsets, rows, cols, dw, accumulate);
+    if sm90_weight::supports(cuda, x, dy, rows, cols, &dw) {
+        return sm90_weight::backward_weight(cuda, x, dy, offsets, (rows, cols), dw, accumulate);
     }
     // Experts without rows have no block that could write their zeros.
     if !accumulate {
@@ -58,13 +53,4 @@ pub(super) fn backward_weight(
     }
     let (a, b) = (Side { data: dy, ld: rows, inner_k: false }, Side { data: x, ld: cols, inner_k: false });
     Product { m: rows, n: cols, k: 0, a, b, ldc: cols, add: true, rows: Rows::Summed { offsets } }.run(cuda, dw);
-}
-
-/// The gradient of every expert without rows, `each` elements of dw, becomes zero.
-fn zero_empty(cuda: &Cuda, offsets: View<'_>, each: usize, mut dw: ViewMut<'_>) {
-    const THREADS: usize = 256;
-    let kernel = cuda.kernel(&EMPTY, "zero_empty", &[]);
-    let blocks = each.div_ceil(4 * THREADS).min(64) as u32;
-    let grid = Grid::new([blocks, (offsets.len() - 1) as u32, 1], THREADS as u32);
-    cuda.launch(&kernel, grid, &args![offsets.ptr(), dw.ptr(), each as i64]);
 }

@@ -9,6 +9,7 @@ mod cuda;
 #[cfg(test)]
 mod reference;
 pub(super) mod sm90;
+mod sm90_weight;
 #[cfg(test)]
 mod tests;
 

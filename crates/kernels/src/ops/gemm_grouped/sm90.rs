@@ -8,11 +8,11 @@ use crate::{DType, View, ViewMut, Weight};
 static SOURCE: Source = source!(sm90, "sm90.cu");
 
 /// Experts whose offsets fit into shared memory beside the largest ring.
-const MAX_EXPERTS: usize = 320;
+pub(super) const MAX_EXPERTS: usize = 320;
 
 /// A row-major matrix in the GPU's memory, or the first of a stack.
 #[derive(Clone, Copy)]
-struct Matrix {
+pub(super) struct Matrix {
     ptr: u64,
     dtype: DType,
     rows: usize,
@@ -46,7 +46,7 @@ impl Matrix {
     }
 
     /// Coordinates (column, row, which of `count` matrices one after another).
-    fn stack(&self, cuda: &Cuda, count: usize, lines: usize) -> TensorMap {
+    pub(super) fn stack(&self, cuda: &Cuda, count: usize, lines: usize) -> TensorMap {
         let dims = [self.cols, self.rows, count].map(|d| d as u64);
         let strides = [self.pitch(), self.pitch() * self.rows as u64];
         cuda.tensor_map(self.ptr, self.dtype, &dims, &strides, &self.tile(lines), Swizzle::B128)
@@ -54,7 +54,7 @@ impl Matrix {
 
     /// Coordinates (column, rows - size + row, offset + size) of a segment of `size` rows at `offset`: a row past its
     /// end lies outside.
-    fn window(&self, cuda: &Cuda, lines: usize) -> TensorMap {
+    pub(super) fn window(&self, cuda: &Cuda, lines: usize) -> TensorMap {
         let dims = [self.cols, self.rows, self.rows + 1].map(|d| d as u64);
         let strides = [self.pitch(); 2];
         let base = self.ptr.wrapping_sub(self.pitch() * self.rows as u64);
@@ -171,7 +171,7 @@ impl Product<'_> {
     }
 }
 
-fn fits(cuda: &Cuda, experts: usize, a: &Matrix, b: &Matrix, c: &Matrix) -> bool {
+pub(super) fn fits(cuda: &Cuda, experts: usize, a: &Matrix, b: &Matrix, c: &Matrix) -> bool {
     cuda.has_wgmma()
         && experts <= MAX_EXPERTS
         && a.dtype == DType::Bf16
@@ -180,11 +180,11 @@ fn fits(cuda: &Cuda, experts: usize, a: &Matrix, b: &Matrix, c: &Matrix) -> bool
 }
 
 /// Rows that both buffers of grouped rows have.
-fn capacity(x: View<'_>, in_cols: usize, y: View<'_>, out_cols: usize) -> usize {
+pub(super) fn capacity(x: View<'_>, in_cols: usize, y: View<'_>, out_cols: usize) -> usize {
     (x.len() / in_cols).min(y.len() / out_cols)
 }
 
-fn rows(view: View<'_>, rows: usize, cols: usize) -> Matrix {
+pub(super) fn rows(view: View<'_>, rows: usize, cols: usize) -> Matrix {
     Matrix::of(view, rows, cols, cols)
 }
 
@@ -239,51 +239,6 @@ pub fn backward_input(cuda: &Cuda, dy: View<'_>, offsets: View<'_>, w: &Weight<'
     input_product(dy, offsets, w, &dx).run(cuda);
 }
 
-/// Whether [`backward_weight`] takes these.
-pub fn supports_weight(cuda: &Cuda, x: View<'_>, dy: View<'_>, r: usize, cols: usize, dw: &ViewMut<'_>) -> bool {
-    let both = r.is_multiple_of(8) && cols.is_multiple_of(8) && r > 0 && cols > 0;
-    both && {
-        let experts = dw.len() / (r * cols);
-        fits(cuda, experts, &rows(dy, 1, r), &rows(x, 1, cols), &rows(dw.as_view(), r, cols))
-    }
-}
-
-fn weight_product<'a>(
-    x: View<'_>,
-    dy: View<'_>,
-    offsets: View<'a>,
-    (r, cols): (usize, usize),
-    dw: &ViewMut<'_>,
-    accumulate: bool,
-) -> Product<'a> {
-    let cap = capacity(x, cols, dy, r);
-    Product {
-        trans: (true, true),
-        a: rows(dy, cap, r),
-        b: rows(x, cap, cols),
-        c: rows(dw.as_view(), r, cols),
-        n: cols,
-        k: 0,
-        experts: offsets.len() - 1,
-        offsets: Some(offsets),
-        accumulate,
-    }
-}
-
-/// `dW_e[out, in]` (+)= `dy[rows of e]`^T `x[rows of e]` of the experts that have rows; the others' stay as they are.
-pub fn backward_weight(
-    cuda: &Cuda,
-    x: View<'_>,
-    dy: View<'_>,
-    offsets: View<'_>,
-    r: usize,
-    cols: usize,
-    dw: ViewMut<'_>,
-    accumulate: bool,
-) {
-    weight_product(x, dy, offsets, (r, cols), &dw, accumulate).run(cuda);
-}
-
 fn matrices(g: &Gemm<'_>) -> [Matrix; 3] {
     let (ra, ca) = if g.ta { (g.k, g.m) } else { (g.m, g.k) };
     let (rb, cb) = if g.tb { (g.n, g.k) } else { (g.k, g.n) };
@@ -328,30 +283,25 @@ mod tests {
         let host = |stream, len, scale| buf(DType::Bf16, &normals(stream, len, scale));
         let (x, dy, w) = (host(1, n * cols, 1.0), host(2, n * out, 1.0), host(3, experts * out * cols, 0.1));
         let expected_y = reference::forward(&wide(&x), &offsets, &wide(&w), out, cols);
-        let (expected_dx, expected_dw) = reference::backward(&wide(&x), &wide(&dy), &offsets, &wide(&w), out, cols);
-        let expected_dw: Vec<f64> = expected_dw.iter().map(|w| w + 5.0).collect();
+        let (expected_dx, _) = reference::backward(&wide(&x), &wide(&dy), &offsets, &wide(&w), out, cols);
         let upload = |b: &Buf| buf_on(&ctx, DType::Bf16, &b.view().to_f32());
         let (x, dy, w, at) = (upload(&x), upload(&dy), upload(&w), ctx.from_i32(&offsets));
         let weight = Weight::stacked(w.view(), experts, out, cols);
-        let mut first: Option<[Buf; 3]> = None;
+        let mut first: Option<[Buf; 2]> = None;
         for tile in &TILES {
             let mut y = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * out]);
             let mut dx = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * cols]);
-            let mut dw = buf_on(&ctx, DType::F32, &vec![5.0; experts * out * cols]);
             forward_product(x.view(), at.view(), &weight, &y.view_mut()).run_by(cuda, tile);
             input_product(dy.view(), at.view(), &weight, &dx.view_mut()).run_by(cuda, tile);
-            weight_product(x.view(), dy.view(), at.view(), (out, cols), &dw.view_mut(), true).run_by(cuda, tile);
             match &first {
                 None => {
                     assert_close("y", &y, &expected_y, op_tolerance(DType::Bf16));
                     assert_close("dx", &dx, &expected_dx, op_tolerance(DType::Bf16));
-                    assert_close("dw", &dw, &expected_dw, op_tolerance(DType::F32));
-                    first = Some([y, dx, dw]);
+                    first = Some([y, dx]);
                 }
-                Some([y0, dx0, dw0]) => {
+                Some([y0, dx0]) => {
                     assert_same_bits("y", y0, &y);
                     assert_same_bits("dx", dx0, &dx);
-                    assert_same_bits("dw", dw0, &dw);
                 }
             }
         }

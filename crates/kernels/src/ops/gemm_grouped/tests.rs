@@ -192,6 +192,20 @@ fn many_experts() {
     }
 }
 
+/// As a router at the start of training may: one expert with most of the rows, whose gradient many compute together.
+#[test]
+fn an_expert_with_most_of_the_rows() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
+        for d in [F32, Bf16] {
+            let case = Case::new(&[300, 0, 3001, 1500, 5, 64, 0, 750], 24, 72, d);
+            let (_, _, dw) = case.run(&ctx);
+            let (_, ew) = reference::backward(&wide(&case.x), &wide(&case.dy), &case.offsets, &wide(&case.w), 24, 72);
+            assert_close("dw", &dw, &ew.iter().map(|w| w + 5.0).collect::<Vec<_>>(), op_tolerance(F32));
+            assert_same_bits("dw twice", &dw, &case.run(&ctx).2);
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "9 rows of 4 in a buffer of 20")]
 fn more_rows_than_the_capacity_are_refused() {
