@@ -82,6 +82,11 @@ template <int count> DEV void regs_up() { asm volatile("setmaxnreg.inc.sync.alig
 // Shared addresses are 128-byte aligned, 1024-byte with 128-byte swizzle. Loads complete on an mbarrier by the box's full
 // size in bytes. One thread issues.
 DEV void tma_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// Brings a box into L2.
+DEV void tma_ahead(const TensorMap* map, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
 DEV void tma_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::

@@ -7,8 +7,8 @@ use crate::{DType, View, ViewMut, Weight};
 
 static SOURCE: Source = source!(sm90, "sm90.cu");
 
-/// Experts whose offsets fit into shared memory beside the largest ring.
-pub(super) const MAX_EXPERTS: usize = 320;
+/// Experts whose tables fit into shared memory beside the largest ring.
+pub(super) const MAX_EXPERTS: usize = 272;
 
 /// A row-major matrix in the GPU's memory, or the first of a stack.
 #[derive(Clone, Copy)]
@@ -30,11 +30,13 @@ impl Matrix {
         (self.ld * self.dtype.size()) as u64
     }
 
-    /// What the copy engine asks of addresses and strides, and the window's base below of them.
+    /// What the copy engine asks of addresses and strides, and the window's base below of them. What it stores ends at a
+    /// multiple of 16 bytes: shorter rows within longer ones would lose what is behind them.
     fn fits(&self) -> bool {
         let limit = 1 << 30;
         self.ptr.is_multiple_of(16)
             && self.pitch().is_multiple_of(16)
+            && (self.cols * self.dtype.size()).is_multiple_of(16)
             && self.rows < limit
             && self.cols < limit
             && self.pitch().checked_mul(self.rows as u64).is_some_and(|bytes| bytes < self.ptr && bytes < 1 << 40)
@@ -68,25 +70,38 @@ struct Tile {
     bm: usize,
     bn: usize,
     stages: usize,
+    buffers: usize,
     cluster: usize,
     /// Time of 64 of k, in nanoseconds on an H200: arithmetic for the large tile, latencies for the small ones.
     step: usize,
 }
 
-const TILES: [Tile; 5] = [
-    Tile { bm: 128, bn: 256, stages: 4, cluster: 2, step: 640 },
-    Tile { bm: 128, bn: 128, stages: 5, cluster: 2, step: 360 },
-    Tile { bm: 64, bn: 256, stages: 4, cluster: 1, step: 430 },
-    Tile { bm: 64, bn: 128, stages: 7, cluster: 1, step: 290 },
-    Tile { bm: 64, bn: 64, stages: 10, cluster: 1, step: 260 },
+const TILES: [Tile; 7] = [
+    Tile { bm: 128, bn: 256, stages: 4, buffers: 2, cluster: 2, step: 630 },
+    Tile { bm: 128, bn: 256, stages: 4, buffers: 2, cluster: 1, step: 640 },
+    Tile { bm: 128, bn: 192, stages: 5, buffers: 1, cluster: 1, step: 530 },
+    Tile { bm: 128, bn: 128, stages: 6, buffers: 2, cluster: 1, step: 360 },
+    Tile { bm: 64, bn: 256, stages: 4, buffers: 2, cluster: 1, step: 430 },
+    Tile { bm: 64, bn: 128, stages: 8, buffers: 1, cluster: 1, step: 290 },
+    Tile { bm: 64, bn: 64, stages: 12, buffers: 1, cluster: 1, step: 260 },
 ];
 
 impl Tile {
-    /// The fastest for `groups` products of about `m` by `n` each.
+    /// Rows of a single product from which blocks share the loads of B.
+    const MANY: usize = 512;
+
+    /// The fastest for `groups` products of about `m` by `n` each. How the rows of several are split only the device
+    /// knows: the time is the mean of that of an even split and of that of one that leaves two of five groups rows in
+    /// one tile more.
     fn of(groups: usize, m: usize, n: usize, sms: usize) -> Self {
-        let time = |t: &Self| (groups * m.div_ceil(t.bm) * n.div_ceil(t.bn)).div_ceil(sms) * t.step;
-        let best = TILES.iter().min_by_key(|t| time(t));
-        *best.unwrap_or(&TILES[0])
+        let time = |t: &Self| {
+            let rounds = |tiles: usize| (tiles * n.div_ceil(t.bn)).div_ceil(sms) * t.step;
+            let even = groups * m.div_ceil(t.bm);
+            let ragged = ((groups * m).div_ceil(t.bm) + groups * 2 / 5).max(even + groups / 8);
+            rounds(even) + rounds(if groups > 1 { ragged } else { even })
+        };
+        let fit = TILES.iter().filter(|t| t.cluster == 1 || groups == 1 && m >= Self::MANY);
+        *fit.min_by_key(|t| time(t)).unwrap_or(&TILES[1])
     }
 
     /// Warpgroups that multiply.
@@ -94,10 +109,16 @@ impl Tile {
         if self.bm * self.bn <= 4096 { 1 } else { 2 }
     }
 
+    /// Rows of A that are copied at once.
+    fn box_a(&self) -> usize {
+        if self.cluster == 1 { 64 } else { self.bm }
+    }
+
     /// The kernel's `Shared` with its tables.
     fn shared(&self, experts: usize) -> u32 {
         let ring = self.stages * (self.bm + self.bn) * 128;
-        (ring + self.groups() * 2 * 8192 + self.stages * 16 + (experts + 1) * 8) as u32
+        let tables = (experts + 1) * 4 + experts * 6 + 16;
+        (ring + self.groups() * self.buffers * 8192 + self.stages * 40 + tables) as u32
     }
 }
 
@@ -136,11 +157,12 @@ impl Product<'_> {
             ("BM", Int(tile.bm as i64)),
             ("BN", Int(tile.bn as i64)),
             ("STAGES", Int(tile.stages as i64)),
+            ("BUFFERS", Int(tile.buffers as i64)),
             ("CLUSTER", Int(tile.cluster as i64)),
             ("BAND", Int(16)),
         ];
         let kernel = cuda.kernel(&SOURCE, "sm90_gemm", &defines);
-        let map_a = a.window(cuda, if ta { 64 } else { tile.bm.min(128) });
+        let map_a = a.window(cuda, if ta { 64 } else { tile.box_a() });
         let map_b = match (ta, tb) {
             (true, true) => b.window(cuda, 64),
             (_, true) => b.stack(cuda, self.experts, 64),
@@ -153,6 +175,8 @@ impl Product<'_> {
             .shared(tile.shared(self.experts))
             .cluster(tile.cluster as u32);
         let offsets = self.offsets.map_or(0, |o| o.ptr());
+        // Between launches the counter is 0: whoever uses this word finds it so and leaves it so.
+        let counter = cuda.constant(&[0]);
         cuda.launch(
             &kernel,
             grid,
@@ -161,6 +185,9 @@ impl Product<'_> {
                 map_b,
                 map_c,
                 offsets,
+                counter,
+                c.ptr,
+                c.ld as i64,
                 self.experts as i32,
                 c.rows as i32,
                 self.n as i32,
@@ -305,5 +332,50 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// More tiles than blocks: which block takes which tile differs from run to run, the bits do not, and the counter is
+    /// 0 again.
+    #[test]
+    fn whoever_takes_a_tile() {
+        let Some(ctx) = gpu() else { return };
+        let Some(cuda) = ctx.device.as_cuda().filter(|c| c.has_wgmma()) else { return skipped("no wgmma") };
+        let offsets = [0, 300, 300, 301, 365, 429, 493, 558, 700, 828, 829, 840, 1000, 1064];
+        let (n, experts) = (1064, offsets.len() - 1);
+        for (out, cols) in [(2568, 136), (136, 2568), (2568, 64)] {
+            let data = |stream, len| buf_on(&ctx, DType::Bf16, &normals(stream, len, 1.0));
+            let (x, dy, w) = (data(1, n * cols), data(2, n * out), data(3, experts * out * cols));
+            let (weight, at) = (Weight::stacked(w.view(), experts, out, cols), ctx.from_i32(&offsets));
+            let mut first: Option<[Buf; 2]> = None;
+            for tile in TILES.iter().chain(&TILES) {
+                let mut y = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * out]);
+                let mut dx = buf_on(&ctx, DType::Bf16, &vec![f32::from(bf16::NAN); n * cols]);
+                forward_product(x.view(), at.view(), &weight, &y.view_mut()).run_by(cuda, tile);
+                input_product(dy.view(), at.view(), &weight, &dx.view_mut()).run_by(cuda, tile);
+                let [y0, dx0] = first.get_or_insert_with(|| [y.clone(), dx.clone()]);
+                assert_same_bits("y", y0, &y);
+                assert_same_bits("dx", dx0, &dx);
+            }
+            let mut counter = [1u32];
+            cuda.read(cuda.constant(&[0]), bytemuck::cast_slice_mut(&mut counter));
+            assert_eq!(counter, [0]);
+        }
+    }
+
+    #[test]
+    fn tiles_of_experts_with_few_rows() {
+        let of = |groups, m, n| {
+            let tile = Tile::of(groups, m, n, 132);
+            (tile.bm, tile.bn, tile.cluster)
+        };
+        // One round with room for rows that are split unevenly, as wide as memory likes it.
+        assert_eq!(of(8, 128, 1024), (128, 128, 1));
+        assert_eq!(of(8, 128, 2048), (128, 192, 1));
+        assert_eq!(of(8, 128, 2816), (128, 256, 1));
+        // Many rounds: the tile that multiplies fastest.
+        assert_eq!(of(64, 128, 2816), (128, 256, 1));
+        assert_eq!(of(64, 1024, 1024), (128, 256, 1));
+        assert_eq!(of(1, 8192, 1024), (128, 256, 2));
+        assert_eq!(of(1, 1, 1024), (64, 64, 1));
     }
 }
