@@ -1,4 +1,4 @@
-//! What plain loops do not compile to: a transpose in registers, and prefetching. Both only move bits.
+//! What plain loops do not compile to: transposes in registers, and prefetching. All only move bits.
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -37,6 +37,37 @@ pub(crate) fn transpose(isa: Isa, src: &[u32], ld: usize, dst: &mut [u32], width
         let line = &mut dst[k * width..][..SQUARE];
         line.iter_mut().enumerate().for_each(|(i, o)| *o = src[i * ld + k]);
     }
+}
+
+/// Writes to `dst` the transpose of 16 rows of 16 cells, `stride` bytes apart and aligned or not: 16 rows close together.
+///
+/// # Safety
+/// The CPU has AVX-512. The rows at `src` can be read, and [`SQUARE`] times as many cells be written at `dst`.
+#[inline(always)]
+pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::transpose_cells(src, stride, dst);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..SQUARE * SQUARE {
+        // SAFETY: the caller's promise.
+        unsafe { *dst.add(i) = src.add(i % SQUARE * stride).cast::<u32>().add(i / SQUARE).read_unaligned() }
+    }
+}
+
+/// Asks for the line that holds the byte at `x`, which need not exist, to be in the second-level cache soon.
+#[inline(always)]
+pub(crate) fn prefetch_line(x: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, which no address makes fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
 }
 
 /// Asks for `x` to be in the cache soon.
@@ -90,6 +121,38 @@ mod x86 {
         }
     }
 
+    /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
+    /// rounds that a transpose of whole rows takes, on the one port that has them, two are left.
+    ///
+    /// # Safety
+    /// 16 rows of 64 bytes, `stride` bytes apart, can be read, and 1 KiB be written.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32) {
+        for quarter in 0..4 {
+            // SAFETY: the caller's promise.
+            let of = |row: usize| unsafe { _mm_loadu_si128(src.add(row * stride + 16 * quarter).cast()) };
+            let x: [__m512i; 4] = std::array::from_fn(|row| {
+                let x = _mm512_broadcast_i32x4(of(row));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x00f0, of(row + 4));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x0f00, of(row + 8));
+                _mm512_mask_broadcast_i32x4(x, 0xf000, of(row + 12))
+            });
+            let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+            let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+            let y = [
+                _mm512_unpacklo_epi64(a, c),
+                _mm512_unpackhi_epi64(a, c),
+                _mm512_unpacklo_epi64(b, d),
+                _mm512_unpackhi_epi64(b, d),
+            ];
+            for (i, y) in y.into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * SQUARE).cast(), y) }
+            }
+        }
+    }
+
     /// As [`transpose`], of 8 rows and columns.
     ///
     /// # Safety
@@ -125,7 +188,25 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Level;
     use crate::testing::isas;
+
+    #[test]
+    fn transposes_cells_at_any_distance() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let src: Vec<u8> = (0..15 * 77 + 64 + 3).map(|i| (i * 7 % 251) as u8).collect();
+        for (stride, from) in [(64, 0), (66, 1), (77, 3)] {
+            let mut dst = [0u32; SQUARE * SQUARE];
+            // SAFETY: the CPU has the level; 16 rows are there, and as many cells.
+            unsafe { transpose_cells(src[from..].as_ptr(), stride, dst.as_mut_ptr()) }
+            for (i, found) in dst.into_iter().enumerate() {
+                let at = from + i % SQUARE * stride + i / SQUARE * 4;
+                assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");
+            }
+        }
+    }
 
     #[test]
     fn transposes() {

@@ -4,6 +4,7 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
+use super::tiles::OnTiles;
 use crate::buffer::Pod;
 use crate::isa::{Isa, vectorised};
 use crate::panel::{self, CELLS, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
@@ -66,10 +67,10 @@ fn even(len: usize, most: usize, multiple: usize) -> usize {
 }
 
 /// A tile of a product.
-struct Task {
+pub(super) struct Task {
     product: usize,
-    rows: Range<usize>,
-    cols: Range<usize>,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
 }
 
 /// Computes all products. Their outputs follow one another in `out`, in the order of the list.
@@ -86,8 +87,12 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     let tasks = tasks(cpu.isa(), products, accumulate);
     let out = Output::new(out);
     cpu.for_each(tasks.len(), |i| {
-        let t = &tasks[i];
-        SCRATCH.with_borrow_mut(|s| tile(cpu.isa(), &products[t.product], t, s, &out, accumulate));
+        let (isa, task) = (cpu.isa(), &tasks[i]);
+        let p = &products[task.product];
+        match p.unit(isa) {
+            Unit::Tiles => isa.run_tiles(OnTiles { p, task, out: &out, accumulate }),
+            unit => SCRATCH.with_borrow_mut(|s| tile(isa, unit, p, task, s, &out, accumulate)),
+        }
     });
 }
 
@@ -123,14 +128,13 @@ thread_local! {
     });
 }
 
-fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
+pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
     if v.len() < len {
         *v = AlignedVec::zeros(len);
     }
 }
 
-fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
-    let unit = p.unit(isa);
+fn tile(isa: Isa, unit: Unit, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
     let group = group_width(isa);
     let width = t.cols.len().next_multiple_of(group);
     let count = t.rows.len();
@@ -169,7 +173,7 @@ vectorised! {
 }
 
 #[inline(always)]
-fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
+pub(super) fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
     if accumulate {
         c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(c.f32() + s));
     } else {
@@ -178,7 +182,7 @@ fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
 }
 
 /// The output, written by many tasks at once, each its own elements.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     data: Pointer,
     len: usize,
     life: PhantomData<&'a mut ()>,
@@ -190,7 +194,7 @@ enum Pointer {
 }
 
 /// Consecutive elements of the output.
-enum Segment<'a> {
+pub(super) enum Segment<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [bf16]),
 }
@@ -213,7 +217,7 @@ impl<'a> Output<'a> {
     ///
     /// # Safety
     /// Nothing else refers to any of them while the segment lives.
-    unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
+    pub unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
         assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
         // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
         unsafe {
