@@ -21,6 +21,8 @@ pub(crate) unsafe trait Tiles {
     unsafe fn zero<const T: u8>();
     /// Reads a tile.
     unsafe fn load<const T: u8>(from: *const u8, stride: usize);
+    /// Reads a tile that is not read again soon: it need not stay in the first-level cache.
+    unsafe fn load_once<const T: u8>(from: *const u8, stride: usize);
     /// Writes a tile.
     unsafe fn store<const T: u8>(to: *mut u8, stride: usize);
     /// `C[r][c]` += sum over the cells i of `A[r][i]` . `B[i][c]`; a cell is a pair of bf16, C is f32. The order within
@@ -170,6 +172,14 @@ mod hardware {
             }
         }
         #[inline(always)]
+        unsafe fn load_once<const T: u8>(from: *const u8, stride: usize) {
+            // SAFETY: the caller vouches for 16 rows of 64 bytes.
+            unsafe {
+                asm!("tileloaddt1 tmm{t}, [{p} + {s}]", t = const T, p = in(reg) from, s = in(reg) stride,
+                    options(nostack, readonly, preserves_flags));
+            }
+        }
+        #[inline(always)]
         unsafe fn store<const T: u8>(to: *mut u8, stride: usize) {
             // SAFETY: the caller vouches for 16 rows of 64 bytes.
             unsafe {
@@ -227,6 +237,10 @@ mod emulated {
                     row.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(i * stride), row.len()) });
                 }
             });
+        }
+        unsafe fn load_once<const T: u8>(from: *const u8, stride: usize) {
+            // SAFETY: passed on from the caller.
+            unsafe { Self::load::<T>(from, stride) }
         }
         unsafe fn store<const T: u8>(to: *mut u8, stride: usize) {
             with(|r| {

@@ -1,9 +1,8 @@
 //! Products on AMX's tiles, by blocks of 32 x 32 sums that stay in four tile registers while k passes by.
 //!
 //! A step is 32 of k: two tiles of the left operand times two of the right, so that each tile that is loaded is
-//! multiplied twice. Rows of the left operand are read where they lie if k runs along them; on the way they can be
-//! copied to where the next blocks find them close together. The right operand is packed: of each 32 columns and step
-//! two tiles of 1 KiB, whose rows are pairs of k.
+//! multiplied twice. Rows of the left operand can be read where they lie if k runs along them; else they are packed, as the
+//! right operand always is: of each 32 columns and step two tiles of 1 KiB, whose rows are pairs of k.
 //!
 //! Every sum is one chain over the steps in their order, whatever the block; stored and loaded sums are not rounded.
 
@@ -40,7 +39,7 @@ impl Left {
         Self { at: at.cast(), row: 2 * ld, step: 2 * BLOCK }
     }
 
-    /// Rows that were packed or copied.
+    /// Rows that were packed.
     ///
     /// # Safety
     /// As for `rows`, of as many steps as are used.
@@ -49,16 +48,15 @@ impl Left {
     }
 }
 
-/// `sums` (+)= left . right over `steps` steps; with `COPY` the left operand is left in `copy`, packed. `beside` runs
-/// once a step, while tiles are multiplied: what it does in vectors costs little there.
+/// `sums` (+)= left . right over `steps` steps. `beside` runs once a step, while tiles are multiplied: what it does in
+/// vectors costs little there.
 ///
 /// # Safety
-/// Tiles are configured. `left` has so many steps; so many times [`STEP_CELLS`] are there from `right` and, with `COPY`,
-/// from `copy`, and [`SUMS`] from `sums`.
+/// Tiles are configured. `left` has so many steps; so many times [`STEP_CELLS`] are there from `right`, and [`SUMS`] from
+/// `sums`.
 #[inline(always)]
-pub(crate) unsafe fn block<T: Tiles, const COPY: bool>(
+pub(crate) unsafe fn block<T: Tiles>(
     left: Left,
-    copy: *mut u32,
     right: *const u32,
     sums: *mut f32,
     (steps, add): (usize, bool),
@@ -80,21 +78,14 @@ pub(crate) unsafe fn block<T: Tiles, const COPY: bool>(
             T::zero::<2>();
             T::zero::<3>();
         }
-        let (mut upper, mut right, mut copy) = (left.at, right.cast::<u8>(), copy.cast::<u8>());
+        let (mut upper, mut right) = (left.at, right.cast::<u8>());
         for _ in 0..steps {
             T::load::<4>(upper, left.row);
-            T::load::<6>(right, 2 * BLOCK);
-            if COPY {
-                T::store::<4>(copy, 2 * BLOCK);
-            }
+            T::load_once::<6>(right, 2 * BLOCK);
             T::dot::<0, 4, 6>();
-            T::load::<7>(right.add(HALF), 2 * BLOCK);
+            T::load_once::<7>(right.add(HALF), 2 * BLOCK);
             T::dot::<1, 4, 7>();
             T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
-            if COPY {
-                T::store::<5>(copy.add(HALF), 2 * BLOCK);
-                copy = copy.add(STEP_BYTES);
-            }
             T::dot::<2, 5, 6>();
             beside();
             T::dot::<3, 5, 7>();
@@ -109,107 +100,85 @@ pub(crate) unsafe fn block<T: Tiles, const COPY: bool>(
     }
 }
 
-/// Packs rows `outer` (32 at most) of the left operand over `k`; the rows and k that are missing are zeros.
+/// Packs rows `outer` (32 at most) of the left operand at one step, `k` (32 at most); the rows and k that are missing are
+/// zeros.
 #[inline(always)]
-pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, dst: &mut [u32]) {
-    let src = op.data.bf16();
-    for (k0, step) in k.clone().step_by(BLOCK).zip(dst.chunks_exact_mut(STEP_CELLS)) {
-        let kc = BLOCK.min(k.end - k0);
-        if op.k_contiguous {
-            for (r, row) in step.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().enumerate() {
-                *row = if r < outer.len() { cells_along(&src[(outer.start + r) * op.ld + k0..][..kc]) } else { [0; _] };
-            }
-        } else {
-            let mut across = [0; STEP_CELLS];
-            cells_across(src, op.ld, outer, &(k0..k0 + kc), &mut across);
-            let (upper, lower) = across.split_at(STEP_CELLS / 2);
-            let (to_upper, to_lower) = step.split_at_mut(STEP_CELLS / 2);
-            // SAFETY: squares of 16 rows of 16 cells, close together.
-            unsafe {
-                transpose_cells(upper.as_ptr().cast(), 4 * TILE_COLUMNS, to_upper.as_mut_ptr());
-                transpose_cells(lower.as_ptr().cast(), 4 * TILE_COLUMNS, to_lower.as_mut_ptr());
-            }
-        }
+pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    if op.k_contiguous {
+        rows_along(op, outer, k, to);
+    } else {
+        let mut across = [0; STEP_CELLS];
+        cells_across(op, outer, k, &mut across);
+        transpose_tiles(&across, to);
     }
 }
 
-/// Packs columns `outer` of the right operand over `k`: `[32 columns][step]`, two tiles each. What is missing of the last
-/// columns and of the last step are zeros.
+/// Packs columns `outer` (32 at most) of the right operand at one step, as `pack_left` does rows.
 #[inline(always)]
-pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, dst: &mut [u32]) {
-    let src = op.data.bf16();
-    let steps = k.len().div_ceil(BLOCK);
-    if steps == 0 {
-        return;
-    }
-    if op.k_contiguous {
-        let halves = outer.clone().step_by(TILE_COLUMNS);
-        for (h, first) in halves.enumerate() {
-            let last = outer.end.min(first + TILE_COLUMNS);
-            let tiles = &mut dst[h / 2 * steps * STEP_CELLS + h % 2 * STEP_CELLS / 2..];
-            for (s, k0) in k.clone().step_by(BLOCK).enumerate() {
-                let tile = &mut tiles[s * STEP_CELLS..][..STEP_CELLS / 2];
-                let kc = BLOCK.min(k.end - k0);
-                if last - first == TILE_COLUMNS && kc == BLOCK {
-                    let square = &src[first * op.ld + k0..(last - 1) * op.ld + k0 + kc];
-                    // SAFETY: 16 rows of 32 elements, `ld` apart, and a tile to write.
-                    unsafe { transpose_cells(square.as_ptr().cast(), 2 * op.ld, tile.as_mut_ptr()) }
-                } else {
-                    let mut rows = [[0; TILE_COLUMNS]; TILE_COLUMNS];
-                    for (row, o) in rows.iter_mut().zip(first..last) {
-                        *row = cells_along(&src[o * op.ld + k0..][..kc]);
-                    }
-                    // SAFETY: 16 rows of 16 cells, close together, and a tile to write.
-                    unsafe { transpose_cells(rows.as_ptr().cast(), 4 * TILE_COLUMNS, tile.as_mut_ptr()) }
-                }
-            }
-        }
-        if !outer.len().next_multiple_of(TILE_COLUMNS).is_multiple_of(BLOCK) {
-            let tiles = &mut dst[outer.len() / BLOCK * steps * STEP_CELLS..][..steps * STEP_CELLS];
-            tiles.chunks_exact_mut(STEP_CELLS).for_each(|step| step[STEP_CELLS / 2..].fill(0));
+pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    if !op.k_contiguous {
+        cells_across(op, outer, k, to);
+    } else if outer.len() == BLOCK && k.len() == BLOCK {
+        let part = &op.data.bf16()[outer.start * op.ld + k.start..(outer.end - 1) * op.ld + k.end];
+        let (at, stride, to) = (part.as_ptr().cast::<u8>(), 2 * op.ld, to.as_mut_ptr());
+        // SAFETY: the part has 32 rows of 32 elements, `ld` apart; two tiles are written.
+        unsafe {
+            transpose_cells(at, stride, to);
+            transpose_cells(at.add(TILE_ROWS * stride), stride, to.add(STEP_CELLS / 2));
         }
     } else {
-        for (s, k0) in k.clone().step_by(BLOCK).enumerate() {
-            let k = k0..k.end.min(k0 + BLOCK);
-            for (g, first) in outer.clone().step_by(BLOCK).enumerate() {
-                let to = &mut dst[(g * steps + s) * STEP_CELLS..][..STEP_CELLS];
-                let to = to.try_into().expect("a slice of this length");
-                cells_across(src, op.ld, &(first..outer.end.min(first + BLOCK)), &k, to);
-            }
-        }
+        let mut along = [0; STEP_CELLS];
+        rows_along(op, outer, k, &mut along);
+        transpose_tiles(&along, to);
     }
 }
 
-fn pair(low: bf16, high: bf16) -> u32 {
-    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
+#[inline(always)]
+fn transpose_tiles(from: &[u32; STEP_CELLS], to: &mut [u32; STEP_CELLS]) {
+    let (from, to) = (from.as_ptr().cast::<u8>(), to.as_mut_ptr());
+    // SAFETY: both are two tiles, whose rows lie close together.
+    unsafe {
+        transpose_cells(from, 4 * TILE_COLUMNS, to);
+        transpose_cells(from.add(STEP_BYTES / 2), 4 * TILE_COLUMNS, to.add(STEP_CELLS / 2));
+    }
 }
 
-/// The cells of up to 32 elements along k, zeros after them.
+/// The cells of up to 32 outer indices over up to 32 steps of k along which they lie: `[outer][cell]`.
 #[inline(always)]
-fn cells_along(from: &[bf16]) -> [u32; TILE_COLUMNS] {
-    let at = |i: usize| from.get(i).copied().unwrap_or(bf16::ZERO);
-    match <&[bf16; BLOCK]>::try_from(from) {
-        Ok(from) => std::array::from_fn(|c| pair(from[2 * c], from[2 * c + 1])),
-        Err(_) => std::array::from_fn(|c| pair(at(2 * c), at(2 * c + 1))),
+fn rows_along(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    let src = op.data.bf16();
+    // A cell in memory is its two elements, the first one first.
+    let rows = bytemuck::cast_slice_mut::<u32, bf16>(to).as_chunks_mut::<BLOCK>().0;
+    for (r, row) in rows.iter_mut().enumerate() {
+        let from = if r < outer.len() { &src[(outer.start + r) * op.ld + k.start..][..k.len()] } else { &[] };
+        match from.try_into() {
+            Ok(from) => *row = from,
+            Err(_) => {
+                row[..from.len()].copy_from_slice(from);
+                row[from.len()..].fill(bf16::ZERO);
+            }
+        }
     }
 }
 
 /// The cells of up to 32 outer indices over up to 32 steps of k that lie `ld` apart: `[half][cell][16 outer]`.
 #[inline(always)]
-fn cells_across(src: &[bf16], ld: usize, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
-    let row = |k: usize| &src[k * ld + outer.start..][..outer.len()];
+fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    let src = op.data.bf16();
+    let row = |k: usize| &src[k * op.ld + outer.start..][..outer.len()];
+    let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
     let (left, right) = to.split_at_mut(STEP_CELLS / 2);
     let lines = left.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().zip(right.as_chunks_mut::<TILE_COLUMNS>().0);
     for ((left, right), k0) in lines.zip((k.start..).step_by(2)) {
-        let rows = (k0 + 1 < k.end).then(|| (row(k0), row(k0 + 1)));
-        if let Some((x, y)) = rows
-            && let (Ok(x), Ok(y)) = (<&[bf16; BLOCK]>::try_from(x), <&[bf16; BLOCK]>::try_from(y))
+        if k0 + 1 < k.end
+            && let (Ok(x), Ok(y)) = (<&[bf16; BLOCK]>::try_from(row(k0)), <&[bf16; BLOCK]>::try_from(row(k0 + 1)))
         {
             *left = std::array::from_fn(|i| pair(x[i], y[i]));
             *right = std::array::from_fn(|i| pair(x[TILE_COLUMNS + i], y[TILE_COLUMNS + i]));
             continue;
         }
-        let at = |k0: usize, i: usize| if k0 < k.end { row(k0).get(i).copied().unwrap_or(bf16::ZERO) } else { bf16::ZERO };
+        let at =
+            |k0: usize, i: usize| if k0 < k.end { row(k0).get(i).copied().unwrap_or(bf16::ZERO) } else { bf16::ZERO };
         *left = std::array::from_fn(|i| pair(at(k0, i), at(k0 + 1, i)));
         *right = std::array::from_fn(|i| pair(at(k0, TILE_COLUMNS + i), at(k0 + 1, TILE_COLUMNS + i)));
     }

@@ -4,7 +4,7 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
-use super::tiles::OnTiles;
+use super::tiles;
 use crate::buffer::Pod;
 use crate::isa::{Isa, vectorised};
 use crate::panel::{self, CELLS, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
@@ -67,10 +67,10 @@ fn even(len: usize, most: usize, multiple: usize) -> usize {
 }
 
 /// A tile of a product.
-pub(super) struct Task {
+struct Task {
     product: usize,
-    pub rows: Range<usize>,
-    pub cols: Range<usize>,
+    rows: Range<usize>,
+    cols: Range<usize>,
 }
 
 /// Computes all products. Their outputs follow one another in `out`, in the order of the list.
@@ -84,15 +84,15 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         end = after.unwrap_or_else(|| panic!("an output that ends nowhere: {p:?}"));
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
-    let tasks = tasks(cpu.isa(), products, accumulate);
     let out = Output::new(out);
+    // All products of a list have operands of the same types.
+    if products.first().is_some_and(|p| p.unit(cpu.isa()) == Unit::Tiles) {
+        return tiles::run(cpu, products, &out, accumulate);
+    }
+    let tasks = tasks(cpu.isa(), products, accumulate);
     cpu.for_each(tasks.len(), |i| {
-        let (isa, task) = (cpu.isa(), &tasks[i]);
-        let p = &products[task.product];
-        match p.unit(isa) {
-            Unit::Tiles => isa.run_tiles(OnTiles { p, task, out: &out, accumulate }),
-            unit => SCRATCH.with_borrow_mut(|s| tile(isa, unit, p, task, s, &out, accumulate)),
-        }
+        let t = &tasks[i];
+        SCRATCH.with_borrow_mut(|s| tile(cpu.isa(), &products[t.product], t, s, &out, accumulate));
     });
 }
 
@@ -134,7 +134,8 @@ pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
     }
 }
 
-fn tile(isa: Isa, unit: Unit, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
+fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
+    let unit = p.unit(isa);
     let group = group_width(isa);
     let width = t.cols.len().next_multiple_of(group);
     let count = t.rows.len();
