@@ -48,8 +48,14 @@ impl Left {
     }
 }
 
-/// `sums` (+)= left . right over `steps` steps. `beside` runs once a step, while tiles are multiplied: what it does in
-/// vectors costs little there.
+/// What is done while tiles are multiplied: in vectors it costs little there. Not a closure, which would be compiled
+/// for no more than the build's target.
+pub(crate) trait Beside {
+    /// Does a little of it. Must be `#[inline(always)]`, as must all it calls.
+    fn step(&mut self);
+}
+
+/// `sums` (+)= left . right over `steps` steps, with a step of what is done beside in each.
 ///
 /// # Safety
 /// Tiles are configured. `left` has so many steps; so many times [`STEP_CELLS`] are there from `right`, and [`SUMS`] from
@@ -60,7 +66,7 @@ pub(crate) unsafe fn block<T: Tiles>(
     right: *const u32,
     sums: *mut f32,
     (steps, add): (usize, bool),
-    mut beside: impl FnMut(),
+    beside: &mut impl Beside,
 ) {
     const LOWER: usize = TILE_ROWS * SUMS_ROW;
     const HALF: usize = STEP_BYTES / 2;
@@ -87,7 +93,7 @@ pub(crate) unsafe fn block<T: Tiles>(
             T::dot::<1, 4, 7>();
             T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
             T::dot::<2, 5, 6>();
-            beside();
+            beside.step();
             T::dot::<3, 5, 7>();
             // Behind the last step there may be nothing.
             upper = upper.wrapping_add(left.step);

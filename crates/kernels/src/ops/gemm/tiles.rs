@@ -9,7 +9,7 @@
 use super::cpu::{Output, Product, Segment, finish, reserve};
 use crate::isa::{TileJob, Tiles, prefetch_line};
 use crate::panel::Operand;
-use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
+use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
 use crate::{AlignedVec, Cpu, Elem, bf16};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -50,7 +50,10 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     cpu.for_each(jobs.len(), |i| cpu.isa().run_tiles(Share { job: &jobs[i], room: &room }));
     let chains = chains(&tasks, TASKS * cpu.threads());
     cpu.for_each(chains.len(), |i| {
-        cpu.isa().run_tiles(Chain { tasks: &tasks[chains[i].clone()], shared: &shared, out, accumulate });
+        SCRATCH.with_borrow_mut(|scratch| {
+            let tasks = &tasks[chains[i].clone()];
+            cpu.isa().run_tiles(Chain { tasks, shared: &shared, out, accumulate, scratch });
+        });
     });
 }
 
@@ -208,6 +211,7 @@ struct Chain<'a> {
     shared: &'a [u32],
     out: &'a Output<'a>,
     accumulate: bool,
+    scratch: &'a mut Scratch,
 }
 
 /// A task's piece of k.
@@ -266,13 +270,12 @@ impl TileJob for Chain<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
         let stages: Vec<_> = self.tasks.iter().flat_map(|t| Stage::of(t, self.shared)).collect();
-        SCRATCH.with_borrow_mut(|s| {
-            // SAFETY: all between is within this call, on this thread.
-            unsafe { T::configure() };
-            self.walk::<T>(&stages, s);
-            // SAFETY: configured above.
-            unsafe { T::release() };
-        });
+        let room = Room::of(self.scratch, &stages);
+        // SAFETY: all between is within this call, on this thread.
+        unsafe { T::configure() };
+        walk::<T>(&stages, &room, Beside::new(self.out, self.accumulate));
+        // SAFETY: configured above.
+        unsafe { T::release() };
     }
 }
 
@@ -306,61 +309,57 @@ impl Room {
     }
 }
 
-impl Chain<'_> {
-    #[inline(always)]
-    fn walk<T: Tiles>(&self, stages: &[Stage<'_>], s: &mut Scratch) {
-        let room = Room::of(s, stages);
-        let mut beside =
-            Beside { of: self, done: None, ahead: Ahead::default(), left: Packing::NONE, right: Packing::NONE };
-        // Which half of the room is being read.
-        let (mut left, mut right, mut single) = (0, 0, 0);
-        if let Some(first) = stages.first() {
-            Packing::columns_of(first, room.right[0]).rest();
-            Packing::rows_of(first, 0, room.left[0]).rest();
-        }
-        for (i, stage) in stages.iter().enumerate() {
-            let (p, (down, along)) = (stage.task.p, stage.blocks);
-            let next = stages.get(i + 1);
-            beside.right = next.map_or(Packing::NONE, |next| Packing::columns_of(next, room.right[1 - right]));
-            beside.right.spread(down * along * stage.steps);
-            let columns = stage.packed.unwrap_or(room.right[right]);
-            for r in 0..down {
-                let after = if r + 1 < down { Some((stage, r + 1)) } else { next.map(|next| (next, 0)) };
-                beside.left = after.map_or(Packing::NONE, |(s, r)| Packing::rows_of(s, r, room.left[1 - left]));
-                beside.left.spread(along * stage.steps);
-                beside.ahead = after.map_or(Ahead::default(), |(s, r)| Ahead::of(s, r, along * stage.steps));
-                let rows = stage.rows(r);
-                let reads = stage.reads(r);
-                for c in 0..along {
-                    let share = BLOCK.div_ceil(stage.steps.max(1));
-                    // SAFETY: tiles are configured by `run`; the room was sized for every stage, and what this one
-                    // reads is packed. A block's sums are in the output before it is that place's turn again.
-                    let sums = unsafe {
-                        let sums = match stage.pieces {
-                            1 => room.single.add(single * SUMS),
-                            _ => room.sums.add((r * along + c) * SUMS),
-                        };
-                        let from = if reads { in_place(p.a, &rows, &stage.k) } else { Left::packed(room.left[left]) };
-                        let columns = columns.add(c * stage.steps * STEP_CELLS);
-                        block::<T>(from, columns, sums, (stage.steps, !stage.first()), || beside.step(share));
-                        sums
-                    };
-                    beside.finish(BLOCK);
-                    if stage.last() {
-                        single = 1 - single;
-                        let first = stage.task.columns.start + c * BLOCK;
-                        let columns = first..stage.task.columns.end.min(first + BLOCK);
-                        beside.done = Some(Done { p, sums, rows: rows.clone(), columns });
-                    }
-                }
-                beside.left.rest();
-                left = 1 - left;
-            }
-            beside.right.rest();
-            right = 1 - right;
-        }
-        beside.finish(BLOCK);
+/// All stages. Tiles are configured, and the room is that of these stages.
+#[inline(always)]
+fn walk<'a, T: Tiles>(stages: &[Stage<'a>], room: &Room, mut beside: Beside<'a>) {
+    // Which half of the room is being read.
+    let (mut left, mut right, mut single) = (0, 0, 0);
+    if let Some(first) = stages.first() {
+        Packing::columns_of(first, room.right[0]).rest();
+        Packing::rows_of(first, 0, room.left[0]).rest();
     }
+    for (i, stage) in stages.iter().enumerate() {
+        let (p, (down, along)) = (stage.task.p, stage.blocks);
+        let next = stages.get(i + 1);
+        beside.right = next.map_or(Packing::NONE, |next| Packing::columns_of(next, room.right[1 - right]));
+        beside.right.spread(down * along * stage.steps);
+        let columns = stage.packed.unwrap_or(room.right[right]);
+        for r in 0..down {
+            let after = if r + 1 < down { Some((stage, r + 1)) } else { next.map(|next| (next, 0)) };
+            beside.left = after.map_or(Packing::NONE, |(s, r)| Packing::rows_of(s, r, room.left[1 - left]));
+            beside.left.spread(along * stage.steps);
+            beside.ahead = after.map_or(Ahead::default(), |(s, r)| Ahead::of(s, r, along * stage.steps));
+            let rows = stage.rows(r);
+            let reads = stage.reads(r);
+            for c in 0..along {
+                beside.share = BLOCK.div_ceil(stage.steps.max(1));
+                // SAFETY: tiles are configured by `run`; the room was sized for every stage, and what this one
+                // reads is packed. A block's sums are in the output before it is that place's turn again.
+                let sums = unsafe {
+                    let sums = match stage.pieces {
+                        1 => room.single.add(single * SUMS),
+                        _ => room.sums.add((r * along + c) * SUMS),
+                    };
+                    let from = if reads { in_place(p.a, &rows, &stage.k) } else { Left::packed(room.left[left]) };
+                    let columns = columns.add(c * stage.steps * STEP_CELLS);
+                    block::<T>(from, columns, sums, (stage.steps, !stage.first()), &mut beside);
+                    sums
+                };
+                beside.finish(BLOCK);
+                if stage.last() {
+                    single = 1 - single;
+                    let first = stage.task.columns.start + c * BLOCK;
+                    let columns = first..stage.task.columns.end.min(first + BLOCK);
+                    beside.done = Some(Done { p, sums, rows: rows.clone(), columns });
+                }
+            }
+            beside.left.rest();
+            left = 1 - left;
+        }
+        beside.right.rest();
+        right = 1 - right;
+    }
+    beside.finish(BLOCK);
 }
 
 /// Rows of an operand where they lie.
@@ -384,8 +383,11 @@ struct Done<'a> {
 
 /// What is done beside products of tiles.
 struct Beside<'a> {
-    of: &'a Chain<'a>,
+    out: &'a Output<'a>,
+    accumulate: bool,
     done: Option<Done<'a>>,
+    /// Rows of it that are moved in a step.
+    share: usize,
     /// Rows that are read where they lie, and come next.
     ahead: Ahead,
     /// What is packed for the next blocks down, and for the next stage.
@@ -393,30 +395,35 @@ struct Beside<'a> {
     right: Packing<'a>,
 }
 
-impl Beside<'_> {
-    /// `share`: rows of sums.
+impl blocks::Beside for Beside<'_> {
     #[inline(always)]
-    fn step(&mut self, share: usize) {
+    fn step(&mut self) {
         self.ahead.step();
         self.left.step();
         self.right.step();
-        self.finish(share);
+        self.finish(self.share);
+    }
+}
+
+impl<'a> Beside<'a> {
+    fn new(out: &'a Output<'a>, accumulate: bool) -> Self {
+        let (left, right) = (Packing::NONE, Packing::NONE);
+        Self { out, accumulate, done: None, share: 0, ahead: Ahead::default(), left, right }
     }
 
     /// Moves up to `most` rows of the finished block to the output.
     #[inline(always)]
     fn finish(&mut self, most: usize) {
         let Some(done) = &mut self.done else { return };
-        let Chain { out, accumulate, .. } = self.of;
         for _ in 0..most.min(done.rows.len()) {
             // SAFETY: the sums of the block have a row for each, and nobody writes them before they are in the output.
             let sums = unsafe { &*done.sums.cast::<[f32; BLOCK]>() };
             let at = done.p.c + done.rows.start * done.p.ldc + done.columns.start;
             // SAFETY: products lie apart in the output (asserted by `cpu::run`), rows of one lie `ldc >= n` apart, and the
             // tasks partition its rows and columns: no other task touches these elements.
-            match unsafe { out.segment(at, done.columns.len()) } {
-                Segment::F32(c) => whole_or_part(c, sums, *accumulate),
-                Segment::Bf16(c) => whole_or_part(c, sums, *accumulate),
+            match unsafe { self.out.segment(at, done.columns.len()) } {
+                Segment::F32(c) => whole_or_part(c, sums, self.accumulate),
+                Segment::Bf16(c) => whole_or_part(c, sums, self.accumulate),
             }
             done.rows.start += 1;
             // SAFETY: at most one row past the last.
