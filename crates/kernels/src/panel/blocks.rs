@@ -86,15 +86,16 @@ pub(crate) unsafe fn block<T: Tiles>(
         }
         let (mut upper, mut right) = (left.at, right.cast::<u8>());
         for _ in 0..steps {
+            // All loads before all products: each then comes well before what needs it.
             T::load::<4>(upper, left.row);
             T::load_once::<6>(right, 2 * BLOCK);
-            T::dot::<0, 4, 6>();
             T::load_once::<7>(right.add(HALF), 2 * BLOCK);
-            T::dot::<1, 4, 7>();
             T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
+            T::dot::<0, 4, 6>();
+            T::dot::<1, 4, 7>();
             T::dot::<2, 5, 6>();
-            beside.step();
             T::dot::<3, 5, 7>();
+            beside.step();
             // Behind the last step there may be nothing.
             upper = upper.wrapping_add(left.step);
             right = right.add(STEP_BYTES);

@@ -1,10 +1,10 @@
-//! Products on AMX. A task is a tile of a product's output; it goes through its stages, a piece of k each: the tile's
-//! columns are packed, 32 rows after the other taken where they lie or packed, and blocks of sums go along the columns.
+//! Products on AMX. A task is a tile of a product's output, a piece of k at a time: the tile's columns are packed, 32 rows
+//! after the other are taken where they lie or packed, and blocks of sums go along the columns. The rows stay in the
+//! first-level cache meanwhile, the columns in the second. Where a product is cut into several tiles of rows its columns
+//! are packed for all of them first.
 //!
-//! A worker takes several tasks as one chain of stages. What the next stage and the next rows need is packed beside the
-//! products of those before, a little in each step, and so are finished sums moved to the output: the unit that
-//! multiplies tiles leaves vectors alone. Where a product is cut into several tiles of rows its columns are packed for
-//! all of them first.
+//! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
+//! unit that multiplies tiles leaves vectors alone.
 
 use super::cpu::{Output, Product, Segment, finish, reserve};
 use crate::isa::{TileJob, Tiles, prefetch_line};
@@ -16,21 +16,20 @@ use std::ops::Range;
 
 /// Most k of a piece.
 const PIECE: usize = 512;
-/// Most rows of a tile, and most columns: with one piece, whose sums need no room, and with several. Packed columns and
-/// sums are to fit the second-level cache.
+/// Most rows and columns of a tile: packed columns and sums are to fit the second-level cache.
 const ROWS: usize = 512;
-const COLUMNS: [usize; 2] = [512, 256];
+const COLUMNS: usize = 512;
 /// Tasks for each worker to aim for, so that a slow one does not hold up all. Where rows are packed there is one: each
 /// cut along columns packs them once more.
 const TASKS: usize = 4;
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 24;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 /// Rows so far apart share a few sets of the first-level cache, so that 32 of them are packed even if k runs along them.
 const CROWDED: usize = 2048;
-
-type Cells = [u32; STEP_CELLS];
+/// Steps of a panel by which what is read is asked for ahead.
+const AHEAD: usize = 3;
+/// Columns that are packed for several tasks as one task.
+const SHARE: usize = 4 * BLOCK;
 
 /// A tile of a product.
 struct Task<'a> {
@@ -41,18 +40,31 @@ struct Task<'a> {
     shared: Option<usize>,
 }
 
+/// Columns of a product that are packed for several tasks: `[piece][32 columns][step]`.
+struct Panels<'a> {
+    p: &'a Product<'a>,
+    at: usize,
+}
+
+/// A part of that: columns of a piece.
+struct Part<'a> {
+    b: Operand<'a>,
+    columns: Range<usize>,
+    k: Range<usize>,
+    at: usize,
+}
+
 /// Computes all products, whose outputs lie apart in `out`.
 pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumulate: bool) {
     let (tasks, panels) = tasks(products, cpu.threads(), accumulate);
     let mut shared = cpu.empty::<u32>(panels.iter().map(Panels::cells).sum());
-    let jobs: Vec<_> = panels.iter().flat_map(Panels::jobs).collect();
+    let parts: Vec<_> = panels.iter().flat_map(Panels::parts).collect();
     let room = Pointer(shared.as_mut_ptr());
-    cpu.for_each(jobs.len(), |i| cpu.isa().run_tiles(Share { job: &jobs[i], room: &room }));
-    let chains = chains(&tasks, TASKS * cpu.threads());
-    cpu.for_each(chains.len(), |i| {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let tasks = &tasks[chains[i].clone()];
-            cpu.isa().run_tiles(Chain { tasks, shared: &shared, out, accumulate, scratch });
+    cpu.for_each(parts.len(), |i| cpu.isa().run_tiles(Share { part: &parts[i], room: &room }));
+    cpu.for_each(tasks.len(), |i| {
+        SCRATCH.with_borrow_mut(|s| {
+            let room = Room::of(s, &tasks[i]);
+            cpu.isa().run_tiles(OnTiles { task: &tasks[i], shared: &shared, out, accumulate, room });
         });
     });
 }
@@ -69,9 +81,8 @@ fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (
         let (rows, columns) = grid(p, work(p).div_ceil(each));
         let shared = (rows > 1).then_some(at);
         if rows > 1 {
-            let panel = Panels { p, at };
-            at += panel.cells();
-            panels.push(panel);
+            panels.push(Panels { p, at });
+            at += panels[panels.len() - 1].cells();
         }
         for columns in parts(p.n, columns) {
             tasks.extend(parts(p.m, rows).map(|rows| Task { p, rows, columns: columns.clone(), shared }));
@@ -82,14 +93,13 @@ fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (
 
 /// Parts of rows and of columns: tiles no larger than they may be, and at least `wanted` of them unless they get small.
 fn grid(p: &Product<'_>, wanted: usize) -> (usize, usize) {
-    let most = COLUMNS[usize::from(p.k > PIECE)];
     // A part a little larger than meant is better than one more.
-    let (mut rows, mut columns) = ((p.m - p.m / 8).div_ceil(ROWS), (p.n - p.n / 8).div_ceil(most));
+    let (mut rows, mut columns) = ((p.m - p.m / 8).div_ceil(ROWS), (p.n - p.n / 8).div_ceil(COLUMNS));
     while rows * columns < wanted {
         let (r, c) = (p.m / rows, p.n / columns);
         match r.max(c) {
             ..=BLOCK => break,
-            _ if r >= c => rows += 1,
+            _ if r > c => rows += 1,
             _ => columns += 1,
         }
     }
@@ -103,22 +113,6 @@ fn parts(len: usize, parts: usize) -> impl Iterator<Item = Range<usize>> + Clone
     (0..parts).map(move |i| at(i)..at(i + 1)).filter(|r| !r.is_empty())
 }
 
-/// Cuts tasks into chains of about equal work.
-fn chains(tasks: &[Task<'_>], count: usize) -> Vec<Range<usize>> {
-    let work = |t: &Task<'_>| t.rows.len() * t.columns.len() * t.p.k.max(1);
-    let most = tasks.iter().map(work).sum::<usize>() / count.max(1);
-    let (mut chains, mut first, mut held) = (Vec::new(), 0, 0);
-    for (i, t) in tasks.iter().enumerate() {
-        if i > first && held + work(t) / 2 > most {
-            chains.push(first..i);
-            (first, held) = (i, 0);
-        }
-        held += work(t);
-    }
-    chains.push(first..tasks.len());
-    chains
-}
-
 /// The pieces of k, of about equal length and whole steps but for the last; one that is empty if there is no k.
 fn pieces(k: usize) -> impl Iterator<Item = Range<usize>> {
     let steps = k.div_ceil(BLOCK);
@@ -130,34 +124,17 @@ fn steps(k: &Range<usize>) -> usize {
     k.len().div_ceil(BLOCK)
 }
 
-/// Columns of a product that are packed for several tasks: `[piece][32 columns][step]`.
-struct Panels<'a> {
-    p: &'a Product<'a>,
-    at: usize,
-}
-
-/// A part of that: columns of a piece.
-struct Shared<'a> {
-    b: Operand<'a>,
-    columns: Range<usize>,
-    k: Range<usize>,
-    at: usize,
-}
-
-/// Columns that are packed as one task.
-const SHARE: usize = 4 * BLOCK;
-
 impl<'a> Panels<'a> {
     fn cells(&self) -> usize {
         self.p.n.div_ceil(BLOCK) * self.p.k.div_ceil(BLOCK) * STEP_CELLS
     }
 
-    fn jobs(&self) -> Vec<Shared<'a>> {
+    fn parts(&self) -> Vec<Part<'a>> {
         let Product { n, k, b, .. } = *self.p;
         let of = |k: Range<usize>| {
             (0..n).step_by(SHARE).map(move |first| {
                 let at = self.at + panel_at(n, &k, first);
-                Shared { b, columns: first..n.min(first + SHARE), k: k.clone(), at }
+                Part { b, columns: first..n.min(first + SHARE), k: k.clone(), at }
             })
         };
         pieces(k).flat_map(of).collect()
@@ -175,242 +152,208 @@ struct Pointer(*mut u32);
 unsafe impl Sync for Pointer {}
 
 struct Share<'a> {
-    job: &'a Shared<'a>,
+    part: &'a Part<'a>,
     room: &'a Pointer,
 }
 
 impl TileJob for Share<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
-        let Shared { b, columns, k, at } = self.job;
-        // SAFETY: the room was sized for all panels, and each job has its own part of one.
-        let mut packing = Packing::right(*b, columns, k, unsafe { self.room.0.add(*at) });
-        packing.rest();
+        let Part { b, columns, k, at } = self.part;
+        // SAFETY: the room was sized for all panels, and each part has its own place in one.
+        unsafe { pack(*b, Side::Right, columns, k, self.room.0.add(*at)) }
     }
 }
 
 /// A worker's packed operands and sums.
 struct Scratch {
-    left: [AlignedVec<u32>; 2],
-    right: [AlignedVec<u32>; 2],
-    /// All sums of a tile where k has several pieces, and two blocks.
+    left: AlignedVec<u32>,
+    right: AlignedVec<u32>,
     sums: AlignedVec<f32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        left: [AlignedVec::zeros(0), AlignedVec::zeros(0)],
-        right: [AlignedVec::zeros(0), AlignedVec::zeros(0)],
+        left: AlignedVec::zeros(0),
+        right: AlignedVec::zeros(0),
         sums: AlignedVec::zeros(0),
     });
 }
 
-/// Tasks that one worker does one after the other.
-struct Chain<'a> {
-    tasks: &'a [Task<'a>],
+/// Where a task packs and sums. Pointers, because sums are still moved to the output while the next are written.
+struct Room {
+    /// 32 rows of a piece.
+    left: *mut u32,
+    /// The tile's columns of a piece, if they are not shared.
+    right: *mut u32,
+    /// So many blocks: all of the tile where k has several pieces, else two.
+    sums: *mut f32,
+    blocks: usize,
+}
+
+impl Room {
+    fn of(s: &mut Scratch, task: &Task<'_>) -> Self {
+        let longest = pieces(task.p.k).map(|k| steps(&k)).max().unwrap_or(0);
+        let (down, along) = (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK));
+        let blocks = if task.p.k > PIECE { down * along } else { 2 };
+        reserve(&mut s.left, longest * STEP_CELLS);
+        reserve(&mut s.right, if task.shared.is_some() { 0 } else { along * longest * STEP_CELLS });
+        reserve(&mut s.sums, blocks * SUMS);
+        Self { left: s.left.as_mut_ptr(), right: s.right.as_mut_ptr(), sums: s.sums.as_mut_ptr(), blocks }
+    }
+}
+
+/// A task, and what it needs.
+struct OnTiles<'a> {
+    task: &'a Task<'a>,
     shared: &'a [u32],
     out: &'a Output<'a>,
     accumulate: bool,
-    scratch: &'a mut Scratch,
+    room: Room,
 }
 
-/// A task's piece of k.
-struct Stage<'a> {
-    task: &'a Task<'a>,
-    k: Range<usize>,
-    steps: usize,
-    /// Blocks down and along the tile.
-    blocks: (usize, usize),
-    /// Rows are read where they lie.
-    in_place: bool,
-    /// The columns, if they are packed already.
-    packed: Option<*const u32>,
-    /// Sums stay in the scratch between pieces.
-    pieces: usize,
-}
-
-impl<'a> Stage<'a> {
-    fn of(task: &'a Task<'a>, shared: &[u32]) -> impl Iterator<Item = Self> {
-        let Product { n, k, a, .. } = *task.p;
-        let count = pieces(k).count();
-        pieces(k).map(move |k| {
-            let whole = k.len().is_multiple_of(BLOCK) && !k.is_empty();
-            Self {
-                task,
-                steps: steps(&k),
-                blocks: (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK)),
-                in_place: a.k_contiguous && whole && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED),
-                packed: task.shared.map(|at| shared[at + panel_at(n, &k, task.columns.start)..].as_ptr()),
-                pieces: count,
-                k,
-            }
-        })
-    }
-
-    fn rows(&self, r: usize) -> Range<usize> {
-        let first = self.task.rows.start + r * BLOCK;
-        first..self.task.rows.end.min(first + BLOCK)
-    }
-
-    /// Whether the rows of block `r` are read where they lie: fewer are packed, so that what lies behind is not read.
-    fn reads(&self, r: usize) -> bool {
-        self.in_place && self.rows(r).len() == BLOCK
-    }
-
-    fn first(&self) -> bool {
-        self.k.start == 0
-    }
-
-    fn last(&self) -> bool {
-        self.k.end == self.task.p.k
-    }
-}
-
-impl TileJob for Chain<'_> {
+impl TileJob for OnTiles<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
-        let stages: Vec<_> = self.tasks.iter().flat_map(|t| Stage::of(t, self.shared)).collect();
-        let room = Room::of(self.scratch, &stages);
-        // SAFETY: all between is within this call, on this thread.
+        let (Task { p, columns, shared, .. }, room) = (self.task, &self.room);
+        let mut beside = Beside { p, out: self.out, accumulate: self.accumulate, done: None, share: 0 };
+        // SAFETY: all that uses tiles is between here and the release, on this thread.
         unsafe { T::configure() };
-        walk::<T>(&stages, &room, Beside::new(self.out, self.accumulate));
+        for k in pieces(p.k) {
+            let right = match shared {
+                Some(at) => self.shared[at + panel_at(p.n, &k, columns.start)..].as_ptr(),
+                None => {
+                    // SAFETY: there is room for the longest piece, and nobody reads it.
+                    unsafe { pack(p.b, Side::Right, columns, &k, room.right) };
+                    room.right
+                }
+            };
+            self.piece::<T>(&k, right, &mut beside);
+        }
+        beside.finish(BLOCK);
         // SAFETY: configured above.
         unsafe { T::release() };
     }
 }
 
-/// Where a chain packs and sums. Pointers, because one part is written while another is read.
-struct Room {
-    left: [*mut u32; 2],
-    right: [*mut u32; 2],
-    sums: *mut f32,
-    /// Two blocks.
-    single: *mut f32,
-}
-
-impl Room {
-    fn of(s: &mut Scratch, stages: &[Stage<'_>]) -> Self {
-        let most = |f: &dyn Fn(&Stage<'_>) -> usize| stages.iter().map(f).max().unwrap_or(0);
-        let left = most(&|s| s.steps * STEP_CELLS);
-        let right = most(&|s| if s.packed.is_some() { 0 } else { s.blocks.1 * s.steps * STEP_CELLS });
-        let sums = SUMS * most(&|s| if s.pieces > 1 { s.blocks.0 * s.blocks.1 } else { 0 });
-        s.left.iter_mut().for_each(|v| reserve(v, left));
-        s.right.iter_mut().for_each(|v| reserve(v, right));
-        reserve(&mut s.sums, sums + 2 * SUMS);
-        let all = s.sums.as_mut_ptr();
-        // SAFETY: reserved just now.
-        let single = unsafe { all.add(sums) };
-        Self {
-            left: s.left.each_mut().map(|v| v.as_mut_ptr()),
-            right: s.right.each_mut().map(|v| v.as_mut_ptr()),
-            sums: all,
-            single,
-        }
-    }
-}
-
-/// All stages. Tiles are configured, and the room is that of these stages.
-#[inline(always)]
-fn walk<'a, T: Tiles>(stages: &[Stage<'a>], room: &Room, mut beside: Beside<'a>) {
-    // Which half of the room is being read.
-    let (mut left, mut right, mut single) = (0, 0, 0);
-    if let Some(first) = stages.first() {
-        Packing::columns_of(first, room.right[0]).rest();
-        Packing::rows_of(first, 0, room.left[0]).rest();
-    }
-    for (i, stage) in stages.iter().enumerate() {
-        let (p, (down, along)) = (stage.task.p, stage.blocks);
-        let next = stages.get(i + 1);
-        beside.right = next.map_or(Packing::NONE, |next| Packing::columns_of(next, room.right[1 - right]));
-        beside.right.spread(down * along * stage.steps);
-        let columns = stage.packed.unwrap_or(room.right[right]);
-        for r in 0..down {
-            let after = if r + 1 < down { Some((stage, r + 1)) } else { next.map(|next| (next, 0)) };
-            beside.left = after.map_or(Packing::NONE, |(s, r)| Packing::rows_of(s, r, room.left[1 - left]));
-            beside.left.spread(along * stage.steps);
-            beside.ahead = after.map_or(Ahead::default(), |(s, r)| Ahead::of(s, r, along * stage.steps));
-            let rows = stage.rows(r);
-            let reads = stage.reads(r);
+impl<'a> OnTiles<'a> {
+    /// All blocks over one piece of k, whose columns are packed at `right`.
+    #[inline(always)]
+    fn piece<T: Tiles>(&self, k: &Range<usize>, right: *const u32, beside: &mut Beside<'a>) {
+        let (Task { p, rows, columns, .. }, room) = (self.task, &self.room);
+        let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
+        let last = k.end == p.k;
+        beside.share = BLOCK.div_ceil(steps.max(1));
+        for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
+            let rows = first..rows.end.min(first + BLOCK);
+            let left = self.left(&rows, k);
             for c in 0..along {
-                beside.share = BLOCK.div_ceil(stage.steps.max(1));
-                // SAFETY: tiles are configured by `run`; the room was sized for every stage, and what this one
-                // reads is packed. A block's sums are in the output before it is that place's turn again.
+                // SAFETY: tiles are configured by `run`. The piece's steps of the rows and of the columns are there, and
+                // room for its sums, which a block leaves for its next piece or which are in the output before it is
+                // their place's turn again.
                 let sums = unsafe {
-                    let sums = match stage.pieces {
-                        1 => room.single.add(single * SUMS),
-                        _ => room.sums.add((r * along + c) * SUMS),
-                    };
-                    let from = if reads { in_place(p.a, &rows, &stage.k) } else { Left::packed(room.left[left]) };
-                    let columns = columns.add(c * stage.steps * STEP_CELLS);
-                    block::<T>(from, columns, sums, (stage.steps, !stage.first()), &mut beside);
+                    let sums = room.sums.add((r * along + c) % room.blocks * SUMS);
+                    block::<T>(left, right.add(c * steps * STEP_CELLS), sums, (steps, k.start > 0), beside);
                     sums
                 };
                 beside.finish(BLOCK);
-                if stage.last() {
-                    single = 1 - single;
-                    let first = stage.task.columns.start + c * BLOCK;
-                    let columns = first..stage.task.columns.end.min(first + BLOCK);
-                    beside.done = Some(Done { p, sums, rows: rows.clone(), columns });
+                if last {
+                    let first = columns.start + c * BLOCK;
+                    let columns = first..columns.end.min(first + BLOCK);
+                    beside.done = Some(Done { sums, rows: rows.clone(), columns });
                 }
             }
-            beside.left.rest();
-            left = 1 - left;
         }
-        beside.right.rest();
-        right = 1 - right;
     }
-    beside.finish(BLOCK);
+
+    /// Up to 32 rows over a piece: where they lie, or packed. Fewer rows, and those that end within a step, are packed, so
+    /// that what lies behind them is not read.
+    #[inline(always)]
+    fn left(&self, rows: &Range<usize>, k: &Range<usize>) -> Left {
+        let a = self.task.p.a;
+        let whole = rows.len() == BLOCK && k.len().is_multiple_of(BLOCK) && !k.is_empty();
+        if whole && a.k_contiguous && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED) {
+            let part = &a.data.bf16()[rows.start * a.ld + k.start..(rows.end - 1) * a.ld + k.end];
+            // SAFETY: the part has 32 rows, the last as far as k goes.
+            return unsafe { Left::rows(part.as_ptr(), a.ld) };
+        }
+        // SAFETY: there is room for the longest piece, and the blocks that read it are done.
+        unsafe {
+            pack(a, Side::Left, rows, k, self.room.left);
+            Left::packed(self.room.left)
+        }
+    }
 }
 
-/// Rows of an operand where they lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Left,
+    Right,
+}
+
+/// Packs a part of an operand, `[32 outer indices][step]`, in the order in which it lies in memory.
 ///
 /// # Safety
-/// They are used over `k` alone, while the operand lives.
+/// There is room at `to` for so many blocks times so many steps, and nobody else uses it.
 #[inline(always)]
-unsafe fn in_place(op: Operand<'_>, rows: &Range<usize>, k: &Range<usize>) -> Left {
-    let part = &op.data.bf16()[rows.start * op.ld + k.start..(rows.end - 1) * op.ld + k.end];
-    // SAFETY: the part has 32 rows, the last as far as k goes.
-    unsafe { Left::rows(part.as_ptr(), op.ld) }
+unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
+    let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
+    let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
+    let (slow, fast) = if op.k_contiguous { (groups, steps) } else { (steps, groups) };
+    for i in 0..slow {
+        for j in 0..fast {
+            let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
+            // Ahead along memory, and at a row's end to where the next ones begin.
+            let (i, j) = if j + AHEAD < fast { (i, j + AHEAD) } else { (i + 1, j + AHEAD - fast) };
+            if i < slow && j < fast {
+                let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
+                ask_for(op, part(outer, g), part(k, s));
+            }
+            // SAFETY: the caller's promise.
+            let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
+            match side {
+                Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
+                Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
+            }
+        }
+    }
+}
+
+/// Asks for a part of an operand, a line of each row.
+#[inline(always)]
+fn ask_for(op: Operand<'_>, outer: Range<usize>, k: Range<usize>) {
+    let (rows, columns) = if op.k_contiguous { (outer, k) } else { (k, outer) };
+    let at = op.data.bf16().as_ptr().wrapping_add(columns.start);
+    for r in rows {
+        prefetch_line(at.wrapping_add(r * op.ld).cast());
+    }
 }
 
 /// A block whose sums are finished, and which of its rows are not in the output yet.
-struct Done<'a> {
-    p: &'a Product<'a>,
+struct Done {
     sums: *const f32,
     rows: Range<usize>,
     columns: Range<usize>,
 }
 
-/// What is done beside products of tiles.
+/// What is done beside products of tiles: finished sums are moved to the output.
 struct Beside<'a> {
+    p: &'a Product<'a>,
     out: &'a Output<'a>,
     accumulate: bool,
-    done: Option<Done<'a>>,
-    /// Rows of it that are moved in a step.
+    done: Option<Done>,
+    /// Rows that are moved in a step.
     share: usize,
-    /// Rows that are read where they lie, and come next.
-    ahead: Ahead,
-    /// What is packed for the next blocks down, and for the next stage.
-    left: Packing<'a>,
-    right: Packing<'a>,
 }
 
 impl blocks::Beside for Beside<'_> {
     #[inline(always)]
     fn step(&mut self) {
-        self.ahead.step();
-        self.left.step();
-        self.right.step();
         self.finish(self.share);
     }
 }
 
-impl<'a> Beside<'a> {
-    fn new(out: &'a Output<'a>, accumulate: bool) -> Self {
-        let (left, right) = (Packing::NONE, Packing::NONE);
-        Self { out, accumulate, done: None, share: 0, ahead: Ahead::default(), left, right }
-    }
-
+impl Beside<'_> {
     /// Moves up to `most` rows of the finished block to the output.
     #[inline(always)]
     fn finish(&mut self, most: usize) {
@@ -418,7 +361,7 @@ impl<'a> Beside<'a> {
         for _ in 0..most.min(done.rows.len()) {
             // SAFETY: the sums of the block have a row for each, and nobody writes them before they are in the output.
             let sums = unsafe { &*done.sums.cast::<[f32; BLOCK]>() };
-            let at = done.p.c + done.rows.start * done.p.ldc + done.columns.start;
+            let at = self.p.c + done.rows.start * self.p.ldc + done.columns.start;
             // SAFETY: products lie apart in the output (asserted by `cpu::run`), rows of one lie `ldc >= n` apart, and the
             // tasks partition its rows and columns: no other task touches these elements.
             match unsafe { self.out.segment(at, done.columns.len()) } {
@@ -441,145 +384,5 @@ fn whole_or_part<E: Elem>(c: &mut [E], sums: &[f32; BLOCK], accumulate: bool) {
     match <&mut [E; BLOCK]>::try_from(&mut *c) {
         Ok(c) => finish(c, sums, accumulate),
         Err(_) => finish(c, sums, accumulate),
-    }
-}
-
-/// An operand on its way into a panel, a step of 32 outer indices at a time.
-struct Packing<'a> {
-    what: Option<(Operand<'a>, Side)>,
-    outer: Range<usize>,
-    k: Range<usize>,
-    to: *mut u32,
-    next: usize,
-    units: usize,
-    /// Units are due at an even pace.
-    due: usize,
-    over: usize,
-}
-
-#[derive(Clone, Copy)]
-enum Side {
-    Left,
-    Right,
-}
-
-impl<'a> Packing<'a> {
-    const NONE: Self =
-        Self { what: None, outer: 0..0, k: 0..0, to: std::ptr::null_mut(), next: 0, units: 0, due: 0, over: 1 };
-
-    /// # Safety of use
-    /// `to` has room for all units.
-    fn right(b: Operand<'a>, columns: &Range<usize>, k: &Range<usize>, to: *mut u32) -> Self {
-        let units = columns.len().div_ceil(BLOCK) * steps(k);
-        Self { what: Some((b, Side::Right)), outer: columns.clone(), k: k.clone(), to, units, ..Self::NONE }
-    }
-
-    fn columns_of(stage: &Stage<'a>, to: *mut u32) -> Self {
-        match stage.packed {
-            Some(_) => Self::NONE,
-            None => Self::right(stage.task.p.b, &stage.task.columns, &stage.k, to),
-        }
-    }
-
-    fn rows_of(stage: &Stage<'a>, r: usize, to: *mut u32) -> Self {
-        if stage.reads(r) {
-            return Self::NONE;
-        }
-        let what = Some((stage.task.p.a, Side::Left));
-        Self { what, outer: stage.rows(r), k: stage.k.clone(), to, units: stage.steps, ..Self::NONE }
-    }
-
-    /// Has all units done in so many steps.
-    fn spread(&mut self, steps: usize) {
-        self.over = steps.max(1);
-    }
-
-    #[inline(always)]
-    fn step(&mut self) {
-        self.due += self.units;
-        while self.due >= self.over {
-            self.due -= self.over;
-            self.unit();
-        }
-    }
-
-    #[inline(always)]
-    fn rest(&mut self) {
-        while self.next < self.units {
-            self.unit();
-        }
-    }
-
-    /// Outer indices and k of a unit, in the order in which they lie in memory, and its place in the panel.
-    #[inline(always)]
-    fn at(&self, op: Operand<'_>, unit: usize) -> (Range<usize>, Range<usize>, usize) {
-        let (groups, steps) = (self.outer.len().div_ceil(BLOCK), steps(&self.k));
-        let (g, s) = if op.k_contiguous { (unit / steps, unit % steps) } else { (unit % groups, unit / groups) };
-        let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
-        (part(&self.outer, g), part(&self.k, s), g * steps + s)
-    }
-
-    #[inline(always)]
-    fn unit(&mut self) {
-        let Some((op, side)) = self.what.filter(|_| self.next < self.units) else { return };
-        if self.next + 1 < self.units {
-            let (outer, k, _) = self.at(op, self.next + 1);
-            let (rows, columns) = if op.k_contiguous { (outer, k) } else { (k, outer) };
-            let at = op.data.bf16().as_ptr().wrapping_add(columns.start);
-            rows.for_each(|r| prefetch_line(at.wrapping_add(r * op.ld).cast()));
-        }
-        let (outer, k, place) = self.at(op, self.next);
-        // SAFETY: the panel has room for all units (`Room::of`, `Panels::cells`), and nobody reads it yet.
-        let to = unsafe { &mut *self.to.add(place * STEP_CELLS).cast::<Cells>() };
-        match side {
-            Side::Left => pack_left(op, &outer, &k, to),
-            Side::Right => pack_right(op, &outer, &k, to),
-        }
-        self.next += 1;
-    }
-}
-
-/// Lines of rows that will be read where they lie, asked for a few at a time.
-struct Ahead {
-    row: *const u8,
-    stride: usize,
-    rows: usize,
-    lines: usize,
-    line: usize,
-    share: usize,
-}
-
-impl Default for Ahead {
-    fn default() -> Self {
-        Self { row: std::ptr::null(), stride: 0, rows: 0, lines: 0, line: 0, share: 0 }
-    }
-}
-
-impl Ahead {
-    /// The rows of block `r` of a stage, within so many steps.
-    #[inline(always)]
-    fn of(stage: &Stage<'_>, r: usize, over: usize) -> Self {
-        if !stage.reads(r) {
-            return Self::default();
-        }
-        let (a, rows) = (stage.task.p.a, stage.rows(r));
-        let row = a.data.bf16().as_ptr().wrapping_add(rows.start * a.ld + stage.k.start).cast();
-        let lines = (stage.k.len() * size_of::<bf16>()).div_ceil(LINE);
-        let share = (rows.len() * lines).div_ceil(over.max(1));
-        Self { row, stride: a.ld * size_of::<bf16>(), rows: rows.len(), lines, line: 0, share }
-    }
-
-    #[inline(always)]
-    fn step(&mut self) {
-        for _ in 0..self.share {
-            if self.rows == 0 {
-                return;
-            }
-            prefetch_line(self.row.wrapping_add(self.line * LINE));
-            self.line += 1;
-            if self.line == self.lines {
-                (self.line, self.rows, self.row) = (0, self.rows - 1, self.row.wrapping_add(self.stride));
-            }
-        }
     }
 }
