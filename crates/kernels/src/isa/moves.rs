@@ -20,7 +20,7 @@ pub(crate) fn transpose(isa: Isa, src: &[u32], ld: usize, dst: &mut [u32], width
     #[cfg(target_arch = "x86_64")]
     if isa.level() >= Level::Avx512 {
         // SAFETY: an Isa is a level that this CPU has, and the asserts above are what the function asks for.
-        return unsafe { x86::transpose(src.as_ptr(), ld, dst.as_mut_ptr(), width, lines) };
+        return unsafe { x86::transpose(src.as_ptr().cast(), 4 * ld, dst.as_mut_ptr(), width, lines) };
     }
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx2 && lines == SQUARE {
@@ -48,7 +48,7 @@ pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u3
     // SAFETY: the caller's promise.
     #[cfg(target_arch = "x86_64")]
     unsafe {
-        x86::transpose_cells(src, stride, dst);
+        x86::transpose(src, stride, dst, SQUARE, SQUARE);
     }
     #[cfg(not(target_arch = "x86_64"))]
     for i in 0..SQUARE * SQUARE {
@@ -85,51 +85,18 @@ pub(crate) fn prefetch<T>(x: &[T]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::SQUARE;
     use core::arch::x86_64::*;
 
-    /// Four rounds of merging row i with row i + 8, element by element: each round moves one bit of the row's number to
-    /// the column's.
-    ///
-    /// # Safety
-    /// 16 rows of 16 elements, `ld` apart, can be read, and `lines` <= 16 rows of 16, `width` apart, be written.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub unsafe fn transpose(src: *const u32, ld: usize, dst: *mut u32, width: usize, lines: usize) {
-        let low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        let high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-        // SAFETY: the caller's promise.
-        let mut x: [__m512i; SQUARE] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(src.add(i * ld).cast()) });
-        for _ in 0..4 {
-            let mut y = x;
-            for i in 0..SQUARE / 2 {
-                y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + SQUARE / 2]);
-                y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + SQUARE / 2]);
-            }
-            x = y;
-        }
-        if lines == SQUARE {
-            for i in 0..SQUARE {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(dst.add(i * width).cast(), x[i]) }
-            }
-        } else {
-            for i in 0..lines {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(dst.add(i * width).cast(), x[i]) }
-            }
-        }
-    }
-
     /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
-    /// rounds that a transpose of whole rows takes, on the one port that has them, two are left.
+    /// rounds that a transpose of whole rows takes, on the one port that Intel has for them, two are left.
     ///
     /// # Safety
-    /// 16 rows of 64 bytes, `stride` bytes apart, can be read, and 1 KiB be written.
+    /// 16 rows of 64 bytes, `stride` bytes apart, can be read, and `lines` <= 16 rows of 16 cells, `width` apart, be
+    /// written.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32) {
-        for quarter in 0..4 {
+    pub unsafe fn transpose(src: *const u8, stride: usize, dst: *mut u32, width: usize, lines: usize) {
+        for quarter in 0..lines.div_ceil(4) {
             // SAFETY: the caller's promise.
             let of = |row: usize| unsafe { _mm_loadu_si128(src.add(row * stride + 16 * quarter).cast()) };
             let x: [__m512i; 4] = std::array::from_fn(|row| {
@@ -147,8 +114,10 @@ mod x86 {
                 _mm512_unpackhi_epi64(b, d),
             ];
             for (i, y) in y.into_iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * SQUARE).cast(), y) }
+                if 4 * quarter + i < lines {
+                    // SAFETY: the caller's promise.
+                    unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * width).cast(), y) }
+                }
             }
         }
     }

@@ -190,3 +190,44 @@ fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mu
         *right = std::array::from_fn(|i| pair(at(k0, TILE_COLUMNS + i), at(k0 + 1, TILE_COLUMNS + i)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::isas;
+    use crate::{Level, View};
+
+    /// Every cell of a packed step, of parts that are whole, ragged, or one element, in both layouts; around the part the
+    /// operand has numbers that must not be seen.
+    #[test]
+    fn steps_are_packed() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let (size, ld) = (70, 77);
+        let value = |outer: usize, k: usize| bf16::from_f32((outer * 128 + k) as f32 / 7.0);
+        for k_contiguous in [true, false] {
+            let at = |o: usize, k: usize| if k_contiguous { o * ld + k } else { k * ld + o };
+            let mut data = vec![bf16::NAN; size * ld];
+            for (o, k) in (0..size).flat_map(|o| (0..size).map(move |k| (o, k))) {
+                data[at(o, k)] = value(o, k);
+            }
+            let op = Operand { data: View::Bf16(&data), ld, k_contiguous };
+            let parts = [0..32, 3..35, 38..70, 1..2, 5..20, 64..70, 7..38, 16..32];
+            for (outer, k) in parts.iter().flat_map(|o| parts.iter().map(move |k| (o, k))) {
+                let (mut left, mut right) = ([7; STEP_CELLS], [7; STEP_CELLS]);
+                pack_left(op, outer, k, &mut left);
+                pack_right(op, outer, k, &mut right);
+                for (o, c) in (0..BLOCK).flat_map(|o| (0..TILE_COLUMNS).map(move |c| (o, c))) {
+                    let held = |k0: usize| o < outer.len() && k0 < k.len();
+                    let of = |k0: usize| if held(k0) { value(outer.start + o, k.start + k0) } else { bf16::ZERO };
+                    let cell = u32::from(of(2 * c).to_bits()) | u32::from(of(2 * c + 1).to_bits()) << 16;
+                    let name = format!("{outer:?} {k:?} {k_contiguous}: outer {o}, cell {c}");
+                    assert_eq!(left[o * TILE_COLUMNS + c], cell, "left, {name}");
+                    let half = o / TILE_COLUMNS * STEP_CELLS / 2;
+                    assert_eq!(right[half + c * TILE_COLUMNS + o % TILE_COLUMNS], cell, "right, {name}");
+                }
+            }
+        }
+    }
+}

@@ -378,11 +378,59 @@ impl Beside<'_> {
     }
 }
 
-/// A row of known length is moved in whole vectors.
+/// A row of known length is read before it is written, so that it is moved in whole vectors.
 #[inline(always)]
 fn whole_or_part<E: Elem>(c: &mut [E], sums: &[f32; BLOCK], accumulate: bool) {
     match <&mut [E; BLOCK]>::try_from(&mut *c) {
-        Ok(c) => finish(c, sums, accumulate),
+        Ok(c) if accumulate => {
+            let (old, sums) = (*c, *sums);
+            *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
+        }
+        Ok(c) => {
+            let sums = *sums;
+            *c = std::array::from_fn(|i| E::round(sums[i]));
+        }
         Err(_) => finish(c, sums, accumulate),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::View;
+
+    /// Tasks partition the output, whatever the shape and the number of workers, and are no larger than scratch should be.
+    #[test]
+    fn tasks_partition_the_output() {
+        for (m, n, k) in [(1, 1, 1), (33, 700, 64), (4096, 192, 512), (576, 2048, 512), (600, 31, 2000), (5, 9000, 70)]
+        {
+            for (threads, k_contiguous) in [(1, true), (2, false), (2, true), (64, true), (64, false)] {
+                let a = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
+                let p = [Product { m, n, k, a, b: a, c: 0, ldc: n }];
+                let (tasks, panels) = tasks(&p, threads, false);
+                let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
+                for t in &tasks {
+                    assert!(t.rows.len() <= ROWS + ROWS / 4 && t.columns.len() <= COLUMNS + COLUMNS / 4);
+                    assert_eq!(t.shared.is_some(), panels.len() == 1);
+                    for r in t.rows.clone().step_by(BLOCK) {
+                        for c in t.columns.clone().step_by(BLOCK) {
+                            assert!(r.is_multiple_of(BLOCK) && c.is_multiple_of(BLOCK));
+                            seen[r / BLOCK * n.div_ceil(BLOCK) + c / BLOCK] += 1;
+                        }
+                    }
+                }
+                assert!(seen.iter().all(|&s| s == 1), "{m} {n} {k} {threads} {k_contiguous}");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_are_whole_steps() {
+        for k in [0, 1, 31, 32, 512, 513, 1408, 21888] {
+            let all: Vec<_> = pieces(k).collect();
+            assert_eq!((all[0].start, all[all.len() - 1].end), (0, k));
+            assert!(all.windows(2).all(|w| w[0].end == w[1].start && w[0].end.is_multiple_of(BLOCK)));
+            assert!(all.iter().all(|p| p.len() <= PIECE) && all.len() == k.div_ceil(PIECE).max(1), "{k}: {all:?}");
+        }
     }
 }
