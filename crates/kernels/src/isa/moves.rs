@@ -57,19 +57,6 @@ pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u3
     }
 }
 
-/// Asks for the line that holds the byte at `x`, which need not exist, to be in the second-level cache soon.
-#[inline(always)]
-pub(crate) fn prefetch_line(x: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint, which no address makes fail.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = x;
-}
-
 /// Asks for `x` to be in the cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {

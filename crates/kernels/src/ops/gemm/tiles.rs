@@ -7,27 +7,26 @@
 //! unit that multiplies tiles leaves vectors alone.
 
 use super::cpu::{Output, Product, Segment, finish, reserve};
-use crate::isa::{TileJob, Tiles, prefetch_line};
+use crate::isa::{TileJob, Tiles};
 use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
 use crate::{AlignedVec, Cpu, Elem, bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Most k of a piece.
-const PIECE: usize = 512;
+/// Most k of a piece: where rows are packed, so that they stay in the first-level cache, and where they are read where
+/// they lie.
+const PIECES: [usize; 2] = [512, 768];
 /// Most rows and columns of a tile: packed columns and sums are to fit the second-level cache.
 const ROWS: usize = 512;
 const COLUMNS: usize = 512;
 /// Tasks for each worker to aim for, so that a slow one does not hold up all. Where rows are packed there is one: each
 /// cut along columns packs them once more.
-const TASKS: usize = 4;
+const TASKS: usize = 2;
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 24;
 /// Rows so far apart share a few sets of the first-level cache, so that 32 of them are packed even if k runs along them.
-const CROWDED: usize = 2048;
-/// Steps of a panel by which what is read is asked for ahead.
-const AHEAD: usize = 3;
+const CROWDED: usize = 4096;
 /// Columns that are packed for several tasks as one task.
 const SHARE: usize = 4 * BLOCK;
 
@@ -93,8 +92,9 @@ fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (
 
 /// Parts of rows and of columns: tiles no larger than they may be, and at least `wanted` of them unless they get small.
 fn grid(p: &Product<'_>, wanted: usize) -> (usize, usize) {
-    // A part a little larger than meant is better than one more.
-    let (mut rows, mut columns) = ((p.m - p.m / 8).div_ceil(ROWS), (p.n - p.n / 8).div_ceil(COLUMNS));
+    // One part a little larger than meant is better than two small ones.
+    let least = |len: usize, most: usize| if len <= most + most / 8 { 1 } else { len.div_ceil(most) };
+    let (mut rows, mut columns) = (least(p.m, ROWS), least(p.n, COLUMNS));
     while rows * columns < wanted {
         let (r, c) = (p.m / rows, p.n / columns);
         match r.max(c) {
@@ -113,10 +113,15 @@ fn parts(len: usize, parts: usize) -> impl Iterator<Item = Range<usize>> + Clone
     (0..parts).map(move |i| at(i)..at(i + 1)).filter(|r| !r.is_empty())
 }
 
+/// Whether rows of the left operand are read where they lie.
+fn in_place(a: &Operand<'_>) -> bool {
+    a.k_contiguous && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED)
+}
+
 /// The pieces of k, of about equal length and whole steps but for the last; one that is empty if there is no k.
-fn pieces(k: usize) -> impl Iterator<Item = Range<usize>> {
-    let steps = k.div_ceil(BLOCK);
-    let piece = steps.div_ceil(k.div_ceil(PIECE).max(1)).max(1) * BLOCK;
+fn pieces(p: &Product<'_>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (k, most) = (p.k, PIECES[usize::from(in_place(&p.a))]);
+    let piece = k.div_ceil(BLOCK).div_ceil(k.div_ceil(most).max(1)).max(1) * BLOCK;
     (0..k.max(1)).step_by(piece).map(move |k0| k0..k.min(k0 + piece))
 }
 
@@ -130,14 +135,14 @@ impl<'a> Panels<'a> {
     }
 
     fn parts(&self) -> Vec<Part<'a>> {
-        let Product { n, k, b, .. } = *self.p;
+        let Product { n, b, .. } = *self.p;
         let of = |k: Range<usize>| {
             (0..n).step_by(SHARE).map(move |first| {
                 let at = self.at + panel_at(n, &k, first);
                 Part { b, columns: first..n.min(first + SHARE), k: k.clone(), at }
             })
         };
-        pieces(k).flat_map(of).collect()
+        pieces(self.p).flat_map(of).collect()
     }
 }
 
@@ -193,9 +198,9 @@ struct Room {
 
 impl Room {
     fn of(s: &mut Scratch, task: &Task<'_>) -> Self {
-        let longest = pieces(task.p.k).map(|k| steps(&k)).max().unwrap_or(0);
+        let longest = pieces(task.p).map(|k| steps(&k)).max().unwrap_or(0);
         let (down, along) = (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK));
-        let blocks = if task.p.k > PIECE { down * along } else { 2 };
+        let blocks = if pieces(task.p).count() > 1 { down * along } else { 2 };
         reserve(&mut s.left, longest * STEP_CELLS);
         reserve(&mut s.right, if task.shared.is_some() { 0 } else { along * longest * STEP_CELLS });
         reserve(&mut s.sums, blocks * SUMS);
@@ -216,10 +221,10 @@ impl TileJob for OnTiles<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
         let (Task { p, columns, shared, .. }, room) = (self.task, &self.room);
-        let mut beside = Beside { p, out: self.out, accumulate: self.accumulate, done: None, share: 0 };
+        let mut beside = Beside::new(p, self.out, self.accumulate);
         // SAFETY: all that uses tiles is between here and the release, on this thread.
         unsafe { T::configure() };
-        for k in pieces(p.k) {
+        for k in pieces(p) {
             let right = match shared {
                 Some(at) => self.shared[at + panel_at(p.n, &k, columns.start)..].as_ptr(),
                 None => {
@@ -258,9 +263,10 @@ impl<'a> OnTiles<'a> {
                 };
                 beside.finish(BLOCK);
                 if last {
-                    let first = columns.start + c * BLOCK;
-                    let columns = first..columns.end.min(first + BLOCK);
-                    beside.done = Some(Done { sums, rows: rows.clone(), columns });
+                    let column = columns.start + c * BLOCK;
+                    let columns = BLOCK.min(columns.end - column);
+                    // SAFETY: as said above.
+                    unsafe { beside.done(sums, (rows.start, rows.len()), (column, columns)) }
                 }
             }
         }
@@ -272,7 +278,7 @@ impl<'a> OnTiles<'a> {
     fn left(&self, rows: &Range<usize>, k: &Range<usize>) -> Left {
         let a = self.task.p.a;
         let whole = rows.len() == BLOCK && k.len().is_multiple_of(BLOCK) && !k.is_empty();
-        if whole && a.k_contiguous && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED) {
+        if whole && in_place(&a) {
             let part = &a.data.bf16()[rows.start * a.ld + k.start..(rows.end - 1) * a.ld + k.end];
             // SAFETY: the part has 32 rows, the last as far as k goes.
             return unsafe { Left::rows(part.as_ptr(), a.ld) };
@@ -299,41 +305,17 @@ enum Side {
 unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
     let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
     let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
-    let (slow, fast) = if op.k_contiguous { (groups, steps) } else { (steps, groups) };
-    for i in 0..slow {
-        for j in 0..fast {
-            let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
-            // Ahead along memory, and at a row's end to where the next ones begin.
-            let (i, j) = if j + AHEAD < fast { (i, j + AHEAD) } else { (i + 1, j + AHEAD - fast) };
-            if i < slow && j < fast {
-                let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
-                ask_for(op, part(outer, g), part(k, s));
-            }
-            // SAFETY: the caller's promise.
-            let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
-            match side {
-                Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
-                Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
-            }
+    let fast = if op.k_contiguous { steps } else { groups };
+    for unit in 0..groups * steps {
+        let (i, j) = (unit / fast, unit % fast);
+        let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
+        // SAFETY: the caller's promise.
+        let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
+        match side {
+            Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
+            Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
         }
     }
-}
-
-/// Asks for a part of an operand, a line of each row.
-#[inline(always)]
-fn ask_for(op: Operand<'_>, outer: Range<usize>, k: Range<usize>) {
-    let (rows, columns) = if op.k_contiguous { (outer, k) } else { (k, outer) };
-    let at = op.data.bf16().as_ptr().wrapping_add(columns.start);
-    for r in rows {
-        prefetch_line(at.wrapping_add(r * op.ld).cast());
-    }
-}
-
-/// A block whose sums are finished, and which of its rows are not in the output yet.
-struct Done {
-    sums: *const f32,
-    rows: Range<usize>,
-    columns: Range<usize>,
 }
 
 /// What is done beside products of tiles: finished sums are moved to the output.
@@ -341,7 +323,11 @@ struct Beside<'a> {
     p: &'a Product<'a>,
     out: &'a Output<'a>,
     accumulate: bool,
-    done: Option<Done>,
+    /// Sums of the rows that are not in the output yet, where they go, and how many columns there are.
+    sums: *const f32,
+    to: usize,
+    rows: usize,
+    columns: usize,
     /// Rows that are moved in a step.
     share: usize,
 }
@@ -349,32 +335,47 @@ struct Beside<'a> {
 impl blocks::Beside for Beside<'_> {
     #[inline(always)]
     fn step(&mut self) {
-        self.finish(self.share);
+        if self.rows > 0 {
+            self.finish(self.share);
+        }
     }
 }
 
-impl Beside<'_> {
+impl<'a> Beside<'a> {
+    fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
+        Self { p, out, accumulate, sums: std::ptr::null(), to: 0, rows: 0, columns: 0, share: 0 }
+    }
+
+    /// A block is finished whose first element is (row, column) of the product.
+    ///
+    /// # Safety
+    /// Its sums are not written before they are all in the output.
+    #[inline(always)]
+    unsafe fn done(&mut self, sums: *const f32, (row, rows): (usize, usize), (column, columns): (usize, usize)) {
+        debug_assert_eq!(self.rows, 0);
+        (self.sums, self.rows, self.columns) = (sums, rows, columns);
+        self.to = self.p.c + row * self.p.ldc + column;
+    }
+
     /// Moves up to `most` rows of the finished block to the output.
     #[inline(always)]
     fn finish(&mut self, most: usize) {
-        let Some(done) = &mut self.done else { return };
-        for _ in 0..most.min(done.rows.len()) {
-            // SAFETY: the sums of the block have a row for each, and nobody writes them before they are in the output.
-            let sums = unsafe { &*done.sums.cast::<[f32; BLOCK]>() };
-            let at = self.p.c + done.rows.start * self.p.ldc + done.columns.start;
+        let rows = most.min(self.rows);
+        let sums = self.sums.cast::<[f32; BLOCK]>();
+        for r in 0..rows {
+            // SAFETY: the sums of the block have a row for each; `done` promises that they are still there.
+            let sums = unsafe { &*sums.add(r) };
             // SAFETY: products lie apart in the output (asserted by `cpu::run`), rows of one lie `ldc >= n` apart, and the
             // tasks partition its rows and columns: no other task touches these elements.
-            match unsafe { self.out.segment(at, done.columns.len()) } {
+            match unsafe { self.out.segment(self.to, self.columns) } {
                 Segment::F32(c) => whole_or_part(c, sums, self.accumulate),
                 Segment::Bf16(c) => whole_or_part(c, sums, self.accumulate),
             }
-            done.rows.start += 1;
-            // SAFETY: at most one row past the last.
-            done.sums = unsafe { done.sums.add(BLOCK) };
+            self.to += self.p.ldc;
         }
-        if done.rows.is_empty() {
-            self.done = None;
-        }
+        // SAFETY: at most one row past the last.
+        self.sums = unsafe { sums.add(rows) }.cast();
+        self.rows -= rows;
     }
 }
 
@@ -410,7 +411,7 @@ mod tests {
                 let (tasks, panels) = tasks(&p, threads, false);
                 let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
                 for t in &tasks {
-                    assert!(t.rows.len() <= ROWS + ROWS / 4 && t.columns.len() <= COLUMNS + COLUMNS / 4);
+                    assert!(t.rows.len() <= ROWS + ROWS / 8 && t.columns.len() <= COLUMNS + COLUMNS / 8);
                     assert_eq!(t.shared.is_some(), panels.len() == 1);
                     for r in t.rows.clone().step_by(BLOCK) {
                         for c in t.columns.clone().step_by(BLOCK) {
@@ -426,11 +427,13 @@ mod tests {
 
     #[test]
     fn pieces_are_whole_steps() {
-        for k in [0, 1, 31, 32, 512, 513, 1408, 21888] {
-            let all: Vec<_> = pieces(k).collect();
+        for (k, ld) in [0, 1, 31, 32, 512, 513, 768, 1408, 21888].iter().flat_map(|&k| [(k, 1000), (k, 2048)]) {
+            let a = Operand { data: View::Bf16(&[]), ld, k_contiguous: true };
+            let most = if ld == 2048 { 512 } else { 768 };
+            let all: Vec<_> = pieces(&Product { m: 1, n: 1, k, a, b: a, c: 0, ldc: 1 }).collect();
             assert_eq!((all[0].start, all[all.len() - 1].end), (0, k));
             assert!(all.windows(2).all(|w| w[0].end == w[1].start && w[0].end.is_multiple_of(BLOCK)));
-            assert!(all.iter().all(|p| p.len() <= PIECE) && all.len() == k.div_ceil(PIECE).max(1), "{k}: {all:?}");
+            assert!(all.iter().all(|p| p.len() <= most) && all.len() == k.div_ceil(most).max(1), "{k}: {all:?}");
         }
     }
 }
