@@ -189,13 +189,14 @@ pub(super) struct Output<'a> {
     life: PhantomData<&'a mut ()>,
 }
 
-enum Pointer {
+#[derive(Clone, Copy)]
+pub(super) enum Pointer {
     F32(*mut f32),
     Bf16(*mut bf16),
 }
 
 /// Consecutive elements of the output.
-pub(super) enum Segment<'a> {
+enum Segment<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [bf16]),
 }
@@ -214,11 +215,25 @@ impl<'a> Output<'a> {
         Self { data, len, life: PhantomData }
     }
 
+    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises what `segment` asks for.
+    #[inline(always)]
+    pub fn at(&self, at: usize, len: usize, rows: usize, stride: usize) -> Pointer {
+        let end = at + rows.saturating_sub(1) * stride + len;
+        assert!(end <= self.len, "{rows} rows of {len} at {at}, {stride} apart, of {}", self.len);
+        // SAFETY: within the borrowed output as just asserted.
+        unsafe {
+            match self.data {
+                Pointer::F32(p) => Pointer::F32(p.add(at)),
+                Pointer::Bf16(p) => Pointer::Bf16(p.add(at)),
+            }
+        }
+    }
+
     /// `len` elements from `at`.
     ///
     /// # Safety
     /// Nothing else refers to any of them while the segment lives.
-    pub unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
+    unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
         assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
         // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
         unsafe {

@@ -6,7 +6,7 @@
 //! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
 //! unit that multiplies tiles leaves vectors alone.
 
-use super::cpu::{Output, Product, Segment, finish, reserve};
+use super::cpu::{Output, Pointer, Product, finish, reserve};
 use crate::isa::{TileJob, Tiles};
 use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
@@ -58,7 +58,7 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     let (tasks, panels) = tasks(products, cpu.threads(), accumulate);
     let mut shared = cpu.empty::<u32>(panels.iter().map(Panels::cells).sum());
     let parts: Vec<_> = panels.iter().flat_map(Panels::parts).collect();
-    let room = Pointer(shared.as_mut_ptr());
+    let room = Panel(shared.as_mut_ptr());
     cpu.for_each(parts.len(), |i| cpu.isa().run_tiles(Share { part: &parts[i], room: &room }));
     cpu.for_each(tasks.len(), |i| {
         SCRATCH.with_borrow_mut(|s| {
@@ -151,14 +151,14 @@ fn panel_at(n: usize, k: &Range<usize>, first: usize) -> usize {
     (n.div_ceil(BLOCK) * (k.start / BLOCK) + first / BLOCK * steps(k)) * STEP_CELLS
 }
 
-struct Pointer(*mut u32);
+struct Panel(*mut u32);
 
 // SAFETY: whoever writes through it promises to be the only one at its place.
-unsafe impl Sync for Pointer {}
+unsafe impl Sync for Panel {}
 
 struct Share<'a> {
     part: &'a Part<'a>,
-    room: &'a Pointer,
+    room: &'a Panel,
 }
 
 impl TileJob for Share<'_> {
@@ -248,7 +248,7 @@ impl<'a> OnTiles<'a> {
         let (Task { p, rows, columns, .. }, room) = (self.task, &self.room);
         let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
         let last = k.end == p.k;
-        beside.share = BLOCK.div_ceil(steps.max(1));
+        beside.spread(steps);
         for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
             let rows = first..rows.end.min(first + BLOCK);
             let left = self.left(&rows, k);
@@ -265,7 +265,8 @@ impl<'a> OnTiles<'a> {
                 if last {
                     let column = columns.start + c * BLOCK;
                     let columns = BLOCK.min(columns.end - column);
-                    // SAFETY: as said above.
+                    // SAFETY: as said above; products lie apart in the output (asserted by `cpu::run`), rows of one lie
+                    // `ldc >= n` apart, and the tasks partition its rows and columns.
                     unsafe { beside.done(sums, (rows.start, rows.len()), (column, columns)) }
                 }
             }
@@ -323,19 +324,21 @@ struct Beside<'a> {
     p: &'a Product<'a>,
     out: &'a Output<'a>,
     accumulate: bool,
-    /// Sums of the rows that are not in the output yet, where they go, and how many columns there are.
-    sums: *const f32,
-    to: usize,
+    /// Sums of the rows that are not in the output yet, where they go, and how many rows and columns there are.
+    sums: *const [f32; BLOCK],
+    to: Pointer,
     rows: usize,
     columns: usize,
     /// Rows that are moved in a step.
     share: usize,
+    /// The sums were stored just now: who read them would wait.
+    fresh: bool,
 }
 
 impl blocks::Beside for Beside<'_> {
     #[inline(always)]
     fn step(&mut self) {
-        if self.rows > 0 {
+        if self.rows > 0 && !std::mem::take(&mut self.fresh) {
             self.finish(self.share);
         }
     }
@@ -343,55 +346,72 @@ impl blocks::Beside for Beside<'_> {
 
 impl<'a> Beside<'a> {
     fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
-        Self { p, out, accumulate, sums: std::ptr::null(), to: 0, rows: 0, columns: 0, share: 0 }
+        let (sums, to) = (std::ptr::null(), out.at(0, 0, 0, 0));
+        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false }
+    }
+
+    /// Steps that a block has: its rows are shared out among all but the first.
+    fn spread(&mut self, steps: usize) {
+        self.share = BLOCK.div_ceil(steps.saturating_sub(1).max(1));
     }
 
     /// A block is finished whose first element is (row, column) of the product.
     ///
     /// # Safety
-    /// Its sums are not written before they are all in the output.
+    /// Its sums are not written before they are all in the output, whose elements are this task's.
     #[inline(always)]
     unsafe fn done(&mut self, sums: *const f32, (row, rows): (usize, usize), (column, columns): (usize, usize)) {
         debug_assert_eq!(self.rows, 0);
-        (self.sums, self.rows, self.columns) = (sums, rows, columns);
-        self.to = self.p.c + row * self.p.ldc + column;
+        (self.sums, self.rows, self.columns, self.fresh) = (sums.cast(), rows, columns, true);
+        self.to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
     }
 
     /// Moves up to `most` rows of the finished block to the output.
     #[inline(always)]
     fn finish(&mut self, most: usize) {
         let rows = most.min(self.rows);
-        let sums = self.sums.cast::<[f32; BLOCK]>();
-        for r in 0..rows {
-            // SAFETY: the sums of the block have a row for each; `done` promises that they are still there.
-            let sums = unsafe { &*sums.add(r) };
-            // SAFETY: products lie apart in the output (asserted by `cpu::run`), rows of one lie `ldc >= n` apart, and the
-            // tasks partition its rows and columns: no other task touches these elements.
-            match unsafe { self.out.segment(self.to, self.columns) } {
-                Segment::F32(c) => whole_or_part(c, sums, self.accumulate),
-                Segment::Bf16(c) => whole_or_part(c, sums, self.accumulate),
-            }
-            self.to += self.p.ldc;
+        // SAFETY: `done` promises both, and `Output::at` has seen that all rows are in the output.
+        unsafe {
+            self.to = match self.to {
+                Pointer::F32(c) => Pointer::F32(self.to_rows(c, rows)),
+                Pointer::Bf16(c) => Pointer::Bf16(self.to_rows(c, rows)),
+            };
+            self.sums = self.sums.add(rows);
         }
-        // SAFETY: at most one row past the last.
-        self.sums = unsafe { sums.add(rows) }.cast();
         self.rows -= rows;
+    }
+
+    /// Returns where the row after them goes.
+    ///
+    /// # Safety
+    /// So many rows of sums are there and so many rows of the output this task's, the first at `c`.
+    #[inline(always)]
+    unsafe fn to_rows<E: Elem>(&self, mut c: *mut E, rows: usize) -> *mut E {
+        for r in 0..rows {
+            // SAFETY: the caller's promise.
+            let sums = unsafe { &*self.sums.add(r) };
+            if self.columns == BLOCK {
+                // SAFETY: as above, of whole rows.
+                whole(unsafe { &mut *c.cast::<[E; BLOCK]>() }, sums, self.accumulate);
+            } else {
+                // SAFETY: as above.
+                finish(unsafe { std::slice::from_raw_parts_mut(c, self.columns) }, sums, self.accumulate);
+            }
+            // Behind the last row there may be nothing.
+            c = c.wrapping_add(self.p.ldc);
+        }
+        c
     }
 }
 
 /// A row of known length is read before it is written, so that it is moved in whole vectors.
 #[inline(always)]
-fn whole_or_part<E: Elem>(c: &mut [E], sums: &[f32; BLOCK], accumulate: bool) {
-    match <&mut [E; BLOCK]>::try_from(&mut *c) {
-        Ok(c) if accumulate => {
-            let (old, sums) = (*c, *sums);
-            *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
-        }
-        Ok(c) => {
-            let sums = *sums;
-            *c = std::array::from_fn(|i| E::round(sums[i]));
-        }
-        Err(_) => finish(c, sums, accumulate),
+fn whole<E: Elem>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
+    let (old, sums) = (*c, *sums);
+    if accumulate {
+        *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
+    } else {
+        *c = std::array::from_fn(|i| E::round(sums[i]));
     }
 }
 
