@@ -69,6 +69,7 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
 }
 
 /// Cuts products into tasks, and says which columns are packed beforehand.
+/// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
 fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
     let work = |p: &Product<'_>| p.m * p.n * p.k.max(1);
     let total: usize = products.iter().map(work).sum();
