@@ -157,7 +157,8 @@ impl Cpu {
     }
 
     /// Runs `f(0) .. f(n - 1)` on the workers, in any order and on any worker. How work is cut into tasks must depend
-    /// on shapes alone, never on the number of workers: that is what keeps results equal for every thread count.
+    /// on shapes alone, never on the number of workers, unless no bit depends on the cut: that is what keeps results
+    /// equal for every thread count.
     pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
         use rayon::prelude::*;
         match n {

@@ -152,6 +152,7 @@ struct OnTiles {
 }
 
 impl TileJob for OnTiles {
+    #[inline(always)]
     fn run<T: Tiles>(self) {
         // SAFETY: configured before all else, released after; nothing is loaded or stored.
         unsafe {

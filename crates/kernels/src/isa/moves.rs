@@ -1,4 +1,4 @@
-//! What plain loops do not compile to: a transpose in registers, and prefetching. Both only move bits.
+//! What plain loops do not compile to: transposes in registers, and prefetching. All only move bits.
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +20,7 @@ pub(crate) fn transpose(isa: Isa, src: &[u32], ld: usize, dst: &mut [u32], width
     #[cfg(target_arch = "x86_64")]
     if isa.level() >= Level::Avx512 {
         // SAFETY: an Isa is a level that this CPU has, and the asserts above are what the function asks for.
-        return unsafe { x86::transpose(src.as_ptr(), ld, dst.as_mut_ptr(), width, lines) };
+        return unsafe { x86::transpose(src.as_ptr().cast(), 4 * ld, dst.as_mut_ptr(), width, lines) };
     }
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx2 && lines == SQUARE {
@@ -39,6 +39,24 @@ pub(crate) fn transpose(isa: Isa, src: &[u32], ld: usize, dst: &mut [u32], width
     }
 }
 
+/// Writes to `dst` the transpose of 16 rows of 16 cells, `stride` bytes apart and aligned or not: 16 rows close together.
+///
+/// # Safety
+/// The CPU has AVX-512. The rows at `src` can be read, and [`SQUARE`] times as many cells be written at `dst`.
+#[inline(always)]
+pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::transpose(src, stride, dst, SQUARE, SQUARE);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..SQUARE * SQUARE {
+        // SAFETY: the caller's promise.
+        unsafe { *dst.add(i) = src.add(i % SQUARE * stride).cast::<u32>().add(i / SQUARE).read_unaligned() }
+    }
+}
+
 /// Asks for `x` to be in the cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
@@ -54,38 +72,39 @@ pub(crate) fn prefetch<T>(x: &[T]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::SQUARE;
     use core::arch::x86_64::*;
 
-    /// Four rounds of merging row i with row i + 8, element by element: each round moves one bit of the row's number to
-    /// the column's.
+    /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
+    /// rounds that a transpose of whole rows takes, on the one port that Intel has for them, two are left.
     ///
     /// # Safety
-    /// 16 rows of 16 elements, `ld` apart, can be read, and `lines` <= 16 rows of 16, `width` apart, be written.
+    /// 16 rows of 64 bytes, `stride` bytes apart, can be read, and `lines` <= 16 rows of 16 cells, `width` apart, be
+    /// written.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub unsafe fn transpose(src: *const u32, ld: usize, dst: *mut u32, width: usize, lines: usize) {
-        let low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        let high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-        // SAFETY: the caller's promise.
-        let mut x: [__m512i; SQUARE] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(src.add(i * ld).cast()) });
-        for _ in 0..4 {
-            let mut y = x;
-            for i in 0..SQUARE / 2 {
-                y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + SQUARE / 2]);
-                y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + SQUARE / 2]);
-            }
-            x = y;
-        }
-        if lines == SQUARE {
-            for i in 0..SQUARE {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(dst.add(i * width).cast(), x[i]) }
-            }
-        } else {
-            for i in 0..lines {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(dst.add(i * width).cast(), x[i]) }
+    pub unsafe fn transpose(src: *const u8, stride: usize, dst: *mut u32, width: usize, lines: usize) {
+        for quarter in 0..lines.div_ceil(4) {
+            // SAFETY: the caller's promise.
+            let of = |row: usize| unsafe { _mm_loadu_si128(src.add(row * stride + 16 * quarter).cast()) };
+            let x: [__m512i; 4] = std::array::from_fn(|row| {
+                let x = _mm512_broadcast_i32x4(of(row));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x00f0, of(row + 4));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x0f00, of(row + 8));
+                _mm512_mask_broadcast_i32x4(x, 0xf000, of(row + 12))
+            });
+            let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+            let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+            let y = [
+                _mm512_unpacklo_epi64(a, c),
+                _mm512_unpackhi_epi64(a, c),
+                _mm512_unpacklo_epi64(b, d),
+                _mm512_unpackhi_epi64(b, d),
+            ];
+            for (i, y) in y.into_iter().enumerate() {
+                if 4 * quarter + i < lines {
+                    // SAFETY: the caller's promise.
+                    unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * width).cast(), y) }
+                }
             }
         }
     }
@@ -125,7 +144,25 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Level;
     use crate::testing::isas;
+
+    #[test]
+    fn transposes_cells_at_any_distance() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let src: Vec<u8> = (0..15 * 77 + 64 + 3).map(|i| (i * 7 % 251) as u8).collect();
+        for (stride, from) in [(64, 0), (66, 1), (77, 3)] {
+            let mut dst = [0u32; SQUARE * SQUARE];
+            // SAFETY: the CPU has the level; 16 rows are there, and as many cells.
+            unsafe { transpose_cells(src[from..].as_ptr(), stride, dst.as_mut_ptr()) }
+            for (i, found) in dst.into_iter().enumerate() {
+                let at = from + i % SQUARE * stride + i / SQUARE * 4;
+                assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");
+            }
+        }
+    }
 
     #[test]
     fn transposes() {

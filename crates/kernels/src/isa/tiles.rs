@@ -11,7 +11,7 @@ pub(crate) const TILE_COLUMNS: usize = 16;
 ///
 /// # Safety
 /// Registers hold what the last call left there, on this thread, between `configure` and `release`. `load` and `store`
-/// reach 16 rows of 16 words, `stride` words apart.
+/// reach 16 rows of 64 bytes, `stride` bytes apart, aligned or not.
 pub(crate) unsafe trait Tiles {
     /// Gives the registers their shape.
     unsafe fn configure();
@@ -20,15 +20,17 @@ pub(crate) unsafe trait Tiles {
     /// All zeros.
     unsafe fn zero<const T: u8>();
     /// Reads a tile.
-    unsafe fn load<const T: u8>(from: *const u32, stride: usize);
+    unsafe fn load<const T: u8>(from: *const u8, stride: usize);
+    /// Reads a tile that is not read again soon: it need not stay in the first-level cache.
+    unsafe fn load_once<const T: u8>(from: *const u8, stride: usize);
     /// Writes a tile.
-    unsafe fn store<const T: u8>(to: *mut u32, stride: usize);
+    unsafe fn store<const T: u8>(to: *mut u8, stride: usize);
     /// `C[r][c]` += sum over the cells i of `A[r][i]` . `B[i][c]`; a cell is a pair of bf16, C is f32. The order within
     /// the sixteen cells is the hardware's own (and need not be that of the emulation), the same for every r and c.
     unsafe fn dot<const C: u8, const A: u8, const B: u8>();
 }
 
-/// Work on tiles.
+/// Work on tiles, beside which AVX-512 may be used. `run` must be `#[inline(always)]`, as must all it calls.
 pub(crate) trait TileJob {
     /// Does it.
     fn run<T: Tiles>(self);
@@ -36,18 +38,28 @@ pub(crate) trait TileJob {
 
 /// Runs a job on the hardware, or `emulated`.
 pub(super) fn run(emulated: bool, job: impl TileJob) {
-    #[cfg(test)]
+    #[cfg(all(test, target_arch = "x86_64"))]
     if emulated {
-        return job.run::<emulated::Emulated>();
+        // SAFETY: as below.
+        return unsafe { with_vectors::<emulated::Emulated>(job) };
     }
     let _ = emulated;
     #[cfg(target_arch = "x86_64")]
-    job.run::<hardware::Amx>();
+    // SAFETY: the level is AMX, which includes AVX-512.
+    unsafe {
+        with_vectors::<hardware::Amx>(job);
+    }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = job;
         unreachable!("AMX is x86-64's");
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn with_vectors<T: Tiles>(job: impl TileJob) {
+    job.run::<T>();
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -152,18 +164,26 @@ mod hardware {
             unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem, preserves_flags)) }
         }
         #[inline(always)]
-        unsafe fn load<const T: u8>(from: *const u32, stride: usize) {
+        unsafe fn load<const T: u8>(from: *const u8, stride: usize) {
             // SAFETY: the caller vouches for 16 rows of 64 bytes.
             unsafe {
-                asm!("tileloadd tmm{t}, [{p} + {s}]", t = const T, p = in(reg) from, s = in(reg) stride * 4,
+                asm!("tileloadd tmm{t}, [{p} + {s}]", t = const T, p = in(reg) from, s = in(reg) stride,
                     options(nostack, readonly, preserves_flags));
             }
         }
         #[inline(always)]
-        unsafe fn store<const T: u8>(to: *mut u32, stride: usize) {
+        unsafe fn load_once<const T: u8>(from: *const u8, stride: usize) {
             // SAFETY: the caller vouches for 16 rows of 64 bytes.
             unsafe {
-                asm!("tilestored [{p} + {s}], tmm{t}", t = const T, p = in(reg) to, s = in(reg) stride * 4,
+                asm!("tileloaddt1 tmm{t}, [{p} + {s}]", t = const T, p = in(reg) from, s = in(reg) stride,
+                    options(nostack, readonly, preserves_flags));
+            }
+        }
+        #[inline(always)]
+        unsafe fn store<const T: u8>(to: *mut u8, stride: usize) {
+            // SAFETY: the caller vouches for 16 rows of 64 bytes.
+            unsafe {
+                asm!("tilestored [{p} + {s}], tmm{t}", t = const T, p = in(reg) to, s = in(reg) stride,
                     options(nostack, preserves_flags));
             }
         }
@@ -209,19 +229,25 @@ mod emulated {
         unsafe fn zero<const T: u8>() {
             with(|r| r[usize::from(T)].fill(0));
         }
-        unsafe fn load<const T: u8>(from: *const u32, stride: usize) {
+        unsafe fn load<const T: u8>(from: *const u8, stride: usize) {
             with(|r| {
                 for (i, row) in r[usize::from(T)].chunks_exact_mut(TILE_COLUMNS).enumerate() {
-                    // SAFETY: the caller vouches for 16 rows of 16 words.
-                    row.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(i * stride), TILE_COLUMNS) });
+                    let row: &mut [u8] = bytemuck::cast_slice_mut(row);
+                    // SAFETY: the caller vouches for 16 rows of 64 bytes.
+                    row.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(i * stride), row.len()) });
                 }
             });
         }
-        unsafe fn store<const T: u8>(to: *mut u32, stride: usize) {
+        unsafe fn load_once<const T: u8>(from: *const u8, stride: usize) {
+            // SAFETY: passed on from the caller.
+            unsafe { Self::load::<T>(from, stride) }
+        }
+        unsafe fn store<const T: u8>(to: *mut u8, stride: usize) {
             with(|r| {
                 for (i, row) in r[usize::from(T)].chunks_exact(TILE_COLUMNS).enumerate() {
-                    // SAFETY: as above, and nobody else has these words.
-                    unsafe { std::slice::from_raw_parts_mut(to.add(i * stride), TILE_COLUMNS) }.copy_from_slice(row);
+                    let row: &[u8] = bytemuck::cast_slice(row);
+                    // SAFETY: as above, and nobody else has these bytes.
+                    unsafe { std::slice::from_raw_parts_mut(to.add(i * stride), row.len()) }.copy_from_slice(row);
                 }
             });
         }

@@ -137,6 +137,7 @@ pub(crate) const ROWS_OF_TILES: usize = 2 * TILE_ROWS;
 impl TileJob for Multiply<'_> {
     /// Blocks of two tiles by two: each tile that is loaded is multiplied twice, so that loads, of which two take as long
     /// as a product, do not bound it.
+    #[inline(always)]
     fn run<T: Tiles>(mut self) {
         let rows = self.count.next_multiple_of(ROWS_OF_TILES);
         self.check(2 * TILE_COLUMNS, rows);
@@ -163,13 +164,15 @@ impl Multiply<'_> {
         unsafe {
             let lanes = self.lanes.as_ptr().add(first * self.cells);
             let rows = self.rows.as_ptr().add(i * ROW_CELLS);
-            let top = self.sums.as_mut_ptr().add(i * self.width + first).cast::<u32>();
+            let top = self.sums.as_mut_ptr().add(i * self.width + first);
             let bottom = top.add(TILE_ROWS * self.width);
+            // Bytes from one row to the next.
+            let (width, row, group) = (4 * self.width, 4 * ROW_CELLS, 4 * GROUP);
             if self.add {
-                T::load::<0>(top, self.width);
-                T::load::<1>(top.add(TILE_COLUMNS), self.width);
-                T::load::<2>(bottom, self.width);
-                T::load::<3>(bottom.add(TILE_COLUMNS), self.width);
+                T::load::<0>(top.cast(), width);
+                T::load::<1>(top.add(TILE_COLUMNS).cast(), width);
+                T::load::<2>(bottom.cast(), width);
+                T::load::<3>(bottom.add(TILE_COLUMNS).cast(), width);
             } else {
                 T::zero::<0>();
                 T::zero::<1>();
@@ -177,19 +180,19 @@ impl Multiply<'_> {
                 T::zero::<3>();
             }
             for c in (0..self.cells).step_by(TILE_COLUMNS) {
-                T::load::<4>(rows.add(c), ROW_CELLS);
-                T::load::<6>(lanes.add(c * GROUP), GROUP);
+                T::load::<4>(rows.add(c).cast(), row);
+                T::load::<6>(lanes.add(c * GROUP).cast(), group);
                 T::dot::<0, 4, 6>();
-                T::load::<7>(lanes.add(c * GROUP + TILE_COLUMNS), GROUP);
+                T::load::<7>(lanes.add(c * GROUP + TILE_COLUMNS).cast(), group);
                 T::dot::<1, 4, 7>();
-                T::load::<5>(rows.add(TILE_ROWS * ROW_CELLS + c), ROW_CELLS);
+                T::load::<5>(rows.add(TILE_ROWS * ROW_CELLS + c).cast(), row);
                 T::dot::<2, 5, 6>();
                 T::dot::<3, 5, 7>();
             }
-            T::store::<0>(top, self.width);
-            T::store::<1>(top.add(TILE_COLUMNS), self.width);
-            T::store::<2>(bottom, self.width);
-            T::store::<3>(bottom.add(TILE_COLUMNS), self.width);
+            T::store::<0>(top.cast(), width);
+            T::store::<1>(top.add(TILE_COLUMNS).cast(), width);
+            T::store::<2>(bottom.cast(), width);
+            T::store::<3>(bottom.add(TILE_COLUMNS).cast(), width);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! Of one operand the kernels read *lanes*, vectors over the outer index at each cell, in groups: `[group][cell][lane]`.
 //! Of the other they read *rows*, `[row][ROW_CELLS]`, one cell at a time or as the rows of a tile.
 
+pub(crate) mod blocks;
 mod kernel;
 mod pack;
 

@@ -4,6 +4,7 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
+use super::tiles;
 use crate::buffer::Pod;
 use crate::isa::{Isa, vectorised};
 use crate::panel::{self, CELLS, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
@@ -83,8 +84,12 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         end = after.unwrap_or_else(|| panic!("an output that ends nowhere: {p:?}"));
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
-    let tasks = tasks(cpu.isa(), products, accumulate);
     let out = Output::new(out);
+    // All products of a list have operands of the same types.
+    if products.first().is_some_and(|p| p.unit(cpu.isa()) == Unit::Tiles) {
+        return tiles::run(cpu, products, &out, accumulate);
+    }
+    let tasks = tasks(cpu.isa(), products, accumulate);
     cpu.for_each(tasks.len(), |i| {
         let t = &tasks[i];
         SCRATCH.with_borrow_mut(|s| tile(cpu.isa(), &products[t.product], t, s, &out, accumulate));
@@ -123,7 +128,7 @@ thread_local! {
     });
 }
 
-fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
+pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
     if v.len() < len {
         *v = AlignedVec::zeros(len);
     }
@@ -169,7 +174,7 @@ vectorised! {
 }
 
 #[inline(always)]
-fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
+pub(super) fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
     if accumulate {
         c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(c.f32() + s));
     } else {
@@ -178,13 +183,14 @@ fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
 }
 
 /// The output, written by many tasks at once, each its own elements.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     data: Pointer,
     len: usize,
     life: PhantomData<&'a mut ()>,
 }
 
-enum Pointer {
+#[derive(Clone, Copy)]
+pub(super) enum Pointer {
     F32(*mut f32),
     Bf16(*mut bf16),
 }
@@ -207,6 +213,20 @@ impl<'a> Output<'a> {
             ViewMut::I32(_) | ViewMut::Cuda(_) => panic!("expected a float output in host memory"),
         };
         Self { data, len, life: PhantomData }
+    }
+
+    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises what `segment` asks for.
+    #[inline(always)]
+    pub fn at(&self, at: usize, len: usize, rows: usize, stride: usize) -> Pointer {
+        let end = at + rows.saturating_sub(1) * stride + len;
+        assert!(end <= self.len, "{rows} rows of {len} at {at}, {stride} apart, of {}", self.len);
+        // SAFETY: within the borrowed output as just asserted.
+        unsafe {
+            match self.data {
+                Pointer::F32(p) => Pointer::F32(p.add(at)),
+                Pointer::Bf16(p) => Pointer::Bf16(p.add(at)),
+            }
+        }
     }
 
     /// `len` elements from `at`.

@@ -16,6 +16,7 @@ pub(super) mod cuda;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use crate::panel::Operand;
 use crate::sizes::sizes;

@@ -221,9 +221,14 @@ fn strides_are_respected() {
 fn same_bits_for_every_thread_count() {
     for isa in isas() {
         let contexts = thread_counts(isa);
-        for (shape, dtypes) in
-            [((300, 200, 257), (F32, Bf16)), ((16, 300, 600), (Bf16, Bf16)), ((241, 65, 100), (Bf16, Bf16))]
-        {
+        // The last two are cut into more tasks for more workers.
+        for (shape, dtypes) in [
+            ((300, 200, 257), (F32, Bf16)),
+            ((16, 300, 600), (Bf16, Bf16)),
+            ((241, 65, 100), (Bf16, Bf16)),
+            ((500, 400, 180), (Bf16, Bf16)),
+            ((520, 70, 1100), (Bf16, Bf16)),
+        ] {
             for (ta, tb) in TRANSPOSES {
                 let case = Case::new(shape, dtypes, ta, tb);
                 let run = |ctx: &Ctx| {

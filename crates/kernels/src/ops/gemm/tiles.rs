@@ -1,0 +1,460 @@
+//! Products on AMX. A task is a tile of a product's output, a piece of k at a time: the tile's columns are packed, 32 rows
+//! after the other are taken where they lie or packed, and blocks of sums go along the columns. The rows stay in the
+//! first-level cache meanwhile, the columns in the second. Where a product is cut into several tiles of rows its columns
+//! are packed for all of them first.
+//!
+//! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
+//! unit that multiplies tiles leaves vectors alone.
+
+use super::cpu::{Output, Pointer, Product, finish, reserve};
+use crate::isa::{TileJob, Tiles};
+use crate::panel::Operand;
+use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
+use crate::{AlignedVec, Cpu, Elem, bf16};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Most k of a piece: where rows are packed, so that they stay in the first-level cache, and where they are read where
+/// they lie.
+const PIECES: [usize; 2] = [512, 768];
+/// Most rows and columns of a tile: packed columns and sums are to fit the second-level cache.
+const ROWS: usize = 512;
+const COLUMNS: usize = 512;
+/// Tasks for each worker to aim for, so that a slow one does not hold up all. Where rows are packed there is one: each
+/// cut along columns packs them once more.
+const TASKS: usize = 2;
+/// Multiply-adds below which a task is not worth cutting further.
+const LEAST_WORK: usize = 1 << 24;
+/// Rows so far apart share a few sets of the first-level cache, so that 32 of them are packed even if k runs along them.
+const CROWDED: usize = 4096;
+/// Columns that are packed for several tasks as one task.
+const SHARE: usize = 4 * BLOCK;
+
+/// A tile of a product.
+struct Task<'a> {
+    p: &'a Product<'a>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    /// Where the product's packed columns begin, if they are shared by several tasks.
+    shared: Option<usize>,
+}
+
+/// Columns of a product that are packed for several tasks: `[piece][32 columns][step]`.
+struct Panels<'a> {
+    p: &'a Product<'a>,
+    at: usize,
+}
+
+/// A part of that: columns of a piece.
+struct Part<'a> {
+    b: Operand<'a>,
+    columns: Range<usize>,
+    k: Range<usize>,
+    at: usize,
+}
+
+/// Computes all products, whose outputs lie apart in `out`.
+pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumulate: bool) {
+    let (tasks, panels) = tasks(products, cpu.threads(), accumulate);
+    let mut shared = cpu.empty::<u32>(panels.iter().map(Panels::cells).sum());
+    let parts: Vec<_> = panels.iter().flat_map(Panels::parts).collect();
+    let room = Panel(shared.as_mut_ptr());
+    cpu.for_each(parts.len(), |i| cpu.isa().run_tiles(Share { part: &parts[i], room: &room }));
+    cpu.for_each(tasks.len(), |i| {
+        SCRATCH.with_borrow_mut(|s| {
+            let room = Room::of(s, &tasks[i]);
+            cpu.isa().run_tiles(OnTiles { task: &tasks[i], shared: &shared, out, accumulate, room });
+        });
+    });
+}
+
+/// Cuts products into tasks, and says which columns are packed beforehand.
+/// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
+fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
+    let work = |p: &Product<'_>| p.m * p.n * p.k.max(1);
+    let total: usize = products.iter().map(work).sum();
+    let (mut tasks, mut panels, mut at) = (Vec::new(), Vec::new(), 0);
+    // Adding an empty sum would turn -0 into 0.
+    let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
+    for p in products.iter().filter(|p| !idle(p)) {
+        let each = (total / (threads * if p.a.k_contiguous { TASKS } else { 1 })).max(LEAST_WORK);
+        let (rows, columns) = grid(p, work(p).div_ceil(each));
+        let shared = (rows > 1).then_some(at);
+        if rows > 1 {
+            panels.push(Panels { p, at });
+            at += panels[panels.len() - 1].cells();
+        }
+        for columns in parts(p.n, columns) {
+            tasks.extend(parts(p.m, rows).map(|rows| Task { p, rows, columns: columns.clone(), shared }));
+        }
+    }
+    (tasks, panels)
+}
+
+/// Parts of rows and of columns: tiles no larger than they may be, and at least `wanted` of them unless they get small.
+fn grid(p: &Product<'_>, wanted: usize) -> (usize, usize) {
+    // One part a little larger than meant is better than two small ones.
+    let least = |len: usize, most: usize| if len <= most + most / 8 { 1 } else { len.div_ceil(most) };
+    let (mut rows, mut columns) = (least(p.m, ROWS), least(p.n, COLUMNS));
+    while rows * columns < wanted {
+        let (r, c) = (p.m / rows, p.n / columns);
+        match r.max(c) {
+            ..=BLOCK => break,
+            _ if r > c => rows += 1,
+            _ => columns += 1,
+        }
+    }
+    (rows, columns)
+}
+
+/// Cuts `len` into `parts` of whole blocks but for the last, whose sizes differ by one block at most.
+fn parts(len: usize, parts: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let blocks = len.div_ceil(BLOCK);
+    let at = move |i: usize| (i * blocks / parts * BLOCK).min(len);
+    (0..parts).map(move |i| at(i)..at(i + 1)).filter(|r| !r.is_empty())
+}
+
+/// Whether rows of the left operand are read where they lie.
+fn in_place(a: &Operand<'_>) -> bool {
+    a.k_contiguous && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED)
+}
+
+/// The pieces of k, of about equal length and whole steps but for the last; one that is empty if there is no k.
+fn pieces(p: &Product<'_>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (k, most) = (p.k, PIECES[usize::from(in_place(&p.a))]);
+    let piece = k.div_ceil(BLOCK).div_ceil(k.div_ceil(most).max(1)).max(1) * BLOCK;
+    (0..k.max(1)).step_by(piece).map(move |k0| k0..k.min(k0 + piece))
+}
+
+fn steps(k: &Range<usize>) -> usize {
+    k.len().div_ceil(BLOCK)
+}
+
+impl<'a> Panels<'a> {
+    fn cells(&self) -> usize {
+        self.p.n.div_ceil(BLOCK) * self.p.k.div_ceil(BLOCK) * STEP_CELLS
+    }
+
+    fn parts(&self) -> Vec<Part<'a>> {
+        let Product { n, b, .. } = *self.p;
+        let of = |k: Range<usize>| {
+            (0..n).step_by(SHARE).map(move |first| {
+                let at = self.at + panel_at(n, &k, first);
+                Part { b, columns: first..n.min(first + SHARE), k: k.clone(), at }
+            })
+        };
+        pieces(self.p).flat_map(of).collect()
+    }
+}
+
+/// Where column `first` at the piece `k` lies in the packed columns of a product.
+fn panel_at(n: usize, k: &Range<usize>, first: usize) -> usize {
+    (n.div_ceil(BLOCK) * (k.start / BLOCK) + first / BLOCK * steps(k)) * STEP_CELLS
+}
+
+struct Panel(*mut u32);
+
+// SAFETY: whoever writes through it promises to be the only one at its place.
+unsafe impl Sync for Panel {}
+
+struct Share<'a> {
+    part: &'a Part<'a>,
+    room: &'a Panel,
+}
+
+impl TileJob for Share<'_> {
+    #[inline(always)]
+    fn run<T: Tiles>(self) {
+        let Part { b, columns, k, at } = self.part;
+        // SAFETY: the room was sized for all panels, and each part has its own place in one.
+        unsafe { pack(*b, Side::Right, columns, k, self.room.0.add(*at)) }
+    }
+}
+
+/// A worker's packed operands and sums.
+struct Scratch {
+    left: AlignedVec<u32>,
+    right: AlignedVec<u32>,
+    sums: AlignedVec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        left: AlignedVec::zeros(0),
+        right: AlignedVec::zeros(0),
+        sums: AlignedVec::zeros(0),
+    });
+}
+
+/// Where a task packs and sums. Pointers, because sums are still moved to the output while the next are written.
+struct Room {
+    /// 32 rows of a piece.
+    left: *mut u32,
+    /// The tile's columns of a piece, if they are not shared.
+    right: *mut u32,
+    /// So many blocks: all of the tile where k has several pieces, else two.
+    sums: *mut f32,
+    blocks: usize,
+}
+
+impl Room {
+    fn of(s: &mut Scratch, task: &Task<'_>) -> Self {
+        let longest = pieces(task.p).map(|k| steps(&k)).max().unwrap_or(0);
+        let (down, along) = (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK));
+        let blocks = if pieces(task.p).count() > 1 { down * along } else { 2 };
+        reserve(&mut s.left, longest * STEP_CELLS);
+        reserve(&mut s.right, if task.shared.is_some() { 0 } else { along * longest * STEP_CELLS });
+        reserve(&mut s.sums, blocks * SUMS);
+        Self { left: s.left.as_mut_ptr(), right: s.right.as_mut_ptr(), sums: s.sums.as_mut_ptr(), blocks }
+    }
+}
+
+/// A task, and what it needs.
+struct OnTiles<'a> {
+    task: &'a Task<'a>,
+    shared: &'a [u32],
+    out: &'a Output<'a>,
+    accumulate: bool,
+    room: Room,
+}
+
+impl TileJob for OnTiles<'_> {
+    #[inline(always)]
+    fn run<T: Tiles>(self) {
+        let (Task { p, columns, shared, .. }, room) = (self.task, &self.room);
+        let mut beside = Beside::new(p, self.out, self.accumulate);
+        // SAFETY: all that uses tiles is between here and the release, on this thread.
+        unsafe { T::configure() };
+        for k in pieces(p) {
+            let right = match shared {
+                Some(at) => self.shared[at + panel_at(p.n, &k, columns.start)..].as_ptr(),
+                None => {
+                    // SAFETY: there is room for the longest piece, and nobody reads it.
+                    unsafe { pack(p.b, Side::Right, columns, &k, room.right) };
+                    room.right
+                }
+            };
+            self.piece::<T>(&k, right, &mut beside);
+        }
+        beside.finish(BLOCK);
+        // SAFETY: configured above.
+        unsafe { T::release() };
+    }
+}
+
+impl<'a> OnTiles<'a> {
+    /// All blocks over one piece of k, whose columns are packed at `right`.
+    #[inline(always)]
+    fn piece<T: Tiles>(&self, k: &Range<usize>, right: *const u32, beside: &mut Beside<'a>) {
+        let (Task { p, rows, columns, .. }, room) = (self.task, &self.room);
+        let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
+        let last = k.end == p.k;
+        beside.spread(steps);
+        for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
+            let rows = first..rows.end.min(first + BLOCK);
+            let left = self.left(&rows, k);
+            for c in 0..along {
+                // SAFETY: tiles are configured by `run`. The piece's steps of the rows and of the columns are there, and
+                // room for its sums, which a block leaves for its next piece or which are in the output before it is
+                // their place's turn again.
+                let sums = unsafe {
+                    let sums = room.sums.add((r * along + c) % room.blocks * SUMS);
+                    block::<T>(left, right.add(c * steps * STEP_CELLS), sums, (steps, k.start > 0), beside);
+                    sums
+                };
+                beside.finish(BLOCK);
+                if last {
+                    let column = columns.start + c * BLOCK;
+                    let columns = BLOCK.min(columns.end - column);
+                    // SAFETY: as said above; products lie apart in the output (asserted by `cpu::run`), rows of one lie
+                    // `ldc >= n` apart, and the tasks partition its rows and columns.
+                    unsafe { beside.done(sums, (rows.start, rows.len()), (column, columns)) }
+                }
+            }
+        }
+    }
+
+    /// Up to 32 rows over a piece: where they lie, or packed. Fewer rows, and those that end within a step, are packed, so
+    /// that what lies behind them is not read.
+    #[inline(always)]
+    fn left(&self, rows: &Range<usize>, k: &Range<usize>) -> Left {
+        let a = self.task.p.a;
+        let whole = rows.len() == BLOCK && k.len().is_multiple_of(BLOCK) && !k.is_empty();
+        if whole && in_place(&a) {
+            let part = &a.data.bf16()[rows.start * a.ld + k.start..(rows.end - 1) * a.ld + k.end];
+            // SAFETY: the part has 32 rows, the last as far as k goes.
+            return unsafe { Left::rows(part.as_ptr(), a.ld) };
+        }
+        // SAFETY: there is room for the longest piece, and the blocks that read it are done.
+        unsafe {
+            pack(a, Side::Left, rows, k, self.room.left);
+            Left::packed(self.room.left)
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Left,
+    Right,
+}
+
+/// Packs a part of an operand, `[32 outer indices][step]`, in the order in which it lies in memory.
+///
+/// # Safety
+/// There is room at `to` for so many blocks times so many steps, and nobody else uses it.
+#[inline(always)]
+unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
+    let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
+    let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
+    let fast = if op.k_contiguous { steps } else { groups };
+    for unit in 0..groups * steps {
+        let (i, j) = (unit / fast, unit % fast);
+        let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
+        // SAFETY: the caller's promise.
+        let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
+        match side {
+            Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
+            Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
+        }
+    }
+}
+
+/// What is done beside products of tiles: finished sums are moved to the output.
+struct Beside<'a> {
+    p: &'a Product<'a>,
+    out: &'a Output<'a>,
+    accumulate: bool,
+    /// Sums of the rows that are not in the output yet, where they go, and how many rows and columns there are.
+    sums: *const [f32; BLOCK],
+    to: Pointer,
+    rows: usize,
+    columns: usize,
+    /// Rows that are moved in a step.
+    share: usize,
+    /// The sums were stored just now: who read them would wait.
+    fresh: bool,
+}
+
+impl blocks::Beside for Beside<'_> {
+    #[inline(always)]
+    fn step(&mut self) {
+        if self.rows > 0 && !std::mem::take(&mut self.fresh) {
+            self.finish(self.share);
+        }
+    }
+}
+
+impl<'a> Beside<'a> {
+    fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
+        let (sums, to) = (std::ptr::null(), out.at(0, 0, 0, 0));
+        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false }
+    }
+
+    /// Steps that a block has: its rows are shared out among all but the first.
+    fn spread(&mut self, steps: usize) {
+        self.share = BLOCK.div_ceil(steps.saturating_sub(1).max(1));
+    }
+
+    /// A block is finished whose first element is (row, column) of the product.
+    ///
+    /// # Safety
+    /// Its sums are not written before they are all in the output, whose elements are this task's.
+    #[inline(always)]
+    unsafe fn done(&mut self, sums: *const f32, (row, rows): (usize, usize), (column, columns): (usize, usize)) {
+        debug_assert_eq!(self.rows, 0);
+        (self.sums, self.rows, self.columns, self.fresh) = (sums.cast(), rows, columns, true);
+        self.to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
+    }
+
+    /// Moves up to `most` rows of the finished block to the output.
+    #[inline(always)]
+    fn finish(&mut self, most: usize) {
+        let rows = most.min(self.rows);
+        // SAFETY: `done` promises both, and `Output::at` has seen that all rows are in the output.
+        unsafe {
+            self.to = match self.to {
+                Pointer::F32(c) => Pointer::F32(self.to_rows(c, rows)),
+                Pointer::Bf16(c) => Pointer::Bf16(self.to_rows(c, rows)),
+            };
+            self.sums = self.sums.add(rows);
+        }
+        self.rows -= rows;
+    }
+
+    /// Returns where the row after them goes.
+    ///
+    /// # Safety
+    /// So many rows of sums are there and so many rows of the output this task's, the first at `c`.
+    #[inline(always)]
+    unsafe fn to_rows<E: Elem>(&self, mut c: *mut E, rows: usize) -> *mut E {
+        for r in 0..rows {
+            // SAFETY: the caller's promise.
+            let sums = unsafe { &*self.sums.add(r) };
+            if self.columns == BLOCK {
+                // SAFETY: as above, of whole rows.
+                whole(unsafe { &mut *c.cast::<[E; BLOCK]>() }, sums, self.accumulate);
+            } else {
+                // SAFETY: as above.
+                finish(unsafe { std::slice::from_raw_parts_mut(c, self.columns) }, sums, self.accumulate);
+            }
+            // Behind the last row there may be nothing.
+            c = c.wrapping_add(self.p.ldc);
+        }
+        c
+    }
+}
+
+/// A row of known length is read before it is written, so that it is moved in whole vectors.
+#[inline(always)]
+fn whole<E: Elem>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
+    let (old, sums) = (*c, *sums);
+    if accumulate {
+        *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
+    } else {
+        *c = std::array::from_fn(|i| E::round(sums[i]));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::View;
+
+    /// Tasks partition the output, whatever the shape and the number of workers, and are no larger than scratch should be.
+    #[test]
+    fn tasks_partition_the_output() {
+        for (m, n, k) in [(1, 1, 1), (33, 700, 64), (4096, 192, 512), (576, 2048, 512), (600, 31, 2000), (5, 9000, 70)]
+        {
+            for (threads, k_contiguous) in [(1, true), (2, false), (2, true), (64, true), (64, false)] {
+                let a = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
+                let p = [Product { m, n, k, a, b: a, c: 0, ldc: n }];
+                let (tasks, panels) = tasks(&p, threads, false);
+                let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
+                for t in &tasks {
+                    assert!(t.rows.len() <= ROWS + ROWS / 8 && t.columns.len() <= COLUMNS + COLUMNS / 8);
+                    assert_eq!(t.shared.is_some(), panels.len() == 1);
+                    for r in t.rows.clone().step_by(BLOCK) {
+                        for c in t.columns.clone().step_by(BLOCK) {
+                            assert!(r.is_multiple_of(BLOCK) && c.is_multiple_of(BLOCK));
+                            seen[r / BLOCK * n.div_ceil(BLOCK) + c / BLOCK] += 1;
+                        }
+                    }
+                }
+                assert!(seen.iter().all(|&s| s == 1), "{m} {n} {k} {threads} {k_contiguous}");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_are_whole_steps() {
+        for (k, ld) in [0, 1, 31, 32, 512, 513, 768, 1408, 21888].iter().flat_map(|&k| [(k, 1000), (k, 2048)]) {
+            let a = Operand { data: View::Bf16(&[]), ld, k_contiguous: true };
+            let most = if ld == 2048 { 512 } else { 768 };
+            let all: Vec<_> = pieces(&Product { m: 1, n: 1, k, a, b: a, c: 0, ldc: 1 }).collect();
+            assert_eq!((all[0].start, all[all.len() - 1].end), (0, k));
+            assert!(all.windows(2).all(|w| w[0].end == w[1].start && w[0].end.is_multiple_of(BLOCK)));
+            assert!(all.iter().all(|p| p.len() <= most) && all.len() == k.div_ceil(most).max(1), "{k}: {all:?}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Products on AMX's tiles, by blocks of 32 x 32 sums that stay in four tile registers while k passes by.
+//!
+//! A step is 32 of k: two tiles of the left operand times two of the right, so that each tile that is loaded is
+//! multiplied twice. Rows of the left operand can be read where they lie if k runs along them; else they are packed, as the
+//! right operand always is: of each 32 columns and step two tiles of 1 KiB, whose rows are pairs of k.
+//!
+//! Every sum is one chain over the steps in their order, whatever the block; stored and loaded sums are not rounded.
+
+use super::Operand;
+use crate::bf16;
+use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, transpose_cells};
+use std::ops::Range;
+
+/// Rows and columns of a block, and k of a step.
+pub(crate) const BLOCK: usize = 2 * TILE_ROWS;
+/// Sums of a block, `[row][column]`.
+pub(crate) const SUMS: usize = BLOCK * BLOCK;
+/// Cells of two tiles: those of one operand at one step.
+pub(crate) const STEP_CELLS: usize = 2 * TILE_ROWS * TILE_COLUMNS;
+/// Bytes of those.
+const STEP_BYTES: usize = 4 * STEP_CELLS;
+/// Bytes of a row of sums.
+const SUMS_ROW: usize = 4 * BLOCK;
+
+/// 32 rows of the left operand over some steps. Element k of row r is at `r * row + k / 32 * step + k % 32 * 2` bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Left {
+    at: *const u8,
+    row: usize,
+    step: usize,
+}
+
+impl Left {
+    /// Rows where they lie, `ld` elements apart.
+    ///
+    /// # Safety
+    /// As long as it is used 32 rows from `at` are there to be read, as far as it is used along them.
+    pub unsafe fn rows(at: *const bf16, ld: usize) -> Self {
+        Self { at: at.cast(), row: 2 * ld, step: 2 * BLOCK }
+    }
+
+    /// Rows that were packed.
+    ///
+    /// # Safety
+    /// As for `rows`, of as many steps as are used.
+    pub unsafe fn packed(cells: *const u32) -> Self {
+        Self { at: cells.cast(), row: 2 * BLOCK, step: STEP_BYTES }
+    }
+}
+
+/// What is done while tiles are multiplied: in vectors it costs little there. Not a closure, which would be compiled
+/// for no more than the build's target.
+pub(crate) trait Beside {
+    /// Does a little of it. Must be `#[inline(always)]`, as must all it calls.
+    fn step(&mut self);
+}
+
+/// `sums` (+)= left . right over `steps` steps, with a step of what is done beside in each.
+///
+/// # Safety
+/// Tiles are configured. `left` has so many steps; so many times [`STEP_CELLS`] are there from `right`, and [`SUMS`] from
+/// `sums`.
+#[inline(always)]
+pub(crate) unsafe fn block<T: Tiles>(
+    left: Left,
+    right: *const u32,
+    sums: *mut f32,
+    (steps, add): (usize, bool),
+    beside: &mut impl Beside,
+) {
+    const LOWER: usize = TILE_ROWS * SUMS_ROW;
+    const HALF: usize = STEP_BYTES / 2;
+    let sums = sums.cast::<u8>();
+    // SAFETY: the caller's promise.
+    unsafe {
+        if add {
+            T::load::<0>(sums, SUMS_ROW);
+            T::load::<1>(sums.add(SUMS_ROW / 2), SUMS_ROW);
+            T::load::<2>(sums.add(LOWER), SUMS_ROW);
+            T::load::<3>(sums.add(LOWER + SUMS_ROW / 2), SUMS_ROW);
+        } else {
+            T::zero::<0>();
+            T::zero::<1>();
+            T::zero::<2>();
+            T::zero::<3>();
+        }
+        let (mut upper, mut right) = (left.at, right.cast::<u8>());
+        for _ in 0..steps {
+            // All loads before all products: each then comes well before what needs it.
+            T::load::<4>(upper, left.row);
+            T::load_once::<6>(right, 2 * BLOCK);
+            T::load_once::<7>(right.add(HALF), 2 * BLOCK);
+            T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
+            T::dot::<0, 4, 6>();
+            T::dot::<1, 4, 7>();
+            T::dot::<2, 5, 6>();
+            T::dot::<3, 5, 7>();
+            beside.step();
+            // Behind the last step there may be nothing.
+            upper = upper.wrapping_add(left.step);
+            right = right.add(STEP_BYTES);
+        }
+        T::store::<0>(sums, SUMS_ROW);
+        T::store::<1>(sums.add(SUMS_ROW / 2), SUMS_ROW);
+        T::store::<2>(sums.add(LOWER), SUMS_ROW);
+        T::store::<3>(sums.add(LOWER + SUMS_ROW / 2), SUMS_ROW);
+    }
+}
+
+/// Packs rows `outer` (32 at most) of the left operand at one step, `k` (32 at most); the rows and k that are missing are
+/// zeros.
+#[inline(always)]
+pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    if op.k_contiguous {
+        rows_along(op, outer, k, to);
+    } else {
+        let mut across = [0; STEP_CELLS];
+        cells_across(op, outer, k, &mut across);
+        transpose_tiles(&across, to);
+    }
+}
+
+/// Packs columns `outer` (32 at most) of the right operand at one step, as `pack_left` does rows.
+#[inline(always)]
+pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    if !op.k_contiguous {
+        cells_across(op, outer, k, to);
+    } else if outer.len() == BLOCK && k.len() == BLOCK {
+        let part = &op.data.bf16()[outer.start * op.ld + k.start..(outer.end - 1) * op.ld + k.end];
+        let (at, stride, to) = (part.as_ptr().cast::<u8>(), 2 * op.ld, to.as_mut_ptr());
+        // SAFETY: the part has 32 rows of 32 elements, `ld` apart; two tiles are written.
+        unsafe {
+            transpose_cells(at, stride, to);
+            transpose_cells(at.add(TILE_ROWS * stride), stride, to.add(STEP_CELLS / 2));
+        }
+    } else {
+        let mut along = [0; STEP_CELLS];
+        rows_along(op, outer, k, &mut along);
+        transpose_tiles(&along, to);
+    }
+}
+
+#[inline(always)]
+fn transpose_tiles(from: &[u32; STEP_CELLS], to: &mut [u32; STEP_CELLS]) {
+    let (from, to) = (from.as_ptr().cast::<u8>(), to.as_mut_ptr());
+    // SAFETY: both are two tiles, whose rows lie close together.
+    unsafe {
+        transpose_cells(from, 4 * TILE_COLUMNS, to);
+        transpose_cells(from.add(STEP_BYTES / 2), 4 * TILE_COLUMNS, to.add(STEP_CELLS / 2));
+    }
+}
+
+/// The cells of up to 32 outer indices over up to 32 steps of k along which they lie: `[outer][cell]`.
+#[inline(always)]
+fn rows_along(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    let src = op.data.bf16();
+    // A cell in memory is its two elements, the first one first.
+    let rows = bytemuck::cast_slice_mut::<u32, bf16>(to).as_chunks_mut::<BLOCK>().0;
+    for (r, row) in rows.iter_mut().enumerate() {
+        let from = if r < outer.len() { &src[(outer.start + r) * op.ld + k.start..][..k.len()] } else { &[] };
+        match from.try_into() {
+            Ok(from) => *row = from,
+            Err(_) => {
+                row[..from.len()].copy_from_slice(from);
+                row[from.len()..].fill(bf16::ZERO);
+            }
+        }
+    }
+}
+
+/// The cells of up to 32 outer indices over up to 32 steps of k that lie `ld` apart: `[half][cell][16 outer]`.
+#[inline(always)]
+fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+    let src = op.data.bf16();
+    let row = |k: usize| &src[k * op.ld + outer.start..][..outer.len()];
+    let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+    let (left, right) = to.split_at_mut(STEP_CELLS / 2);
+    let lines = left.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().zip(right.as_chunks_mut::<TILE_COLUMNS>().0);
+    for ((left, right), k0) in lines.zip((k.start..).step_by(2)) {
+        if k0 + 1 < k.end
+            && let (Ok(x), Ok(y)) = (<&[bf16; BLOCK]>::try_from(row(k0)), <&[bf16; BLOCK]>::try_from(row(k0 + 1)))
+        {
+            *left = std::array::from_fn(|i| pair(x[i], y[i]));
+            *right = std::array::from_fn(|i| pair(x[TILE_COLUMNS + i], y[TILE_COLUMNS + i]));
+            continue;
+        }
+        let at =
+            |k0: usize, i: usize| if k0 < k.end { row(k0).get(i).copied().unwrap_or(bf16::ZERO) } else { bf16::ZERO };
+        *left = std::array::from_fn(|i| pair(at(k0, i), at(k0 + 1, i)));
+        *right = std::array::from_fn(|i| pair(at(k0, TILE_COLUMNS + i), at(k0 + 1, TILE_COLUMNS + i)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::isas;
+    use crate::{Level, View};
+
+    /// Every cell of a packed step, of parts that are whole, ragged, or one element, in both layouts; around the part the
+    /// operand has numbers that must not be seen.
+    #[test]
+    fn steps_are_packed() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let (size, ld) = (70, 77);
+        let value = |outer: usize, k: usize| bf16::from_f32((outer * 128 + k) as f32 / 7.0);
+        for k_contiguous in [true, false] {
+            let at = |o: usize, k: usize| if k_contiguous { o * ld + k } else { k * ld + o };
+            let mut data = vec![bf16::NAN; size * ld];
+            for (o, k) in (0..size).flat_map(|o| (0..size).map(move |k| (o, k))) {
+                data[at(o, k)] = value(o, k);
+            }
+            let op = Operand { data: View::Bf16(&data), ld, k_contiguous };
+            let parts = [0..32, 3..35, 38..70, 1..2, 5..20, 64..70, 7..38, 16..32];
+            for (outer, k) in parts.iter().flat_map(|o| parts.iter().map(move |k| (o, k))) {
+                let (mut left, mut right) = ([7; STEP_CELLS], [7; STEP_CELLS]);
+                pack_left(op, outer, k, &mut left);
+                pack_right(op, outer, k, &mut right);
+                for (o, c) in (0..BLOCK).flat_map(|o| (0..TILE_COLUMNS).map(move |c| (o, c))) {
+                    let held = |k0: usize| o < outer.len() && k0 < k.len();
+                    let of = |k0: usize| if held(k0) { value(outer.start + o, k.start + k0) } else { bf16::ZERO };
+                    let cell = u32::from(of(2 * c).to_bits()) | u32::from(of(2 * c + 1).to_bits()) << 16;
+                    let name = format!("{outer:?} {k:?} {k_contiguous}: outer {o}, cell {c}");
+                    assert_eq!(left[o * TILE_COLUMNS + c], cell, "left, {name}");
+                    let half = o / TILE_COLUMNS * STEP_CELLS / 2;
+                    assert_eq!(right[half + c * TILE_COLUMNS + o % TILE_COLUMNS], cell, "right, {name}");
+                }
+            }
+        }
+    }
+}
