@@ -117,6 +117,10 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     check_rows("dk_pe", b.dk_pe.len(), nk, r, b.dk_pe_stride);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward(cuda, shape, &x, b),
+        #[cfg(target_arch = "x86_64")]
+        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype(), &shape) => {
+            tiles::backward(cpu, &Problem::new(shape, &x), b);
+        }
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
         }

@@ -106,14 +106,8 @@ impl Task<'_> {
         let (weights, _) = cut(scratch, 2 * WAITING).as_chunks_mut::<2>();
         let (q, sums) = (cut(scratch, together * 2 * sizes.d), cut(scratch, together * 4 * sizes.w));
         self.pack(sizes, keys, values);
-        let mut shared = Shared {
-            sizes,
-            seq,
-            keys,
-            values,
-            scores: scores.first_chunk_mut().expect("two of two"),
-            weights,
-        };
+        let mut shared =
+            Shared { sizes, seq, keys, values, scores: scores.first_chunk_mut().expect("two of two"), weights };
         let mut stage = Stage::new(sizes.d);
         for from in self.part.clone().step_by(together * GROUP) {
             let mut batch = Vec::with_capacity(together);

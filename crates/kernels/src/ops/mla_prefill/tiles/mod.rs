@@ -6,6 +6,7 @@
 //! own is then a lane, and a block of 32 keys by 32 queries is four tiles. While the tile unit computes one block of
 //! scores, the vector units turn the block before into weights.
 
+mod backward;
 mod forward;
 mod pack;
 mod weights;
@@ -15,6 +16,7 @@ use crate::isa::{Level, TILE_COLUMNS, Tiles};
 use crate::{AlignedVec, Cpu, DType};
 use std::cell::Cell;
 
+pub use backward::backward;
 pub use forward::forward;
 
 /// A tile: 16 rows of 16 words.

@@ -61,8 +61,8 @@ impl Stage {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn pairs(&self, step: usize, [low, high]: &mut [Tile; 2]) {
         let first = _mm512_set_epi16(
-            47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
-            32, 0,
+            47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
+            1, 32, 0,
         );
         let second = _mm512_or_si512(first, _mm512_set1_epi16(16));
         for i in 0..SQUARE {
@@ -70,7 +70,10 @@ impl Stage {
             unsafe {
                 let x = _mm512_loadu_si512(self.row(2 * i, step).cast());
                 let y = _mm512_loadu_si512(self.row(2 * i + 1, step).cast());
-                _mm512_storeu_si512(low[i * TILE_COLUMNS..].as_mut_ptr().cast(), _mm512_permutex2var_epi16(x, first, y));
+                _mm512_storeu_si512(
+                    low[i * TILE_COLUMNS..].as_mut_ptr().cast(),
+                    _mm512_permutex2var_epi16(x, first, y),
+                );
                 _mm512_storeu_si512(
                     high[i * TILE_COLUMNS..].as_mut_ptr().cast(),
                     _mm512_permutex2var_epi16(x, second, y),

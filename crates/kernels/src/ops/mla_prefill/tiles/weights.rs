@@ -137,8 +137,8 @@ impl Softmax {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
     pub fn weigh(&mut self, from: &[__m512; 2], scores: &[Tile; 4], weights: &mut [Tile; 2], i: usize) {
         let cells = _mm512_set_epi16(
-            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-            16, 0,
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+            1, 16, 0,
         );
         let factor = _mm512_set1_ps(self.factor);
         let (half, r) = (i / 8 * 2, i % 8 * 2);
