@@ -21,9 +21,9 @@ pub(super) mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use crate::sizes::sizes;
 #[cfg(target_arch = "x86_64")]
 use crate::bf16;
+use crate::sizes::sizes;
 use crate::{Ctx, Device, Elem, View, ViewMut, ops::by_dtype};
 
 /// Sizes shared by forward and backward.
