@@ -29,13 +29,20 @@ pub fn backward<T: Elem>(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
         let (seq, head) = (i / s.heads, i % s.heads);
         Task { x, panels, seq, head, out: b.out, lse, dout: b.dout, dq: &dq, dkv_up: &dkv_up, pe: &pe }.run();
     });
+    sum_heads(cpu, x, &pe_planes, T::of_mut(b.dk_pe), b.dk_pe_stride);
+}
+
+/// Sums the heads' planes `[Nk, R]` into dk_pe, in the order of heads.
+pub fn sum_heads<T: Elem>(cpu: &Cpu, x: &Problem<'_>, planes: &[f32], dk_pe: &mut [T], stride: usize) {
+    let (rope, nk) = (x.shape.rope, x.cu_k[x.cu_k.len() - 1] as usize);
+    let plane = nk * rope;
     if plane == 0 {
         return;
     }
-    let dk_pe = &mut T::of_mut(b.dk_pe)[..(nk - 1) * b.dk_pe_stride + s.rope];
-    cpu.chunks_mut(dk_pe, ROWS * b.dk_pe_stride, |i, rows| {
-        for (j, row) in rows.chunks_mut(b.dk_pe_stride).enumerate() {
-            sum_planes(cpu.isa(), &pe_planes, plane, (i * ROWS + j) * s.rope, &mut row[..s.rope]);
+    let dk_pe = &mut dk_pe[..(nk - 1) * stride + rope];
+    cpu.chunks_mut(dk_pe, ROWS * stride, |i, rows| {
+        for (j, row) in rows.chunks_mut(stride).enumerate() {
+            sum_planes(cpu.isa(), planes, plane, (i * ROWS + j) * rope, &mut row[..rope]);
         }
     });
 }
@@ -295,7 +302,7 @@ impl Job for ScoreGradients<'_> {
 
 vectorised! {
     /// a . b in 16 partial sums, added in order.
-    fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
+    pub fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
         let mut sums = [0.0f32; 16];
         let (a_full, a_rest) = a.as_chunks::<16>();
         let (b_full, b_rest) = b.as_chunks::<16>();

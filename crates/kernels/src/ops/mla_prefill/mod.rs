@@ -18,7 +18,11 @@ mod sm90_forward;
 #[cfg(test)]
 mod tests;
 pub(super) mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
+#[cfg(target_arch = "x86_64")]
+use crate::bf16;
 use crate::sizes::sizes;
 use crate::{Ctx, Device, Elem, View, ViewMut, ops::by_dtype};
 
@@ -68,6 +72,10 @@ pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: Vi
     assert_eq!(lse.len(), nq * h, "lse of {nq} queries x {h} heads");
     match &ctx.device {
         Device::Cuda(cuda) => cuda::forward(cuda, shape, &x, out, lse),
+        #[cfg(target_arch = "x86_64")]
+        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype(), &shape) => {
+            tiles::forward(cpu, &Problem::new(shape, &x), bf16::of_mut(out), lse.f32());
+        }
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => cpu::forward::<T>(cpu, &Problem::new(shape, &x), T::of_mut(out), lse.f32()))
         }
@@ -109,6 +117,10 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     check_rows("dk_pe", b.dk_pe.len(), nk, r, b.dk_pe_stride);
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward(cuda, shape, &x, b),
+        #[cfg(target_arch = "x86_64")]
+        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype(), &shape) => {
+            tiles::backward(cpu, &Problem::new(shape, &x), b);
+        }
         Device::Cpu(cpu) => {
             by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
         }

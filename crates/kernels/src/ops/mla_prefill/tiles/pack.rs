@@ -1,0 +1,151 @@
+//! From rows of tokens to tiles and back.
+
+use super::{GROUP, TILE_WORDS, Tile};
+use crate::bf16;
+use crate::isa::{SQUARE, TILE_COLUMNS};
+use std::arch::x86_64::*;
+
+/// A group of 32 tokens, row by row, with zeros up to whole steps and for tokens that are not there.
+pub struct Stage {
+    rows: Vec<bf16>,
+    /// Elements of a row: not a power of two apart, so that rows do not evict one another.
+    ld: usize,
+    steps: usize,
+}
+
+impl Stage {
+    /// For rows of so many steps of 32 elements.
+    pub fn new(steps: usize) -> Self {
+        let ld = (steps + 1) * GROUP;
+        Self { rows: vec![bf16::ZERO; ld * GROUP], ld, steps }
+    }
+
+    /// Takes `count` rows that `copy` writes; what they do not fill is zero.
+    pub fn fill(&mut self, count: usize, width: usize, mut copy: impl FnMut(usize, &mut [bf16])) {
+        for (i, row) in self.rows.chunks_exact_mut(self.ld).enumerate() {
+            let used = if i < count { width } else { 0 };
+            if used > 0 {
+                copy(i, &mut row[..used]);
+            }
+            row[used..].fill(bf16::ZERO);
+        }
+    }
+
+    fn row(&self, i: usize, step: usize) -> *const u8 {
+        self.rows[i * self.ld + step * GROUP..][..GROUP].as_ptr().cast()
+    }
+
+    /// Tiles of 16 tokens (rows) by 32 elements: `[half][step]`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn rows(&self, tiles: &mut [Tile]) {
+        for (i, tile) in tiles[..2 * self.steps].iter_mut().enumerate() {
+            for (r, to) in tile.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().enumerate() {
+                let from = self.row(i / self.steps * SQUARE + r, i % self.steps);
+                // SAFETY: both are 64 bytes.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_loadu_si512(from.cast())) }
+            }
+        }
+    }
+
+    /// The same with tokens as columns.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn columns(&self, tiles: &mut [Tile]) {
+        for (i, tile) in tiles[..2 * self.steps].iter_mut().enumerate() {
+            let from = self.row(i / self.steps * SQUARE, i % self.steps);
+            // SAFETY: rows are `ld` elements apart, 16 of them from there on.
+            unsafe { transpose(from, 2 * self.ld, tile) }
+        }
+    }
+
+    /// Tiles of 16 pairs of tokens (rows) by 16 elements. Neighbours are handed out together, by number.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn pairs(&self, step: usize, [low, high]: &mut [Tile; 2]) {
+        let first = _mm512_set_epi16(
+            47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
+            1, 32, 0,
+        );
+        let second = _mm512_or_si512(first, _mm512_set1_epi16(16));
+        for i in 0..SQUARE {
+            // SAFETY: each is 64 bytes.
+            unsafe {
+                let x = _mm512_loadu_si512(self.row(2 * i, step).cast());
+                let y = _mm512_loadu_si512(self.row(2 * i + 1, step).cast());
+                _mm512_storeu_si512(
+                    low[i * TILE_COLUMNS..].as_mut_ptr().cast(),
+                    _mm512_permutex2var_epi16(x, first, y),
+                );
+                _mm512_storeu_si512(
+                    high[i * TILE_COLUMNS..].as_mut_ptr().cast(),
+                    _mm512_permutex2var_epi16(x, second, y),
+                );
+            }
+        }
+    }
+
+    /// Tiles of 16 elements (rows) by 16 pairs of tokens.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn turned(&self, tiles: &mut [Tile]) {
+        let mut pairs = [[0; TILE_WORDS]; 2];
+        for (step, to) in tiles[..2 * self.steps].as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            self.pairs(step, &mut pairs);
+            for (from, to) in pairs.iter().zip(to) {
+                turn(from, to);
+            }
+        }
+    }
+}
+
+/// A tile's transpose.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn turn(from: &Tile, to: &mut Tile) {
+    // SAFETY: a tile is 16 rows of 64 bytes.
+    unsafe { transpose(from.as_ptr().cast(), 64, to) }
+}
+
+/// The transpose of 16 rows of 16 words, `stride` bytes apart. Quarters of rows are read to where they belong, four to a
+/// vector; two rounds of merging do the rest.
+///
+/// # Safety
+/// The rows can be read.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn transpose(from: *const u8, stride: usize, to: &mut Tile) {
+    for (quarter, to) in to.as_chunks_mut::<{ TILE_WORDS / 4 }>().0.iter_mut().enumerate() {
+        let mut x = [_mm512_setzero_si512(); 4];
+        for (row, x) in x.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let of = |row: usize| _mm_loadu_si128(from.add(row * stride + 16 * quarter).cast());
+                let y = _mm512_broadcast_i32x4(of(row));
+                let y = _mm512_mask_broadcast_i32x4(y, 0x00f0, of(row + 4));
+                let y = _mm512_mask_broadcast_i32x4(y, 0x0f00, of(row + 8));
+                *x = _mm512_mask_broadcast_i32x4(y, 0xf000, of(row + 12));
+            }
+        }
+        let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+        let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+        let y = [
+            _mm512_unpacklo_epi64(a, c),
+            _mm512_unpackhi_epi64(a, c),
+            _mm512_unpacklo_epi64(b, d),
+            _mm512_unpackhi_epi64(b, d),
+        ];
+        for (y, to) in y.into_iter().zip(to.as_chunks_mut::<TILE_COLUMNS>().0) {
+            // SAFETY: 64 bytes.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), y) }
+        }
+    }
+}
+
+/// Rounds row `row` of a tile of f32, times a factor, to the elements of `to` from `at` on, as many as there are.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub fn round_row(tile: &Tile, row: usize, factor: f32, to: &mut [bf16], at: usize) {
+    let Some(to) = to.get_mut(at..) else { return };
+    let mask = if to.len() < TILE_COLUMNS { (1 << to.len()) - 1 } else { u16::MAX };
+    let from = &tile[row * TILE_COLUMNS..][..TILE_COLUMNS];
+    // SAFETY: 16 elements are read, and as many written as there are.
+    unsafe {
+        let x = _mm512_mul_ps(_mm512_loadu_ps(from.as_ptr().cast()), _mm512_set1_ps(factor));
+        let x = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
+        _mm256_mask_storeu_epi16(to.as_mut_ptr().cast(), mask, x);
+    }
+}
