@@ -23,4 +23,4 @@ pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError, Download, Mark};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
-pub use profile::Profile;
+pub use profile::{Op, Profile, Spent};

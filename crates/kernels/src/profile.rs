@@ -3,7 +3,7 @@
 //! not a sampler: what an op's callers do between ops, and what they wait for, is not in it.
 
 use crate::cuda::{Cuda, Event};
-use crate::sizes::Named;
+use crate::sizes::{Named, list};
 use crate::{Ctx, Device};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,22 +15,40 @@ use std::time::Instant;
 #[derive(Debug, Default)]
 pub struct Profile {
     running: AtomicBool,
-    seconds: Mutex<BTreeMap<&'static str, f64>>,
+    spent: Mutex<BTreeMap<Op, Spent>>,
     /// Ops of a GPU that may not be over: each with the marks before and behind it.
-    marks: Mutex<Vec<(&'static str, [Event; 2])>>,
+    marks: Mutex<Vec<(Op, [Event; 2])>>,
+}
+
+/// An op by its name and the sizes of its arguments.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Op {
+    /// As the module is called, and the direction.
+    pub name: &'static str,
+    /// As errors list them: `x bf16[512], heads 4`.
+    pub sizes: String,
+}
+
+/// What calls of an op took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// All of them together.
+    pub seconds: f64,
+    /// How many.
+    pub calls: usize,
 }
 
 impl Profile {
     /// What was counted since the last call, or since the profile began.
-    fn take(&self) -> BTreeMap<&'static str, f64> {
-        std::mem::take(&mut self.seconds.lock().unwrap_or_else(PoisonError::into_inner))
+    fn take(&self) -> BTreeMap<Op, Spent> {
+        std::mem::take(&mut self.spent.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// Counts for an op from its making to its end.
 #[must_use = "a timer counts until it is dropped"]
 pub(crate) struct Timer<'a> {
-    counts: Option<(&'a Profile, &'static str, Begin<'a>)>,
+    counts: Option<(&'a Profile, Op, Begin<'a>)>,
     /// Where the op was noted.
     noted: Option<&'a Cuda>,
 }
@@ -49,14 +67,14 @@ impl Device {
         }
     }
 
-    /// Seconds by op since the last call, or since the profile began; waits for what a GPU has not done yet.
-    pub fn take_profile(&self) -> BTreeMap<&'static str, f64> {
+    /// Time by op since the last call, or since the profile began; waits for what a GPU has not done yet.
+    pub fn take_profile(&self) -> BTreeMap<Op, Spent> {
         let profile = self.profile();
         if let Self::Cuda(cuda) = self {
             cuda.synchronize();
             let marks = std::mem::take(&mut *profile.marks.lock().unwrap_or_else(PoisonError::into_inner));
-            for (op, [begin, end]) in &marks {
-                profile.count(op, cuda.between(begin, end));
+            for (op, [begin, end]) in marks {
+                profile.count(op, cuda.between(&begin, &end));
             }
         }
         profile.take()
@@ -71,25 +89,28 @@ impl Device {
 }
 
 impl Profile {
-    fn count(&self, op: &'static str, seconds: f64) {
-        *self.seconds.lock().unwrap_or_else(PoisonError::into_inner).entry(op).or_default() += seconds;
+    fn count(&self, op: Op, seconds: f64) {
+        let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
+        let spent = spent.entry(op).or_default();
+        spent.seconds += seconds;
+        spent.calls += 1;
     }
 }
 
 impl Ctx {
     /// A timer for the op of this name, whose arguments have these sizes; it counts nothing without a profile, or within
     /// another op. An error of a GPU names the op and the sizes.
-    pub(crate) fn timer(&self, op: &'static str, sizes: &[Named]) -> Timer<'_> {
+    pub(crate) fn timer(&self, name: &'static str, sizes: &[Named]) -> Timer<'_> {
         let noted = self.device.as_cuda().map(|cuda| &**cuda);
         if let Some(cuda) = noted {
-            cuda.op_begins(op, sizes);
+            cuda.op_begins(name, sizes);
         }
         let profile = self.device.started().filter(|p| !p.running.swap(true, Ordering::Acquire));
         let begin = || match &self.device {
             Device::Cpu(_) => Begin::Host(Instant::now()),
             Device::Cuda(cuda) => Begin::Cuda(cuda, cuda.mark()),
         };
-        Timer { counts: profile.map(|p| (p, op, begin())), noted }
+        Timer { counts: profile.map(|p| (p, Op { name, sizes: list(sizes) }, begin())), noted }
     }
 }
 
@@ -132,7 +153,8 @@ mod tests {
         }
         add::convert(&ctx, ones.view(), sum.view_mut());
         let taken = profile.take();
-        assert_eq!(taken.keys().copied().collect::<Vec<_>>(), ["add", "outer"]);
-        assert!(taken.values().all(|s| *s >= 0.0) && profile.take().is_empty() && silent.take().is_empty());
+        let ops: Vec<_> = taken.iter().map(|(op, spent)| (op.name, op.sizes.as_str(), spent.calls)).collect();
+        assert_eq!(ops, [("add", "a f32[4], out f32[4]", 1), ("outer", "view() f32[4]", 1)]);
+        assert!(taken.values().all(|s| s.seconds >= 0.0) && profile.take().is_empty() && silent.take().is_empty());
     }
 }

@@ -3,7 +3,8 @@
 
 use crate::{Grads, ParamId, Params};
 use hadal_kernels::ops::gemm::{self, MatMut};
-use hadal_kernels::ops::{embedding, gemm_grouped, head_loss, rmsnorm};
+use hadal_kernels::ops::rmsnorm::{self, InputGradient, WeightGradient};
+use hadal_kernels::ops::{embedding, gemm_grouped, head_loss};
 use hadal_kernels::{Buf, Ctx, ViewMut};
 use std::sync::Arc;
 
@@ -14,13 +15,22 @@ enum Job {
     /// `dW[.., first ..]` += dy^T x, into `cols` columns of a wider matrix.
     Linear { id: ParamId, first: usize, cols: usize, x: Shared, dy: Shared },
     /// dw += sum dy * x * rstd.
-    Norm { id: ParamId, x: Shared, x_stride: usize, rstd: Shared, dy: Shared },
+    Norm(NormJob),
     /// dW_e += dy_e^T x_e.
     Grouped { id: ParamId, offsets: Shared, x: Shared, dy: Shared },
     /// Rows of the table, use `n`.
     Embedding { id: ParamId, n: usize, tokens: Shared, dy: Shared },
     /// The output head, use `n`.
     Head(HeadJob),
+}
+
+/// What the gradient of a norm's weight needs.
+pub(crate) struct NormJob {
+    pub id: ParamId,
+    pub x: Shared,
+    pub x_stride: usize,
+    pub rstd: Shared,
+    pub dy: Shared,
 }
 
 /// What the output head's weight gradient needs.
@@ -75,8 +85,14 @@ impl<'a> WeightGrads<'a> {
         self.add(Job::Linear { id, first, cols, x: x.clone(), dy: dy.clone() });
     }
 
-    pub(crate) fn norm(&mut self, id: ParamId, x: &Shared, x_stride: usize, rstd: &Shared, dy: &Shared) {
-        self.add(Job::Norm { id, x: x.clone(), x_stride, rstd: rstd.clone(), dy: dy.clone() });
+    /// A norm's gradient of its input, and of its weight: at once both come from one reading of its rows.
+    pub(crate) fn norm(&mut self, ctx: &Ctx, params: &Params, job: NormJob, input: InputGradient<'_>) {
+        let dw = self.now.as_mut().map(|now| now.grads.first_of(job.id));
+        let queued = dw.is_none();
+        job.backward(ctx, params, Some(input), dw);
+        if queued {
+            self.jobs.push(Job::Norm(job));
+        }
     }
 
     pub(crate) fn grouped(&mut self, id: ParamId, offsets: &Shared, x: &Shared, dy: &Shared) {
@@ -135,7 +151,7 @@ impl Job {
     fn held(&self) -> Vec<&Shared> {
         match self {
             Job::Linear { x, dy, .. } => vec![x, dy],
-            Job::Norm { x, rstd, dy, .. } => vec![x, rstd, dy],
+            Job::Norm(n) => vec![&n.x, &n.rstd, &n.dy],
             Job::Grouped { offsets, x, dy, .. } => vec![offsets, x, dy],
             Job::Embedding { tokens, dy, .. } => vec![tokens, dy],
             Job::Head(h) => {
@@ -155,8 +171,9 @@ impl Job {
                 let dw = MatMut { data: dw.slice(first..end), ld };
                 gemm::linear_backward_weight(ctx, x.view(), dy.view(), rows, cols, dw, accumulate);
             }
-            Job::Norm { id, x, x_stride, rstd, dy } => {
-                rmsnorm::backward_weight(ctx, dy.view(), x.view(), x_stride, rstd.view(), grads.of(id));
+            Job::Norm(n) => {
+                let dw = Some(grads.first_of(n.id));
+                n.backward(ctx, params, None, dw);
             }
             Job::Grouped { id, offsets, x, dy } => {
                 let t = params.layout.info(id);
@@ -173,6 +190,22 @@ impl Job {
                 h.backward(ctx, params, None, d_weight);
             }
         }
+    }
+}
+
+impl NormJob {
+    /// One or both gradients of the norm; the weight's with whether it is added.
+    fn backward(&self, ctx: &Ctx, params: &Params, input: Option<InputGradient<'_>>, dw: Option<(ViewMut<'_>, bool)>) {
+        let b = rmsnorm::Backward {
+            dy: self.dy.view(),
+            x: self.x.view(),
+            x_stride: self.x_stride,
+            weight: params.f32(self.id),
+            rstd: self.rstd.view(),
+            input,
+            weight_gradient: dw.map(|(dw, accumulate)| WeightGradient { dw, accumulate }),
+        };
+        rmsnorm::backward(ctx, b);
     }
 }
 

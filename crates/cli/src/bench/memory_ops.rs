@@ -57,8 +57,9 @@ fn activations(preset: &str, c: &ModelConfig, n: usize) -> Vec<Case> {
     let inv_freq = c.inv_freq();
     vec![
         case(name("rmsnorm forward", d), 2 * x, move |ctx| rmsnorm_forward(ctx, n, d)),
-        case(name("rmsnorm backward input", d), 4 * x, move |ctx| rmsnorm_backward_input(ctx, n, d)),
-        case(name("rmsnorm backward weight", d), 2 * x, move |ctx| rmsnorm_backward_weight(ctx, n, d)),
+        case(name("rmsnorm backward", d), 4 * x, move |ctx| rmsnorm_backward(ctx, n, d, [true, true])),
+        case(name("rmsnorm backward input", d), 4 * x, move |ctx| rmsnorm_backward(ctx, n, d, [true, false])),
+        case(name("rmsnorm backward weight", d), 2 * x, move |ctx| rmsnorm_backward(ctx, n, d, [false, true])),
         case(name("rope", heads * r), 2 * n * heads * r * A, move |ctx| {
             rotate(ctx, n, [heads, head, r], ctx.from_f32(&inv_freq), factor)
         }),
@@ -105,29 +106,23 @@ fn rmsnorm_forward(ctx: &Ctx, n: usize, d: usize) -> Work {
     })
 }
 
-/// With the residual stream's gradient added, as a block has it.
-fn rmsnorm_backward_input(ctx: &Ctx, n: usize, d: usize) -> Work {
+/// Gradients of the input, to which the residual stream's is added as in a block, and of the weight, or one of them.
+fn rmsnorm_backward(ctx: &Ctx, n: usize, d: usize, [input, weight_gradient]: [bool; 2]) -> Work {
     let (dy, x, weight) = (floats(ctx, ACT, n * d, 1), floats(ctx, ACT, n * d, 2), floats(ctx, F32, d, 3));
-    let (rstd, mut dx, ctx) = (ctx.from_f32(&vec![1.0; n]), ctx.zeros(ACT, n * d), ctx.clone());
+    let (mut dx, mut dw) = (input.then(|| ctx.zeros(ACT, n * d)), weight_gradient.then(|| ctx.zeros(F32, d)));
+    let (rstd, ctx) = (ctx.from_f32(&vec![1.0; n]), ctx.clone());
     Box::new(move || {
-        let a = rmsnorm::BackwardInput {
+        let a = rmsnorm::Backward {
             dy: dy.view(),
             x: x.view(),
             x_stride: d,
             weight: weight.view(),
             rstd: rstd.view(),
-            dx: dx.view_mut(),
-            dx_stride: d,
-            accumulate: true,
+            input: dx.as_mut().map(|dx| rmsnorm::InputGradient { dx: dx.view_mut(), dx_stride: d, accumulate: true }),
+            weight_gradient: dw.as_mut().map(|dw| rmsnorm::WeightGradient { dw: dw.view_mut(), accumulate: false }),
         };
-        rmsnorm::backward_input(&ctx, a);
+        rmsnorm::backward(&ctx, a);
     })
-}
-
-fn rmsnorm_backward_weight(ctx: &Ctx, n: usize, d: usize) -> Work {
-    let (dy, x) = (floats(ctx, ACT, n * d, 1), floats(ctx, ACT, n * d, 2));
-    let (rstd, mut dw, ctx) = (ctx.from_f32(&vec![1.0; n]), ctx.zeros(F32, d), ctx.clone());
-    Box::new(move || rmsnorm::backward_weight(&ctx, dy.view(), x.view(), d, rstd.view(), dw.view_mut()))
 }
 
 /// The rotary parts of queries.

@@ -3,14 +3,14 @@
 use crate::BUILD;
 use crate::output::Output;
 use anyhow::Context;
-use hadal_kernels::Device;
-use serde::Serialize;
+use hadal_kernels::{Device, Spent};
+use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// One result. A rate: more is better.
+/// One result. A rate, of which more is better; or, of an op of a step, its milliseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// Kind of bench.
@@ -38,6 +38,9 @@ pub struct Row {
     /// What only training tells.
     #[serde(flatten)]
     pub training: Option<Training>,
+    /// Of an op of a step: how often it is called.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calls: Option<usize>,
 }
 
 /// What training tells beside its speed.
@@ -56,8 +59,12 @@ pub struct Training {
     #[serde(flatten)]
     pub ahead: Option<Ahead>,
     /// Seconds of a step by op, if asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub by_op: Option<BTreeMap<&'static str, f64>>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "seconds")]
+    pub by_op: Option<BTreeMap<String, Spent>>,
+}
+
+fn seconds<S: Serializer>(by_op: &Option<BTreeMap<String, Spent>>, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_map(by_op.iter().flatten().map(|(op, spent)| (op, spent.seconds)))
 }
 
 /// Steps that were given to a GPU without waiting for it.
@@ -75,7 +82,7 @@ impl Training {
         losses: &[f64],
         peak_bytes: Option<u64>,
         state_bytes: u64,
-        by_op: Option<BTreeMap<&'static str, f64>>,
+        by_op: Option<BTreeMap<String, Spent>>,
     ) -> Self {
         let mean_loss = losses.iter().sum::<f64>() / losses.len() as f64;
         Self { first_loss: losses[0], mean_loss, peak_bytes, state_bytes, ahead: None, by_op }
@@ -87,10 +94,11 @@ impl Training {
         let mut s = format!("\n  loss {:.4} at first, {:.4} on average", self.first_loss, self.mean_loss);
         s += &format!("; peak memory {peak} beside {state} of state");
         let mut ops: Vec<_> = self.by_op.iter().flatten().collect();
-        ops.sort_by(|a, b| b.1.total_cmp(a.1));
-        let all: f64 = ops.iter().map(|(_, seconds)| **seconds).sum();
-        for (op, seconds) in ops {
-            s += &format!("\n  {op:<30} {:>9.2} ms {:>5.1} %", 1e3 * seconds, 100.0 * seconds / all);
+        ops.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
+        let all: f64 = ops.iter().map(|(_, spent)| spent.seconds).sum();
+        for (op, Spent { seconds, calls }) in ops {
+            let share = 100.0 * seconds / all;
+            s += &format!("\n  {op:<30} {:>9.3} ms {share:>5.1} % {calls:>5} calls", 1e3 * seconds);
         }
         s
     }
@@ -112,7 +120,19 @@ impl Row {
             machine: machine(device),
             spread: [ours; 2],
             training: None,
+            calls: None,
         }
+    }
+
+    /// The ops of a measured step as results of their own.
+    pub fn ops(&self) -> Vec<Self> {
+        let row = |(op, spent): (&String, &Spent)| {
+            let (case, ms) = (format!("{}/{op}", self.case), 1e3 * spent.seconds);
+            let empty = Self { rival_name: None, rival: None, ratio: None, share_of_peak: None, ..self.clone() };
+            let calls = Some(spent.calls);
+            Self { bench: "train_by_op", case, unit: "ms", ours: ms, spread: [ms; 2], training: None, calls, ..empty }
+        };
+        self.training.iter().flat_map(|t| t.by_op.iter().flatten()).map(row).collect()
     }
 
     fn text(&self) -> String {
@@ -143,11 +163,16 @@ impl<'a> Sink<'a> {
         Self { out, record }
     }
 
-    /// Prints and records a result.
+    /// Prints and records a result; before it its ops, which for people are lines of the result itself.
     pub fn put(&mut self, row: Row) -> anyhow::Result<()> {
         self.out.text(&row.text());
-        self.out.object(&row);
-        if self.record { append(&row) } else { Ok(()) }
+        for row in row.ops().iter().chain([&row]) {
+            self.out.object(row);
+            if self.record {
+                append(row)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -59,6 +59,9 @@ pub struct Train {
     /// Tell how much of a step's time each op takes.
     #[arg(long, conflicts_with = "export")]
     by_op: bool,
+    /// With --by-op, tell calls of an op apart that differ in sizes.
+    #[arg(long, requires = "by_op")]
+    by_size: bool,
     /// Append the result to `bench/record/<machine>/<date>.jsonl`.
     #[arg(long)]
     record: bool,
@@ -137,7 +140,7 @@ impl Train {
         if let Some(dir) = &self.export {
             return job.export(dir, &params, out);
         }
-        let mut row = job.measure(ctx, model, params, before, self.by_op)?;
+        let mut row = job.measure(ctx, model, params, before, self.by_op.then(|| ByOp::new(ctx, self.by_size)))?;
         let Tokens { batch, seq, .. } = job.tokens;
         row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name()));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
@@ -251,14 +254,13 @@ impl Job {
         model: Model,
         params: Params,
         before: Option<u64>,
-        by_op: bool,
+        mut by_op: Option<ByOp>,
     ) -> anyhow::Result<Row> {
         let mut trainer = Trainer::new(ctx, model, params, self.constants.adamw(), self.constants.objective());
         let moments = 2 * trainer.params.master.bytes();
         let state = (trainer.params.bytes() + trainer.grads().bytes() + moments) as u64;
         let forgotten = resident::forget();
         let (mut seconds, mut losses) = (Vec::new(), Vec::new());
-        let mut by_op = by_op.then(|| ByOp::new(ctx));
         if let (Some(cuda), None) = (ctx.device.as_cuda(), &by_op) {
             let (seconds, losses, ahead) = self.run_ahead(ctx, cuda, &mut trainer)?;
             let peak = (cuda.memory().peak as u64).saturating_sub(state);

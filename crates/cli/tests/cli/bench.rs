@@ -168,7 +168,8 @@ fn training_is_measured_with_other_keys_of_the_model() {
 
 /// The ops of a step take no more time than the step.
 fn timed_by_op(made: &[&str], keys: &[&str]) {
-    let row = succeeds(&[made, &["--by-op"]].concat()).objects().pop().unwrap();
+    let mut rows = succeeds(&[made, &["--by-op"]].concat()).objects();
+    let row = rows.pop().unwrap();
     is_result(&row, "train", &[keys, &["by_op"]].concat());
     let by_op = row["by_op"].as_object().unwrap();
     for op in ["gemm forward", "gemm_grouped backward weight", "mla_prefill backward", "adamw", "outside ops"] {
@@ -177,6 +178,18 @@ fn timed_by_op(made: &[&str], keys: &[&str]) {
     let all: f64 = by_op.values().map(|s| s.as_f64().unwrap()).sum();
     let step = 32.0 / number(&row, "ours");
     assert!((all / step - 1.0).abs() < 1e-6, "{all} s in ops, {step} s a step: {row}");
+    // Each has a row too.
+    assert_eq!(rows.len(), by_op.len());
+    for (op, seconds) in by_op {
+        let case = format!("{}/{op}", row["case"].as_str().unwrap());
+        let of_op = rows.iter().find(|row| row["case"] == *case).unwrap();
+        assert_eq!((number(of_op, "ours"), &of_op["unit"]), (1e3 * seconds.as_f64().unwrap(), &Value::from("ms")));
+        is_result(of_op, "train_by_op", &[&KEYS[..], &["calls"]].concat());
+    }
+    let sized = succeeds(&[made, &["--by-op", "--by-size"]].concat()).objects().pop().unwrap();
+    let q_a = "gemm forward x bf16[8192], w bf16[96, 256], y bf16[3072]";
+    assert!(sized["by_op"].as_object().unwrap().contains_key(q_a), "{sized}");
+    refused(&[made, &["--by-size"]].concat(), &["--by-op"]);
 }
 
 #[test]

@@ -108,18 +108,19 @@ fn large(ctx: &Ctx, dtype: DType) {
             rstd: out.view_mut(),
         };
         rmsnorm::forward(ctx, a);
-        let b = rmsnorm::BackwardInput {
-            dy: x.view(),
-            x: x.view(),
-            x_stride: d,
-            weight: weight.view(),
-            rstd: rstd.view(),
-            dx: y.view_mut(),
-            dx_stride: d,
-            accumulate: true,
-        };
-        rmsnorm::backward_input(ctx, b);
-        rmsnorm::backward_weight(ctx, x.view(), x.view(), d, rstd.view(), dw.view_mut());
+        for [input, weight_gradient] in [[true, true], [true, false], [false, true]] {
+            let (dx, dw) = (y.view_mut(), dw.view_mut());
+            let b = rmsnorm::Backward {
+                dy: x.view(),
+                x: x.view(),
+                x_stride: d,
+                weight: weight.view(),
+                rstd: rstd.view(),
+                input: input.then_some(rmsnorm::InputGradient { dx, dx_stride: d, accumulate: true }),
+                weight_gradient: weight_gradient.then_some(rmsnorm::WeightGradient { dw, accumulate: true }),
+            };
+            rmsnorm::backward(ctx, b);
+        }
         let mut gate_up = empty(2 * n * d);
         let b = swiglu::Backward { dy: y.view_mut(), gate_up: gate_up.view_mut(), width: d, rows: None, weights: None };
         swiglu::backward(ctx, b);

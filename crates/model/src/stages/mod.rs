@@ -8,9 +8,9 @@ pub mod combine;
 pub mod dispatch;
 pub mod mlp;
 
-use crate::weight_grad::{Shared, WeightGrads};
+use crate::weight_grad::{NormJob, Shared, WeightGrads};
 use crate::{ParamId, Params};
-use hadal_kernels::ops::rmsnorm;
+use hadal_kernels::ops::rmsnorm::{self, InputGradient};
 use hadal_kernels::{Buf, Ctx, DType};
 use std::sync::Arc;
 
@@ -60,18 +60,9 @@ impl Norm {
         accumulate: bool,
         jobs: &mut WeightGrads<'_>,
     ) {
-        let b = rmsnorm::BackwardInput {
-            dy: dy.view(),
-            x: self.x.view(),
-            x_stride: self.x_stride,
-            weight: params.f32(self.id),
-            rstd: self.rstd.view(),
-            dx: dx.view_mut(),
-            dx_stride: self.x_stride,
-            accumulate,
-        };
-        rmsnorm::backward_input(ctx, b);
-        jobs.norm(self.id, &self.x, self.x_stride, &self.rstd, dy);
+        let (x, rstd, dy) = (self.x.clone(), self.rstd.clone(), dy.clone());
+        let job = NormJob { id: self.id, x, x_stride: self.x_stride, rstd, dy };
+        jobs.norm(ctx, params, job, InputGradient { dx: dx.view_mut(), dx_stride: self.x_stride, accumulate });
     }
 
     /// Bytes beside the input, which its producer counts.

@@ -148,7 +148,7 @@ pub(in crate::cuda) fn moe_permute(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
 }
 
 pub(in crate::cuda) fn rmsnorm(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
-    use ops::rmsnorm::{BackwardInput, Forward, backward_input, backward_weight, forward};
+    use ops::rmsnorm::{Backward, Forward, InputGradient, WeightGradient, backward, forward};
     let mut out = Vec::new();
     // Wide and not; a row longer than a warp takes; more rows than one block sums.
     for (n, d, stride) in [(5, 24, 32), (3, 33, 40), (2, 1100, 1100), (70, 16, 16)] {
@@ -165,19 +165,17 @@ pub(in crate::cuda) fn rmsnorm(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
         forward(ctx, a);
         let (mut dx, mut dw) = (ctx.zeros(dtype, n * stride), floats(ctx, 4, d));
         for accumulate in [false, true] {
-            let b = BackwardInput {
+            let b = Backward {
                 dy: dy.view(),
                 x: x.view(),
                 x_stride: stride,
                 weight: weight.view(),
                 rstd: rstd.view(),
-                dx: dx.view_mut(),
-                dx_stride: stride,
-                accumulate,
+                input: Some(InputGradient { dx: dx.view_mut(), dx_stride: stride, accumulate }),
+                weight_gradient: Some(WeightGradient { dw: dw.view_mut(), accumulate }),
             };
-            backward_input(ctx, b);
+            backward(ctx, b);
         }
-        backward_weight(ctx, dy.view(), x.view(), stride, rstd.view(), dw.view_mut());
         out.extend([y, rstd, dx, dw]);
     }
     out

@@ -1,9 +1,9 @@
 //! Rows are independent, so tasks are blocks of rows; sums over a row go through a fixed number of partial sums, which
 //! the compiler keeps in vectors. The weight's gradient sums blocks of rows apart, then the blocks in order.
 
-use super::{BackwardInput, Forward};
+use super::{Backward, Forward, InputGradient, WeightGradient};
 use crate::isa::{Isa, vectorised};
-use crate::{Cpu, Elem, View, ViewMut};
+use crate::{Cpu, Elem};
 
 /// Elements per task, at least.
 const PIECE: usize = 1 << 13;
@@ -76,18 +76,29 @@ vectorised! {
     }
 }
 
+pub fn backward<T: Elem>(cpu: &Cpu, mut a: Backward<'_>) {
+    let (input, weight) = (a.input.take(), a.weight_gradient.take());
+    if let Some(i) = input {
+        backward_input::<T>(cpu, &a, i);
+    }
+    if let Some(w) = weight {
+        backward_weight::<T>(cpu, &a, w);
+    }
+}
+
 /// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)).
-pub fn backward_input<T: Elem>(cpu: &Cpu, a: BackwardInput<'_>) {
+fn backward_input<T: Elem>(cpu: &Cpu, a: &Backward<'_>, to: InputGradient<'_>) {
+    let InputGradient { dx, dx_stride, accumulate } = to;
     let (w, rstd) = (a.weight.f32(), a.rstd.f32());
     let (dy, x, d) = (T::of(a.dy), T::of(a.x), w.len());
     let rows = PIECE.div_ceil(d);
     let Some(last) = rstd.len().checked_sub(1) else { return };
-    let dx = &mut T::of_mut(a.dx)[..last * a.dx_stride + d];
-    cpu.chunks_mut(dx, rows * a.dx_stride, |i, dx| {
-        for (r, dx) in dx.chunks_mut(a.dx_stride).enumerate() {
+    let dx = &mut T::of_mut(dx)[..last * dx_stride + d];
+    cpu.chunks_mut(dx, rows * dx_stride, |i, dx| {
+        for (r, dx) in dx.chunks_mut(dx_stride).enumerate() {
             let n = i * rows + r;
             let (dy, x) = (&dy[n * d..][..d], &x[n * a.x_stride..][..d]);
-            backward_row(cpu.isa(), dy, x, w, rstd[n], a.accumulate, dx);
+            backward_row(cpu.isa(), dy, x, w, rstd[n], accumulate, dx);
         }
     });
 }
@@ -102,16 +113,12 @@ vectorised! {
     }
 }
 
-pub fn backward_weight<T: Elem>(
-    cpu: &Cpu,
-    dy: View<'_>,
-    x: View<'_>,
-    x_stride: usize,
-    rstd: View<'_>,
-    dw: ViewMut<'_>,
-) {
-    let (dy, x, rstd, dw) = (T::of(dy), T::of(x), rstd.f32(), dw.f32());
-    let d = dw.len();
+fn backward_weight<T: Elem>(cpu: &Cpu, a: &Backward<'_>, to: WeightGradient<'_>) {
+    let (dy, x, rstd, dw) = (T::of(a.dy), T::of(a.x), a.rstd.f32(), to.dw.f32());
+    let (d, x_stride) = (dw.len(), a.x_stride);
+    if !to.accumulate {
+        dw.fill(0.0);
+    }
     let mut partial = cpu.empty::<f32>(rstd.len().div_ceil(BLOCK) * d);
     cpu.chunks_mut(&mut partial, d, |block, partial| {
         partial.fill(0.0);

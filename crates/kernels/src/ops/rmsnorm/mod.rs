@@ -10,7 +10,7 @@ mod reference;
 mod tests;
 
 use super::by_dtype;
-use crate::sizes::sizes;
+use crate::sizes::{Measured, Size, sizes};
 use crate::{Ctx, Device, View, ViewMut};
 
 /// Arguments of [`forward`].
@@ -42,9 +42,9 @@ pub fn forward(ctx: &Ctx, a: Forward<'_>) {
     }
 }
 
-/// Arguments of [`backward_input`].
+/// Arguments of [`backward`]. Either gradient may be absent, and the bits of each do not depend on the other's presence.
 #[derive(Debug)]
-pub struct BackwardInput<'a> {
+pub struct Backward<'a> {
     /// `[N, D]`, dense.
     pub dy: View<'a>,
     /// As in forward.
@@ -55,6 +55,15 @@ pub struct BackwardInput<'a> {
     pub weight: View<'a>,
     /// f32 `[N]`.
     pub rstd: View<'a>,
+    /// The input's.
+    pub input: Option<InputGradient<'a>>,
+    /// The weight's.
+    pub weight_gradient: Option<WeightGradient<'a>>,
+}
+
+/// Where the input's gradient goes.
+#[derive(Debug)]
+pub struct InputGradient<'a> {
     /// `[N, D]` with rows `dx_stride` apart.
     pub dx: ViewMut<'a>,
     /// Elements from one row of dx to the next (>= D).
@@ -63,30 +72,43 @@ pub struct BackwardInput<'a> {
     pub accumulate: bool,
 }
 
-/// dx (+)= gradient of the norm's input.
-pub fn backward_input(ctx: &Ctx, a: BackwardInput<'_>) {
-    let _timer =
-        ctx.timer("rmsnorm backward input", sizes![a.dy, a.x, a.x_stride, a.weight, a.rstd, a.dx, a.dx_stride]);
-    let (n, d) = (a.rstd.len(), a.weight.len());
-    assert_rows("x", n, d, a.x_stride, a.x.len());
-    assert_rows("dx", n, d, a.dx_stride, a.dx.len());
-    assert_eq!(a.dy.len(), n * d, "dy [{n}, {d}]");
-    match &ctx.device {
-        Device::Cuda(cuda) => cuda::backward_input(cuda, a),
-        Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::backward_input::<T>(cpu, a)),
+/// Where the weight's gradient goes: the sum over n of `dy[n]` * `x[n]` * `rstd[n]`, in a fixed order.
+#[derive(Debug)]
+pub struct WeightGradient<'a> {
+    /// f32 `[D]`.
+    pub dw: ViewMut<'a>,
+    /// dw += instead of dw =; the sum is complete before it is added.
+    pub accumulate: bool,
+}
+
+impl Measured for InputGradient<'_> {
+    fn size(&self) -> Size {
+        self.dx.size()
     }
 }
 
-/// `dw[D]` (f32) += sum over n of `dy[n]` * `x[n]` * `rstd[n]`, in a fixed order; the sum is complete before it is
-/// added.
-pub fn backward_weight(ctx: &Ctx, dy: View<'_>, x: View<'_>, x_stride: usize, rstd: View<'_>, dw: ViewMut<'_>) {
-    let _timer = ctx.timer("rmsnorm backward weight", sizes![dy, x, x_stride, rstd, dw]);
-    let (n, d) = (rstd.len(), dw.len());
-    assert_rows("x", n, d, x_stride, x.len());
-    assert_eq!(dy.len(), n * d, "dy [{n}, {d}]");
+impl Measured for WeightGradient<'_> {
+    fn size(&self) -> Size {
+        self.dw.size()
+    }
+}
+
+/// Gradients of the norm.
+pub fn backward(ctx: &Ctx, a: Backward<'_>) {
+    let sizes = sizes![a.dy, a.x, a.x_stride, a.weight, a.rstd, a.input, a.weight_gradient];
+    let _timer = ctx.timer("rmsnorm backward", sizes);
+    let (n, d) = (a.rstd.len(), a.weight.len());
+    assert_rows("x", n, d, a.x_stride, a.x.len());
+    assert_eq!(a.dy.len(), n * d, "dy [{n}, {d}]");
+    if let Some(i) = &a.input {
+        assert_rows("dx", n, d, i.dx_stride, i.dx.len());
+    }
+    if let Some(w) = &a.weight_gradient {
+        assert_eq!(w.dw.len(), d, "dw [{d}]");
+    }
     match &ctx.device {
-        Device::Cuda(cuda) => cuda::backward_weight(cuda, dy, x, x_stride, rstd, dw),
-        Device::Cpu(cpu) => by_dtype!(x.dtype(), T => cpu::backward_weight::<T>(cpu, dy, x, x_stride, rstd, dw)),
+        Device::Cuda(cuda) => cuda::backward(cuda, a),
+        Device::Cpu(cpu) => by_dtype!(a.x.dtype(), T => cpu::backward::<T>(cpu, a)),
     }
 }
 

@@ -25,17 +25,10 @@ DEV void load_weights(const float* w, float (&x)[N]) {
 #endif
 }
 
-// Every thread of the team gets the sum, whose order depends on TEAM alone. Once a kernel.
+// Every thread of the team gets the sum, whose order depends on TEAM alone.
 DEV float team_sum(float x) {
-    x = warp_sum(x);
-    if (TEAM == WARP) return x;
     __shared__ float parts[TEAM / WARP];
-    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = x;
-    __syncthreads();
-    float total = parts[0];
-#pragma unroll
-    for (int i = 1; i < TEAM / WARP; i++) total += parts[i];
-    return total;
+    return block_sum<TEAM>(x, parts);
 }
 
 extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
@@ -72,123 +65,124 @@ extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
         }
 }
 
-// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)).
+#ifdef INPUT
+// The gradient of the input and of the weight, or one of them, from one reading of dy and x. With g = dy * w:
+// dx = rstd * (g - x * rstd^2 * mean(g * x)), and the weight's gradient is the sum of dy * x * rstd over all rows. A team
+// takes every ROWS-th row of the block's `block_rows`, the next one on its way meanwhile if registers allow it, and holds
+// what it has of the sum; teams are added in their order, then blocks in theirs. The sum's bits are the same whether dx
+// is asked for or not.
+//
+// Defines: INPUT, WEIGHT (what is asked for).
+static const bool AHEAD = PER_THREAD * N <= 16;
+
+struct Row {
+    Pack x[PER_THREAD], dy[PER_THREAD], old[PER_THREAD];
+    float r;
+};
+
 extern "C" __global__ void __launch_bounds__(TEAM* ROWS)
-    rmsnorm_backward_input(const T* dy, const T* x, i64 x_stride, const float* w, const float* rstd, T* dx,
-                           i64 dx_stride, int n, int d, int accumulate) {
-    const int row = blockIdx.x * ROWS + threadIdx.x / TEAM, thread = threadIdx.x % TEAM, packs = d / N;
-    if (row >= n) return;
-    x += row * x_stride, dy += i64(row) * d, dx += row * dx_stride;
-    const float r = rstd[row];
-    Pack held_x[PER_THREAD], held_dy[PER_THREAD], old[PER_THREAD];
-    float dot = 0.0f;
+    rmsnorm_backward(const T* dy, const T* x, i64 x_stride, const float* w, const float* rstd, T* dx, i64 dx_stride,
+                     float* partial, int n, int d, int block_rows, int accumulate) {
+    const int team = threadIdx.x / TEAM, thread = threadIdx.x % TEAM, packs = d / N;
+    const int begin = blockIdx.x * block_rows, end = min(begin + block_rows, n);
+    auto load = [&](Row& to, i64 row) {
+        to.r = rstd[row];
 #pragma unroll
-    for (int j = 0; j < PER_THREAD; j++)
-        if (thread + j * TEAM < packs) {
-            const int at = (thread + j * TEAM) * N;
-            held_x[j].load(x + at);
-            held_dy[j].load(dy + at);
-            if (accumulate) old[j].load(dx + at);
-        }
-#pragma unroll
-    for (int j = 0; j < PER_THREAD; j++)
-        if (thread + j * TEAM < packs) {
-            float v[N], g[N], weight[N];
-            held_x[j].to(v);
-            held_dy[j].to(g);
-            load_weights(w + (thread + j * TEAM) * N, weight);
-#pragma unroll
-            for (int i = 0; i < N; i++) dot += g[i] * weight[i] * v[i];
-        }
-    const float share = r * r * (team_sum(dot) / d);
-#pragma unroll
-    for (int j = 0; j < PER_THREAD; j++)
-        if (thread + j * TEAM < packs) {
-            const int at = (thread + j * TEAM) * N;
-            float v[N], g[N], weight[N];
-            held_x[j].to(v);
-            held_dy[j].to(g);
-            load_weights(w + at, weight);
-#pragma unroll
-            for (int i = 0; i < N; i++) g[i] = r * (g[i] * weight[i] - v[i] * share);
-            if (accumulate) {
-                old[j].to(v);
-#pragma unroll
-                for (int i = 0; i < N; i++) g[i] += v[i];
+        for (int j = 0; j < PER_THREAD; j++)
+            if (thread + j * TEAM < packs) {
+                const int at = (thread + j * TEAM) * N;
+                to.x[j].load(x + row * x_stride + at);
+                to.dy[j].load(dy + row * d + at);
+                if (INPUT && accumulate) to.old[j].load(dx + row * dx_stride + at);
             }
-            held_x[j].from(g);
-            held_x[j].store(dx + at);
+    };
+    float sum[WEIGHT ? PER_THREAD : 1][N];
+#pragma unroll
+    for (int j = 0; j < (WEIGHT ? PER_THREAD : 1); j++)
+#pragma unroll
+        for (int i = 0; i < N; i++) sum[j][i] = 0.0f;
+    Row row, next;
+    if (AHEAD && begin + team < end) load(next, begin + team);
+    // Teams of several warps are alone in their block, and so make the same number of steps.
+    for (int at_row = begin + team; at_row < end; at_row += ROWS) {
+        if (AHEAD) {
+            row = next;
+            if (at_row + ROWS < end) load(next, at_row + ROWS);
+        } else {
+            load(row, at_row);
         }
-}
-
-// The weight's gradient: a lane owns a pack of columns, a warp every WARPS-th row of the block's `block_rows`, STEP of
-// them in flight. What the warps found is added in their order, then what the blocks found in theirs.
-#define WARPS 8
-#define STEP 4
-
-// Of one block of rows: added to dw if it is the only one, else to `partial[blocks][d]`.
-extern "C" __global__ void __launch_bounds__(WARPS* WARP)
-    rmsnorm_backward_weight(const T* dy, const T* x, i64 x_stride, const float* rstd, float* partial, float* dw, int n,
-                            int d, int block_rows) {
-    __shared__ float sums[WARPS][WARP * N];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int at = (blockIdx.x * WARP + lane) * N;
-    const int begin = blockIdx.y * block_rows, end = min(begin + block_rows, n);
-    float sum[N] = {};
-    if (at < d) {
-        int row = begin + warp;
-        for (; row + (STEP - 1) * WARPS < end; row += STEP * WARPS) {
-            Pack g[STEP], v[STEP];
-            float r[STEP];
+        float dot = 0.0f;
 #pragma unroll
-            for (int s = 0; s < STEP; s++) {
-                const i64 k = row + s * WARPS;
-                g[s].load(dy + k * d + at);
-                v[s].load(x + k * x_stride + at);
-                r[s] = rstd[k];
+        for (int j = 0; j < PER_THREAD; j++)
+            if (thread + j * TEAM < packs) {
+                float v[N], g[N], weight[N];
+                row.x[j].to(v);
+                row.dy[j].to(g);
+                if (INPUT) load_weights(w + (thread + j * TEAM) * N, weight);
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    if (WEIGHT) sum[WEIGHT ? j : 0][i] += g[i] * (v[i] * row.r);
+                    if (INPUT) dot += g[i] * weight[i] * v[i];
+                }
             }
+        if constexpr (INPUT) {
+            const float share = row.r * row.r * (team_sum(dot) / d);
+            T* to = dx + at_row * dx_stride;
 #pragma unroll
-            for (int s = 0; s < STEP; s++) {
-                float a[N], b[N];
-                g[s].to(a);
-                v[s].to(b);
+            for (int j = 0; j < PER_THREAD; j++)
+                if (thread + j * TEAM < packs) {
+                    const int at = (thread + j * TEAM) * N;
+                    float v[N], g[N], weight[N];
+                    row.x[j].to(v);
+                    row.dy[j].to(g);
+                    load_weights(w + at, weight);
 #pragma unroll
-                for (int i = 0; i < N; i++) sum[i] += a[i] * (b[i] * r[s]);
-            }
-        }
-        for (; row < end; row += WARPS) {
-            Pack g, v;
-            float a[N], b[N];
-            g.load(dy + i64(row) * d + at);
-            v.load(x + row * x_stride + at);
-            g.to(a);
-            v.to(b);
+                    for (int i = 0; i < N; i++) g[i] = row.r * (g[i] * weight[i] - v[i] * share);
+                    if (accumulate) {
+                        row.old[j].to(v);
 #pragma unroll
-            for (int i = 0; i < N; i++) sum[i] += a[i] * (b[i] * rstd[row]);
+                        for (int i = 0; i < N; i++) g[i] += v[i];
+                    }
+                    Pack out;
+                    out.from(g);
+                    out.store(to + at);
+                }
         }
     }
+    if (!WEIGHT) return;
+    partial += i64(blockIdx.x) * d;
+    if constexpr (ROWS == 1) {
 #pragma unroll
-    for (int i = 0; i < N; i++) sums[warp][lane * N + i] = sum[i];
-    __syncthreads();
-    const int column = blockIdx.x * WARP * N + threadIdx.x;
-    if (threadIdx.x >= WARP * N || column >= d) return;
-    float total = sums[0][threadIdx.x];
+        for (int j = 0; j < (WEIGHT ? PER_THREAD : 1); j++)
+            if (thread + j * TEAM < packs) {
 #pragma unroll
-    for (int i = 1; i < WARPS; i++) total += sums[i][threadIdx.x];
-    if (gridDim.y == 1)
-        dw[column] += total;
-    else
-        partial[i64(blockIdx.y) * d + column] = total;
+                for (int i = 0; i < N; i++) partial[(thread + j * TEAM) * N + i] = sum[j][i];
+            }
+    } else {
+        __shared__ float sums[ROWS][TEAM * PER_THREAD * N];
+#pragma unroll
+        for (int j = 0; j < (WEIGHT ? PER_THREAD : 1); j++)
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[team][(thread + j * TEAM) * N + i] = sum[j][i];
+        __syncthreads();
+        for (int column = threadIdx.x; column < d; column += TEAM * ROWS) {
+            float total = sums[0][column];
+#pragma unroll
+            for (int t = 1; t < ROWS; t++) total += sums[t][column];
+            partial[column] = total;
+        }
+    }
 }
 
-// dw += the blocks' sums: a warp adds every WARPS-th of them, in order, then the warps' sums are added in theirs.
+// dw (+)= the blocks' sums: a warp adds every WARPS-th of them, in order, then the warps' sums are added in theirs.
+#define WARPS 32
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
-    rmsnorm_backward_weight_sum(const float* partial, float* dw, int blocks, int d) {
+    rmsnorm_backward_sum(const float* partial, float* dw, int blocks, int d, int accumulate) {
     __shared__ float sums[WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
     float sum = 0.0f;
     if (column < d) {
-#pragma unroll 8
+#pragma unroll 16
         for (int b = warp; b < blocks; b += WARPS) sum += partial[i64(b) * d + column];
     }
     sums[warp][lane] = sum;
@@ -197,5 +191,6 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     float total = sums[0][lane];
 #pragma unroll
     for (int i = 1; i < WARPS; i++) total += sums[i][lane];
-    dw[column] += total;
+    dw[column] = accumulate ? dw[column] + total : total;
 }
+#endif

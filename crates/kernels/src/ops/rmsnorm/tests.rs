@@ -66,20 +66,24 @@ impl Case {
 
     fn backward(&self, ctx: &Ctx, rstd: &Buf, accumulate: bool) -> (Buf, Buf) {
         let mut dx = self.old.clone();
-        let a = BackwardInput {
+        let mut dw = ctx.from_f32(&vec![1.0; self.d]);
+        self.backward_into(ctx, rstd, accumulate, [Some(&mut dx), Some(&mut dw)]);
+        (dx, dw)
+    }
+
+    /// Into dx and dw, whichever is there.
+    fn backward_into(&self, ctx: &Ctx, rstd: &Buf, accumulate: bool, [dx, dw]: [Option<&mut Buf>; 2]) {
+        let dx_stride = self.stride;
+        let a = Backward {
             dy: self.dy.view(),
             x: self.x.view(),
             x_stride: self.stride,
             weight: self.w.view(),
             rstd: rstd.view(),
-            dx: dx.view_mut(),
-            dx_stride: self.stride,
-            accumulate,
+            input: dx.map(|dx| InputGradient { dx: dx.view_mut(), dx_stride, accumulate }),
+            weight_gradient: dw.map(|dw| WeightGradient { dw: dw.view_mut(), accumulate }),
         };
-        backward_input(ctx, a);
-        let mut dw = ctx.from_f32(&vec![1.0; self.d]);
-        backward_weight(ctx, self.dy.view(), self.x.view(), self.stride, rstd.view(), dw.view_mut());
-        (dx, dw)
+        backward(ctx, a);
     }
 }
 
@@ -116,8 +120,14 @@ fn matches_reference() {
                         }
                     }
                     assert_close("dx", &dx, &expected, op_tolerance(dtype));
-                    let ew: Vec<f64> = ew.iter().map(|w| w + 1.0).collect();
+                    let ew: Vec<f64> = ew.iter().map(|w| if accumulate { w + 1.0 } else { *w }).collect();
                     assert_close("dw", &dw, &ew, op_tolerance(F32));
+                    // Each alone has the same bits.
+                    let (mut x_alone, mut w_alone) = (case.old.clone(), ctx.from_f32(&vec![1.0; case.d]));
+                    case.backward_into(&ctx, &rstd, accumulate, [Some(&mut x_alone), None]);
+                    case.backward_into(&ctx, &rstd, accumulate, [None, Some(&mut w_alone)]);
+                    assert_same_bits("dx alone", &dx, &x_alone);
+                    assert_same_bits("dw alone", &dw, &w_alone);
                 }
             }
         }
