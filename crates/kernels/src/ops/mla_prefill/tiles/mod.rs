@@ -76,14 +76,14 @@ impl Sequence {
 #[inline(always)]
 unsafe fn load<T: Tiles, const R: u8>(tile: &Tile) {
     // SAFETY: a tile is what is read; its registers are the caller's.
-    unsafe { T::load::<R>(tile.as_ptr(), TILE_COLUMNS) }
+    unsafe { T::load::<R>(tile.as_ptr().cast(), TILE_COLUMNS * size_of::<u32>()) }
 }
 
 /// Writes a tile.
 #[inline(always)]
 unsafe fn store<T: Tiles, const R: u8>(tile: &mut Tile) {
     // SAFETY: as above.
-    unsafe { T::store::<R>(tile.as_mut_ptr(), TILE_COLUMNS) }
+    unsafe { T::store::<R>(tile.as_mut_ptr().cast(), TILE_COLUMNS * size_of::<u32>()) }
 }
 
 /// One step of a block of two tiles by two: registers 0 to 3 += rows 4 and 5 times columns 6 and 7.
