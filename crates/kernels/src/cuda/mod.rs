@@ -442,6 +442,12 @@ impl Cuda {
         ptr
     }
 
+    /// `n` words that are zero between launches: a kernel that takes them finds zeros and leaves zeros. Launches of this
+    /// stream follow one another, so that kernels share them; another `Cuda` of the same GPU has its own.
+    pub(crate) fn counters(&self, n: usize) -> u64 {
+        self.constant(&vec![0; n])
+    }
+
     /// Words in device memory, without waiting.
     pub(crate) fn upload(&self, words: &[u32]) -> Buf {
         let buf = self.allocate(DType::I32, words.len());

@@ -175,8 +175,7 @@ impl Product<'_> {
             .shared(tile.shared(self.experts))
             .cluster(tile.cluster as u32);
         let offsets = self.offsets.map_or(0, |o| o.ptr());
-        // Between launches the counter is 0: whoever uses this word finds it so and leaves it so.
-        let counter = cuda.constant(&[0]);
+        let counter = cuda.counters(1);
         cuda.launch(
             &kernel,
             grid,
@@ -357,7 +356,7 @@ mod tests {
                 assert_same_bits("dx", dx0, &dx);
             }
             let mut counter = [1u32];
-            cuda.read(cuda.constant(&[0]), bytemuck::cast_slice_mut(&mut counter));
+            cuda.read(cuda.counters(1), bytemuck::cast_slice_mut(&mut counter));
             assert_eq!(counter, [0]);
         }
     }

@@ -37,10 +37,6 @@ static const int NARROW = BN == 192 ? 128 : BN;
 // stages and two items more.
 static const int KNOWN = 16;
 
-// Zero before and after every launch.
-__device__ u32 taken, finished;
-__device__ u32 ready[PARTS * CLUSTER];
-
 struct Shared {
     u8 ring[STAGES][STAGE_BYTES];
     u8 out[2][BUFFERS][BOX_BYTES];
@@ -180,9 +176,9 @@ DEV float4 read(const float4* p) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
     return v;
 }
-DEV u32 take() {
+DEV u32 take(u32* taken) {
     u32 x;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(&taken) : "memory");
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(taken) : "memory");
     return x;
 }
 
@@ -270,8 +266,10 @@ DEV int piece_col(int p) { return p % (BN / PIECE) * PIECE; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
 sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-            const __grid_constant__ TensorMap map_c, const int* segments, float* parts, int experts, int m,
-            int n, int cap) {
+            const __grid_constant__ TensorMap map_c, const int* segments, float* parts, u32* counters,
+            int experts, int m, int n, int cap) {
+    // PARTS * CLUSTER flags follow; all are zero before and after every launch.
+    u32 *taken = counters, *finished = counters + 1, *ready = counters + 2;
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *reinterpret_cast<Shared*>(raw);
     int *offsets = s.tables, *first = offsets + experts + 1, *order = first + experts + 1;
@@ -292,7 +290,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         mbar_init_fence();
         for (int i = 0; i < KNOWN; i++) mbar_expect(known + 8 * i, 4);
     }
-    if (thread < WARP && rank == 0 && elect_one()) next = take();
+    if (thread < WARP && rank == 0 && elect_one()) next = take(taken);
     plan(s, segments, offsets, first, order, experts, mt * nt);
     __syncthreads();
     meet();
@@ -324,7 +322,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 }
                 int t = __shfl_sync(ALL_LANES, next, source);
                 if (t >= total) break;
-                if (leads && one) next = take();
+                if (leads && one) next = take(taken);
                 Item item = schedule.at(t);
                 int row = item.row + rank * BM, window = cap - item.size, end = item.offset + item.size;
                 // What the ring holds in place of boxes outside reaches only results that are not stored.
@@ -377,9 +375,9 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 }
             }
             // Nobody takes any more once all clusters have come here.
-            if (leads && one && atomicAdd(&finished, 1) == gridDim.x / CLUSTER - 1) {
-                finished = 0;
-                taken = 0;
+            if (leads && one && atomicAdd(finished, 1) == gridDim.x / CLUSTER - 1) {
+                *finished = 0;
+                *taken = 0;
             }
         }
         __syncwarp();

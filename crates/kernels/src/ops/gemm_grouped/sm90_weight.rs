@@ -128,6 +128,7 @@ fn run_by(
             map_c,
             offsets.ptr(),
             sums.view().ptr(),
+            cuda.counters(2 + parts * CLUSTER),
             experts as i32,
             r as i32,
             cols as i32,
