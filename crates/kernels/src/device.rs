@@ -5,6 +5,7 @@ use crate::buffer::Pod;
 use crate::cuda::Pending;
 use crate::cuda::{Cuda, Event, GpuError};
 use crate::memory::Memory;
+use crate::ops::rope::Turns;
 use crate::{AlignedVec, Buf, DType, Isa, Profile, View};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -62,6 +63,7 @@ pub struct Cpu {
     isa: Isa,
     memory: Arc<Memory>,
     pub(crate) profile: OnceLock<Profile>,
+    pub(crate) turns: Turns,
 }
 
 impl Device {
@@ -83,7 +85,8 @@ impl Device {
             .thread_name(|i| format!("hadal-{i}"))
             .build()
             .map_err(|e| DeviceError::Threads { wanted: threads, why: e.to_string() })?;
-        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory: Arc::default(), profile: OnceLock::new() })))
+        let (memory, profile, turns) = (Arc::default(), OnceLock::new(), Turns::default());
+        Ok(Self::Cpu(Arc::new(Cpu { pool, threads, isa, memory, profile, turns })))
     }
 
     /// GPU `ordinal`, with `threads` of the host's workers (None takes all cores) for what the host does.

@@ -47,7 +47,13 @@ pub(crate) fn exp_fused(fused: bool, x: f32) -> f32 {
 /// 1 / (1 + e^-x).
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+    sigmoid_fused(false, x)
+}
+
+/// As [`sigmoid`], of [`exp_fused`].
+#[inline(always)]
+pub(crate) fn sigmoid_fused(fused: bool, x: f32) -> f32 {
+    1.0 / (1.0 + exp_fused(fused, -x))
 }
 
 /// Sine and cosine of an angle up to 2^31, a few units of the last place of 1 off. A call into the C library for each

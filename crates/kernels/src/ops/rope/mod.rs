@@ -9,6 +9,8 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cpu::Turns;
+
 use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut, ops::by_dtype};
 

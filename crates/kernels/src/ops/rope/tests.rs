@@ -168,3 +168,44 @@ fn heads_that_overlap_are_refused() {
     let l = Layout { tokens: 1, heads: 2, width: 8, head_stride: 4, offset: 0, token_stride: 16, interleaved: true };
     l.run(&ctx(), &mut buf(DType::F32, &[0.0; 16]), 1.0, false);
 }
+
+/// Turns from the device's table and those of a call that has a position too far for it, by the bit; the table of
+/// another model, a longer context and another factor are not taken for it.
+#[test]
+fn a_table_changes_no_bits() {
+    let layout =
+        Layout { tokens: 40, heads: 3, width: 72, head_stride: 80, offset: 5, token_stride: 250, interleaved: true };
+    let inv_freq = |base: f32| (0..36).map(|i| base.powf(-(i as f32) / 36.0)).collect::<Vec<_>>();
+    for (ctx, dtype) in levels().iter().flat_map(|ctx| [DType::F32, DType::Bf16].map(|dtype| (ctx, dtype))) {
+        let x = normals(1, layout.len(), 1.0);
+        let run = |positions: &[i32], base, factor, inverse| {
+            let mut x = buf_on(ctx, dtype, &x);
+            let (positions, inv_freq) = (ctx.from_i32(positions), ctx.from_f32(&inv_freq(base)));
+            let a = Rope {
+                x: x.view_mut(),
+                token_stride: layout.token_stride,
+                offset: layout.offset,
+                heads: layout.heads,
+                head_stride: layout.head_stride,
+                positions: positions.view(),
+                inv_freq: inv_freq.view(),
+                factor,
+                interleaved: true,
+                inverse,
+            };
+            apply(ctx, a);
+            x.view().to_f32()
+        };
+        for (step, base, factor) in [(1, 1e4, 1.0), (5, 1e4, 1.0), (5, 3e4, 1.0), (2, 3e4, 0.5)] {
+            for inverse in [false, true] {
+                let near: Vec<i32> = (0..layout.tokens as i32).map(|n| n * step).collect();
+                let mut far = near.clone();
+                *far.last_mut().unwrap() = 1 << 20;
+                let same = (layout.tokens - 1) * layout.token_stride;
+                let (a, b) = (run(&near, base, factor, inverse), run(&far, base, factor, inverse));
+                let bits = |x: &[f32]| x[..same].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&a), bits(&b), "{dtype:?}, every {step}th, base {base}, factor {factor}, {inverse}");
+            }
+        }
+    }
+}
