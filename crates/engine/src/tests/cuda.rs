@@ -141,9 +141,12 @@ fn a_step_copies_no_logits_to_the_host() {
     let mut engine = f.engine(&ctx, CacheOptions::blocks(8));
     (0..3).for_each(|i| engine.submit(greedy(i, text(i, 20), 8)).unwrap());
     let (_, before) = cuda.waits();
-    let mut answered = 0;
+    let (copied, mut answered) = (cuda.downloaded(), 0);
     while !engine.is_idle() {
         answered += engine.step(&ctx).unwrap().len();
     }
     assert_eq!((answered, cuda.waits().1 - before), (24, 0));
+    // Three words a sequence and step; of logits one would be a vocabulary's.
+    let copied = cuda.downloaded() - copied;
+    assert!((24 * 4..=24 * 32).contains(&copied), "{copied} bytes");
 }

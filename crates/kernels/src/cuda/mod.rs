@@ -69,6 +69,8 @@ pub struct Cuda {
     kernels: Kernels,
     blas: blas::Blas,
     constants: Mutex<HashMap<Vec<u32>, CudaBuf>>,
+    /// See [`Cuda::counters`].
+    counters: Mutex<HashMap<usize, CudaBuf>>,
     invariant: AtomicBool,
     /// Kernels for older GPUs are to be used.
     plain: AtomicBool,
@@ -90,11 +92,12 @@ struct Found {
     dry: bool,
 }
 
-/// What made the host wait for the device, since the device was opened.
+/// What made the host wait for the device, and what it was sent, since the device was opened.
 #[derive(Debug, Default)]
 struct Counts {
     waits: AtomicU64,
     blocking_copies: AtomicU64,
+    downloaded: AtomicU64,
     replays: AtomicU64,
 }
 
@@ -168,6 +171,7 @@ impl Cuda {
             kernels: Kernels::default(),
             blas: blas::Blas::default(),
             constants: Mutex::default(),
+            counters: Mutex::default(),
             invariant: AtomicBool::new(false),
             plain: AtomicBool::new(false),
             recording: AtomicBool::new(false),
@@ -248,6 +252,11 @@ impl Cuda {
     /// Times that the host waited for the device, and copies that made it wait.
     pub fn waits(&self) -> (u64, u64) {
         (self.counts.waits.load(Ordering::Relaxed), self.counts.blocking_copies.load(Ordering::Relaxed))
+    }
+
+    /// Bytes that were copied to the host, those of replayed steps left out.
+    pub fn downloaded(&self) -> u64 {
+        self.counts.downloaded.load(Ordering::Relaxed)
     }
 
     /// Times that a graph was replayed.
@@ -443,9 +452,16 @@ impl Cuda {
     }
 
     /// `n` words that are zero between launches: a kernel that takes them finds zeros and leaves zeros. Launches of this
-    /// stream follow one another, so that kernels share them; another `Cuda` of the same GPU has its own.
+    /// stream follow one another, so that kernels share them; another `Cuda` of the same GPU has its own. The first call
+    /// with an `n` uploads, and so cannot be within a recording.
     pub(crate) fn counters(&self, n: usize) -> u64 {
-        self.constant(&vec![0; n])
+        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let words = counters.entry(n).or_insert_with(|| {
+            let buf = self.allocate(DType::I32, n);
+            self.upload_bytes(bytemuck::cast_slice(&vec![0u32; n]), buf.ptr());
+            buf
+        });
+        words.ptr()
     }
 
     /// Words in device memory, without waiting.

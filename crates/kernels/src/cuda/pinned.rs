@@ -158,6 +158,7 @@ impl Cuda {
         }
         self.bind();
         self.counts.blocking_copies.fetch_add(1, Ordering::Relaxed);
+        self.counts.downloaded.fetch_add(out.len() as u64, Ordering::Relaxed);
         // SAFETY: the buffer takes so many bytes and lives until the copy is over, which the next call waits for.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), ptr, out.len(), self.stream.raw()) };
         self.check("copying from the device", result);
@@ -169,6 +170,7 @@ impl Cuda {
         self.not_recorded("copying from the device");
         self.bind();
         let bytes = view.len() * view.dtype().size();
+        self.counts.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
         let piece = (bytes > 0 && !self.dry).then(|| self.pinned.take(self, bytes));
         if let Some(piece) = &piece {
             // SAFETY: the piece is at least as large, nobody else has it, and the result keeps it until the copy is over.

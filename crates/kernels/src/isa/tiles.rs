@@ -30,7 +30,8 @@ pub(crate) unsafe trait Tiles {
     unsafe fn dot<const C: u8, const A: u8, const B: u8>();
 }
 
-/// Work on tiles, beside which AVX-512 may be used. `run` must be `#[inline(always)]`, as must all it calls.
+/// Work on tiles, beside which AVX-512 may be used. What uses it must carry the target features, or be `#[inline(always)]`
+/// all the way down from `run`.
 pub(crate) trait TileJob {
     /// Does it.
     fn run<T: Tiles>(self);
@@ -198,7 +199,7 @@ mod hardware {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod emulated {
     use super::{TILE_COLUMNS, TILE_ROWS, Tiles};
     use std::cell::RefCell;

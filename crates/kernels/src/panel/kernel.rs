@@ -1,8 +1,9 @@
 //! The microkernels: panels in, sums out. A block of sums stays in registers while k passes by.
 //!
 //! Every sum is one chain: it starts at zero or where the panels before left it, and takes in one cell after the other
-//! in order of k, each by the same instruction (on tiles: sixteen cells after the other sixteen). How rows and lanes are blocked decides which sums are computed together,
-//! never how one is computed; so a row's bits depend on nothing but the row, the other operand and k.
+//! in order of k, each by the same instruction (on tiles: sixteen cells after the other sixteen). How rows and lanes are
+//! blocked decides which sums are computed together, never how one is computed; so a row's bits depend on nothing but the
+//! row, the other operand and k.
 
 use super::{Cell, ROW_CELLS, Unit};
 use crate::isa::{Isa, Job, Lanes, Level, TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};

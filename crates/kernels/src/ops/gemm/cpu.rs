@@ -85,8 +85,8 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
     let out = Output::new(out);
-    // All products of a list have operands of the same types.
     if products.first().is_some_and(|p| p.unit(cpu.isa()) == Unit::Tiles) {
+        assert!(products.iter().all(|p| p.unit(cpu.isa()) == Unit::Tiles), "products of several types in one list");
         return tiles::run(cpu, products, &out, accumulate);
     }
     let tasks = tasks(cpu.isa(), products, accumulate);

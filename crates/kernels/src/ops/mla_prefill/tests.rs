@@ -223,8 +223,8 @@ fn large_scores_neither_overflow_nor_vanish() {
 
 #[test]
 fn a_query_without_keys_gets_zeros() {
-    for ctx in levels() {
-        let case = Case::new(DType::F32, shape(2, 4, 4, 6), &[(70, 3)]);
+    for (ctx, dtype) in levels().into_iter().flat_map(|ctx| [DType::F32, DType::Bf16].map(|d| (ctx.clone(), d))) {
+        let case = Case::new(dtype, shape(2, 4, 4, 6), &[(70, 3)]);
         let r = case.run(&ctx);
         let (out, lse, dq) = (r.out.view().to_f32(), r.lse.view().to_f32(), r.dq.view().to_f32());
         assert!(lse[..67 * 2].iter().all(|&x| x == f32::NEG_INFINITY));

@@ -213,8 +213,11 @@ impl Task<'_> {
         let mut turned = [0; TILE_WORDS];
         for (i, tile) in queries.dq[..count.div_ceil(GROUP) * 4 * d].iter().enumerate() {
             let (g, column) = (i / (4 * d), i % (4 * d) / 2 * SQUARE);
+            // Sums of queries that see no key were never begun.
             if of.seen(g) > 0 {
-                turn(tile, &mut turned);
+                turn(tile, &mut turned)
+            } else {
+                turned.fill(0)
             }
             for r in 0..SQUARE {
                 let query = g * GROUP + r / 4 * 8 + i % 2 * 4 + r % 4;
