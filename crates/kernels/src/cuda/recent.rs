@@ -1,6 +1,7 @@
 //! What a device was given last. It works behind the host's back, so that an error shows itself later, at a wait or at
 //! the next call, and says nothing of what caused it: the message names the last launches, their ops and the sizes of
-//! those. Noting costs a few stores a launch; only a failure formats.
+//! those. Noting takes a lock and copies what it is given, once an op and a launch; only a failure formats. Ops of one device
+//! are called from one thread at a time.
 
 use crate::sizes::{Named, list};
 use std::collections::{BTreeMap, VecDeque};
@@ -94,7 +95,8 @@ impl Recent {
         recorded
     }
 
-    /// For the end of a message. With `one` the device has done all but the last, which is therefore what failed.
+    /// For the end of a message. With `one` the device has done all but the last, which is therefore what failed if it was
+    /// a launch or the wait behind it that reported the error.
     pub fn describe(&self, one: bool) -> String {
         let shown = if one { self.works.len().saturating_sub(1) } else { 0 };
         let works: Vec<_> = self.works.range(shown..).collect();

@@ -15,7 +15,7 @@
 // Blocks of a cluster take their tiles in turns. Single blocks take the next tile when they are free, by `counter`, a
 // word in device memory that is 0 before and after: with few rows for each expert tiles take unequal times.
 //
-// Operands with rows per expert ("segments": A, C and, if TA, B) come as three-dimensional maps of a window: coordinate
+// Operands with rows per expert ("segments": A and C; where TA is, which is for one matrix, B) come as three-dimensional maps of a window: coordinate
 // (col, cap - size + row, offset + size), base moved down by cap rows, strides of both outer dimensions one row. A row
 // past the segment's end has second coordinate >= cap: outside the map, so that loads give zeros and stores skip it,
 // without a descriptor per expert. Stacked weights are (col, row, expert). For a box wholly outside, the engine may
@@ -27,6 +27,7 @@ static const int THREADS = 128 * (1 + GROUPS);
 static const int WN = BM == 64 ? BN / GROUPS : BN;                 // columns of one: 64-row tiles are split by columns
 static const int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 // Rows (or m, n) of a TMA box; single blocks leave out the second half of A where an expert has no more rows.
+static_assert(!(GROUPED && TA), "experts' weight gradients are sm90_weight.cu's");
 static const int A_BOX = TA || CLUSTER == 1 ? 64 : BM, B_BOX = TB ? 64 : BN / 2;
 static const int A_BOXES = BM / A_BOX, B_BOXES = BN / B_BOX;
 static const int PIECE_BYTES = 8192;                               // 64 rows, 128 bytes wide, of C
@@ -266,7 +267,7 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         mbar_init_fence();
         // Where the blocks have a tile or two each, what the experts' tiles begin with is brought into L2 meanwhile.
         int nt = (n + BN - 1) / BN, e = blockIdx.x / nt, col = (blockIdx.x - e * nt) * BN;
-        if (GROUPED && !TA && CLUSTER == 1 && e < experts && experts * nt <= 2 * gridDim.x)
+        if (GROUPED && CLUSTER == 1 && e < experts && experts * nt <= 2 * gridDim.x)
             for (int at = 0; at < EARLY_BYTES / (BN * 2); at += BK)
                 for (int i = 0; i < BN; i += B_BOX) tma_ahead(&map_b, TB ? col + i : at, TB ? at : col + i, e);
     }
