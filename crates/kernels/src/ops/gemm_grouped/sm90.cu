@@ -15,11 +15,11 @@
 // Blocks of a cluster take their tiles in turns. Single blocks take the next tile when they are free, by `counter`, a
 // word in device memory that is 0 before and after: with few rows for each expert tiles take unequal times.
 //
-// Operands with rows per expert ("segments": A and C; where TA is, which is for one matrix, B) come as three-dimensional maps of a window: coordinate
-// (col, cap - size + row, offset + size), base moved down by cap rows, strides of both outer dimensions one row. A row
-// past the segment's end has second coordinate >= cap: outside the map, so that loads give zeros and stores skip it,
-// without a descriptor per expert. Stacked weights are (col, row, expert). For a box wholly outside, the engine may
-// look at the map's base, where a window has no memory: such boxes are never asked for.
+// Operands with rows per expert ("segments": A and C; where TA is, which is for one matrix, B) come as three-dimensional
+// maps of a window: coordinate (col, cap - size + row, offset + size), base moved down by cap rows, strides of both outer
+// dimensions one row. A row past the segment's end has second coordinate >= cap: outside the map, so that loads give
+// zeros and stores skip it, without a descriptor per expert. Stacked weights are (col, row, expert). For a box wholly
+// outside, the engine may look at the map's base, where a window has no memory: such boxes are never asked for.
 
 static const int BK = 64;  // one 128-byte swizzled line of bf16
 static const int GROUPS = BM * BN <= 4096 ? 1 : 2;                 // warpgroups that multiply
