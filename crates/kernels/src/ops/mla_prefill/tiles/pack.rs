@@ -2,7 +2,7 @@
 
 use super::{GROUP, TILE_WORDS, Tile};
 use crate::bf16;
-use crate::isa::{SQUARE, TILE_COLUMNS};
+use crate::isa::{SQUARE, TILE_COLUMNS, transpose_cells};
 use std::arch::x86_64::*;
 
 /// A group of 32 tokens, row by row, with zeros up to whole steps and for tokens that are not there.
@@ -53,7 +53,7 @@ impl Stage {
         for (i, tile) in tiles[..2 * self.steps].iter_mut().enumerate() {
             let from = self.row(i / self.steps * SQUARE, i % self.steps);
             // SAFETY: rows are `ld` elements apart, 16 of them from there on.
-            unsafe { transpose(from, 2 * self.ld, tile) }
+            unsafe { transpose_cells(from, 2 * self.ld, tile.as_mut_ptr()) }
         }
     }
 
@@ -99,41 +99,7 @@ impl Stage {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub fn turn(from: &Tile, to: &mut Tile) {
     // SAFETY: a tile is 16 rows of 64 bytes.
-    unsafe { transpose(from.as_ptr().cast(), 64, to) }
-}
-
-/// The transpose of 16 rows of 16 words, `stride` bytes apart. Quarters of rows are read to where they belong, four to a
-/// vector; two rounds of merging do the rest.
-///
-/// # Safety
-/// The rows can be read.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn transpose(from: *const u8, stride: usize, to: &mut Tile) {
-    for (quarter, to) in to.as_chunks_mut::<{ TILE_WORDS / 4 }>().0.iter_mut().enumerate() {
-        let mut x = [_mm512_setzero_si512(); 4];
-        for (row, x) in x.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let of = |row: usize| _mm_loadu_si128(from.add(row * stride + 16 * quarter).cast());
-                let y = _mm512_broadcast_i32x4(of(row));
-                let y = _mm512_mask_broadcast_i32x4(y, 0x00f0, of(row + 4));
-                let y = _mm512_mask_broadcast_i32x4(y, 0x0f00, of(row + 8));
-                *x = _mm512_mask_broadcast_i32x4(y, 0xf000, of(row + 12));
-            }
-        }
-        let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-        let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-        let y = [
-            _mm512_unpacklo_epi64(a, c),
-            _mm512_unpackhi_epi64(a, c),
-            _mm512_unpacklo_epi64(b, d),
-            _mm512_unpackhi_epi64(b, d),
-        ];
-        for (y, to) in y.into_iter().zip(to.as_chunks_mut::<TILE_COLUMNS>().0) {
-            // SAFETY: 64 bytes.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), y) }
-        }
-    }
+    unsafe { transpose_cells(from.as_ptr().cast(), 64, to.as_mut_ptr()) }
 }
 
 /// Rounds row `row` of a tile of f32, times a factor, to the elements of `to` from `at` on, as many as there are.
