@@ -278,3 +278,45 @@ DEV void stmatrix4_t(u32 at, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
                  "r"(c), "r"(d) : "memory");
 }
+
+DEV void store_pair(u32 at, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
+
+// A piece of f32 results in shared memory, of which a thread has x (`wgmma`'s layout); `lines` are its warp's 16 rows.
+// The lanes of odd rows take the blocks of 8 columns in another order than those of even rows: otherwise rows 0 and 1,
+// which the swizzle leaves within the same 32 bytes, would meet in the same banks.
+struct FloatPiece {
+    u32 lines;
+    int lane;
+
+    // Where columns 2 t and 2 t + 1 of block c (c ^ 2 in odd rows) are, 8 h rows down.
+    DEV u32 at(int c, int h) const {
+        int line = lane / 4;
+        return lines + line * 128 + h * 1024 + (c * 32 + lane % 4 * 8 ^ line << 4 ^ (line & 1) << 6);
+    }
+    DEV void put(const float* x) const {
+        bool odd = lane & 4;
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *y = x + 4 * c + 2 * h, *z = y + 8;
+                store_pair(at(c, h), odd ? z[0] : y[0], odd ? z[1] : y[1]);
+                store_pair(at(c, h) ^ 64, odd ? y[0] : z[0], odd ? y[1] : z[1]);
+            }
+    }
+    DEV void add_to(float* x) const {
+        bool odd = lane & 4;
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float *y = x + 4 * c + 2 * h, *z = y + 8, a0, a1, b0, b1;
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a0), "=f"(a1) : "r"(at(c, h)));
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(at(c, h) ^ 64));
+                y[0] += odd ? b0 : a0, y[1] += odd ? b1 : a1;
+                z[0] += odd ? a0 : b0, z[1] += odd ? a1 : b1;
+            }
+    }
+};

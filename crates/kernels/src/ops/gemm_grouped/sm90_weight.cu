@@ -182,48 +182,6 @@ DEV u32 take(u32* taken) {
     return x;
 }
 
-DEV void store_pair(u32 at, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
-}
-
-// A piece of dW in shared memory, of which a thread has x (`wgmma`'s layout); `lines` are its warp's 16 rows. The lanes
-// of odd rows take the blocks of 8 columns in another order than those of even rows: otherwise rows 0 and 1, which the
-// swizzle leaves within the same 32 bytes, would meet in the same banks.
-struct Piece {
-    u32 lines;
-    int lane;
-
-    // Where columns 2 t and 2 t + 1 of block c (c ^ 2 in odd rows) are, 8 h rows down.
-    DEV u32 at(int c, int h) const {
-        int line = lane / 4;
-        return lines + line * 128 + h * 1024 + (c * 32 + lane % 4 * 8 ^ line << 4 ^ (line & 1) << 6);
-    }
-    DEV void put(const float* x) const {
-        bool odd = lane & 4;
-#pragma unroll
-        for (int c = 0; c < 2; c++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float *y = x + 4 * c + 2 * h, *z = y + 8;
-                store_pair(at(c, h), odd ? z[0] : y[0], odd ? z[1] : y[1]);
-                store_pair(at(c, h) ^ 64, odd ? y[0] : z[0], odd ? y[1] : z[1]);
-            }
-    }
-    DEV void add_to(float* x) const {
-        bool odd = lane & 4;
-#pragma unroll
-        for (int c = 0; c < 2; c++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float *y = x + 4 * c + 2 * h, *z = y + 8, a0, a1, b0, b1;
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a0), "=f"(a1) : "r"(at(c, h)));
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(at(c, h) ^ 64));
-                y[0] += odd ? b0 : a0, y[1] += odd ? b1 : a1;
-                z[0] += odd ? a0 : b0, z[1] += odd ? a1 : b1;
-            }
-    }
-};
-
 DEV void store_piece(const TensorMap* map, u32 from, int c0, int c1, int c2) {
     if (!EVICT) return tma_store(map, from, c0, c1, c2);
     u64 policy;
@@ -434,7 +392,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
 #pragma unroll
                 for (int j = 0; j < OLD_PIECES; j++)
                     if (c * OLD_PIECES + j < PIECES)
-                        Piece{lines + j * BOX_BYTES, lane}.add_to(acc[0] + (c * OLD_PIECES + j) * 16);
+                        FloatPiece{lines + j * BOX_BYTES, lane}.add_to(acc[0] + (c * OLD_PIECES + j) * 16);
                 fence_async();
                 __syncwarp();
                 release(slot.emptied());
@@ -470,7 +428,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 u32 from = staging + buffer * BOX_BYTES;
                 if (own == 0) tma_wait_read<BUFFERS - 1>();
                 bar_sync(1 + w, 128);
-                Piece{from + warp * 2048, lane}.put(acc[0] + p * 16);
+                FloatPiece{from + warp * 2048, lane}.put(acc[0] + p * 16);
                 fence_async();
                 bar_sync(1 + w, 128);
                 if (own == 0) {
