@@ -177,8 +177,8 @@ def memory(row: dict, ours: list[dict], lowest: dict) -> dict:
 def train(args) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/export"
-        # Compiled once for all runs, and never by a run that was killed.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        # Compiled once for all runs, and never by a run that was killed. Who compiled before says where.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         lines([args.hadal, "bench", "train", "--export", directory, "--preset", args.preset, "--batch", str(args.batch),
                "--seq", str(args.seq), "--steps", str(args.steps), "--json"])
         job, rows, settings = Training(args, directory), {}, args.settings.split(",")
