@@ -1,16 +1,18 @@
 //! The microkernels: panels in, sums out. A block of sums stays in registers while k passes by.
 //!
 //! Every sum is one chain: it starts at zero or where the panels before left it, and takes in one cell after the other
-//! in order of k, each by the same instruction (on tiles: sixteen cells after the other sixteen). How rows and lanes are
-//! blocked decides which sums are computed together, never how one is computed; so a row's bits depend on nothing but the
-//! row, the other operand and k.
+//! in order of k, each by the same instruction. How rows and lanes are blocked decides which sums are computed together,
+//! never how one is computed; so a row's bits depend on nothing but the row, the other operand and k.
 
-use super::{Cell, ROW_CELLS, Unit};
-use crate::isa::{Isa, Job, Lanes, Level, TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
+use super::{Cell, ROW_CELLS};
+use crate::isa::{Isa, Job, Lanes, Level};
+
+/// Lanes of a group on the widest level.
+pub(crate) const WIDEST_GROUP: usize = 32;
 
 /// Lanes of a group: what the widest block of the level takes.
 pub(crate) fn group_width(isa: Isa) -> usize {
-    if isa.level() >= Level::Avx512 { 32 } else { 16 }
+    if isa.level() >= Level::Avx512 { WIDEST_GROUP } else { WIDEST_GROUP / 2 }
 }
 
 /// `sums[row][lane]` (+)= rows . lanes, over all cells.
@@ -31,17 +33,14 @@ pub(crate) struct Multiply<'a> {
 
 impl Multiply<'_> {
     /// Computes it.
-    pub fn run(self, isa: Isa, unit: Unit) {
-        match unit {
-            Unit::Vectors(cell) => isa.run(OnVectors(self, cell)),
-            Unit::Tiles => isa.run_tiles(self),
-        }
+    pub fn run(self, isa: Isa, cell: Cell) {
+        isa.run(OnVectors(self, cell));
     }
 
-    fn check(&self, group: usize, rows: usize) {
+    fn check(&self, group: usize) {
         assert!(self.width.is_multiple_of(group) && self.cells <= ROW_CELLS);
-        assert!(self.lanes.len() >= self.width * self.cells && self.rows.len() >= rows * ROW_CELLS);
-        assert!(self.sums.len() >= rows * self.width);
+        assert!(self.lanes.len() >= self.width * self.cells && self.rows.len() >= self.count * ROW_CELLS);
+        assert!(self.sums.len() >= self.count * self.width);
     }
 }
 
@@ -70,7 +69,7 @@ impl Multiply<'_> {
     #[inline(always)]
     fn blocks<V: Lanes, const PAIRS: bool, const MR: usize, const NV: usize>(&mut self) {
         let group = NV * V::N;
-        self.check(group, self.count);
+        self.check(group);
         for first in (0..self.width).step_by(group) {
             let mut i = 0;
             while i < self.count {
@@ -129,71 +128,5 @@ impl Multiply<'_> {
             }
         }
         R
-    }
-}
-
-/// Rows that [`Multiply`] may compute on tiles: whole pairs of tiles, so that panels and sums must have room for them.
-pub(crate) const ROWS_OF_TILES: usize = 2 * TILE_ROWS;
-
-impl TileJob for Multiply<'_> {
-    /// Blocks of two tiles by two: each tile that is loaded is multiplied twice, so that loads, of which two take as long
-    /// as a product, do not bound it.
-    #[inline(always)]
-    fn run<T: Tiles>(mut self) {
-        let rows = self.count.next_multiple_of(ROWS_OF_TILES);
-        self.check(2 * TILE_COLUMNS, rows);
-        assert!(self.cells.is_multiple_of(TILE_COLUMNS), "{} cells", self.cells);
-        // SAFETY: configured before all else and released after; blocks reach rows below `rows` and lanes below width,
-        // and `check` bounds the panels by these.
-        unsafe {
-            T::configure();
-            for first in (0..self.width).step_by(2 * TILE_COLUMNS) {
-                for i in (0..rows).step_by(ROWS_OF_TILES) {
-                    self.tiles::<T>(i, first);
-                }
-            }
-            T::release();
-        }
-    }
-}
-
-impl Multiply<'_> {
-    #[inline(always)]
-    unsafe fn tiles<T: Tiles>(&mut self, i: usize, first: usize) {
-        const GROUP: usize = 2 * TILE_COLUMNS;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let lanes = self.lanes.as_ptr().add(first * self.cells);
-            let rows = self.rows.as_ptr().add(i * ROW_CELLS);
-            let top = self.sums.as_mut_ptr().add(i * self.width + first);
-            let bottom = top.add(TILE_ROWS * self.width);
-            // Bytes from one row to the next.
-            let (width, row, group) = (4 * self.width, 4 * ROW_CELLS, 4 * GROUP);
-            if self.add {
-                T::load::<0>(top.cast(), width);
-                T::load::<1>(top.add(TILE_COLUMNS).cast(), width);
-                T::load::<2>(bottom.cast(), width);
-                T::load::<3>(bottom.add(TILE_COLUMNS).cast(), width);
-            } else {
-                T::zero::<0>();
-                T::zero::<1>();
-                T::zero::<2>();
-                T::zero::<3>();
-            }
-            for c in (0..self.cells).step_by(TILE_COLUMNS) {
-                T::load::<4>(rows.add(c).cast(), row);
-                T::load::<6>(lanes.add(c * GROUP).cast(), group);
-                T::dot::<0, 4, 6>();
-                T::load::<7>(lanes.add(c * GROUP + TILE_COLUMNS).cast(), group);
-                T::dot::<1, 4, 7>();
-                T::load::<5>(rows.add(TILE_ROWS * ROW_CELLS + c).cast(), row);
-                T::dot::<2, 5, 6>();
-                T::dot::<3, 5, 7>();
-            }
-            T::store::<0>(top.cast(), width);
-            T::store::<1>(top.add(TILE_COLUMNS).cast(), width);
-            T::store::<2>(bottom.cast(), width);
-            T::store::<3>(bottom.add(TILE_COLUMNS).cast(), width);
-        }
     }
 }

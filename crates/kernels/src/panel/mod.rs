@@ -3,15 +3,16 @@
 //! A panel is a part of an operand, laid out as the kernels read it. It consists of cells of 32 bits: an f32 (widened
 //! if need be), or two bf16 at consecutive k, the first in the low half. Zeros fill up the cells that k does not fill.
 //! Of one operand the kernels read *lanes*, vectors over the outer index at each cell, in groups: `[group][cell][lane]`.
-//! Of the other they read *rows*, `[row][ROW_CELLS]`, one cell at a time or as the rows of a tile.
+//! Of the other they read *rows*, `[row][ROW_CELLS]`, one cell at a time. Products of bf16 on AMX do without panels: they
+//! have blocks of tiles (`blocks`).
 
 pub(crate) mod blocks;
 mod kernel;
 mod pack;
 
 use crate::View;
-use crate::isa::{Isa, Level, SQUARE, TILE_COLUMNS};
-pub(crate) use kernel::{Multiply, ROWS_OF_TILES, group_width};
+use crate::isa::{Isa, Level, SQUARE};
+pub(crate) use kernel::{Multiply, WIDEST_GROUP, group_width};
 pub(crate) use pack::{lanes, rows};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
@@ -48,52 +49,28 @@ pub(crate) enum Cell {
 }
 
 impl Cell {
+    /// The fastest that the level's vectors multiply, for operands of bf16 or for others.
+    pub fn of(isa: Isa, bf16: bool) -> Self {
+        if bf16 && isa.level() >= Level::Avx512Bf16 { Self::Pair } else { Self::Single }
+    }
+
     /// Steps of k in a cell.
-    pub fn depth(self) -> usize {
+    fn depth(self) -> usize {
         match self {
             Self::Single => 1,
             Self::Pair => 2,
         }
     }
-}
-
-/// What multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unit {
-    /// Vectors, a cell at a time.
-    Vectors(Cell),
-    /// AMX's tiles; cells are pairs.
-    Tiles,
-}
-
-impl Unit {
-    /// The best that the level has for operands of bf16, or for others.
-    pub fn of(isa: Isa, bf16: bool) -> Self {
-        match isa.level() {
-            Level::Amx if bf16 => Self::Tiles,
-            Level::Avx512Bf16 if bf16 => Self::Vectors(Cell::Pair),
-            _ => Self::Vectors(Cell::Single),
-        }
-    }
-
-    /// What the cells of its panels hold.
-    pub fn cell(self) -> Cell {
-        match self {
-            Self::Vectors(cell) => cell,
-            Self::Tiles => Cell::Pair,
-        }
-    }
 
     /// Cells of a panel over kc steps of k.
     pub fn cells(self, kc: usize) -> usize {
-        let held = kc.div_ceil(self.cell().depth());
-        if self == Self::Tiles { held.next_multiple_of(TILE_COLUMNS) } else { held }
+        kc.div_ceil(self.depth())
     }
 
     /// Cuts k into pieces of a panel's length at most: (first, length), of about equal length so that none is a mere
     /// rest.
     pub fn pieces(self, k: usize) -> impl Iterator<Item = (usize, usize)> {
-        let depth = self.cell().depth();
+        let depth = self.depth();
         let cells = k.div_ceil(depth);
         let step = cells.div_ceil(cells.div_ceil(CELLS).max(1)).max(1).next_multiple_of(SQUARE) * depth;
         (0..k).step_by(step).map(move |k0| (k0, step.min(k - k0)))

@@ -6,8 +6,8 @@
 
 use super::tiles;
 use crate::buffer::Pod;
-use crate::isa::{Isa, vectorised};
-use crate::panel::{self, CELLS, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
+use crate::isa::{Isa, Level, SQUARE, vectorised};
+use crate::panel::{self, CELLS, Cell, Multiply, Operand, Part, ROW_CELLS, group_width};
 use crate::{AlignedVec, Cpu, DType, Elem, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -41,8 +41,8 @@ const TASKS: usize = 16;
 const LEAST_WORK: usize = 1 << 18;
 
 impl Product<'_> {
-    fn unit(&self, isa: Isa) -> Unit {
-        Unit::of(isa, self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16)
+    fn is_bf16(&self) -> bool {
+        self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16
     }
 
     fn work(&self) -> usize {
@@ -50,9 +50,8 @@ impl Product<'_> {
     }
 
     /// Rows and columns of a tile when a task should do about `work` multiply-adds.
-    fn tile(&self, unit: Unit, work: usize) -> (usize, usize) {
-        // Packing is the dearer beside the product the faster that is, and a larger tile shares it.
-        let (mut r, mut c) = if unit == Unit::Tiles { (2 * ROWS, 2 * COLUMNS) } else { (ROWS, COLUMNS) };
+    fn tile(&self, work: usize) -> (usize, usize) {
+        let (mut r, mut c) = (ROWS, COLUMNS);
         while r * c * self.k > work && (c > LEAST_COLUMNS || r > LEAST_ROWS) {
             // Columns first: packing their lanes is the dearer part, and it is shared by the tile's rows.
             if c > LEAST_COLUMNS { c /= 2 } else { r = (r / 2).max(LEAST_ROWS) }
@@ -85,25 +84,25 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     }
     assert!(end <= out.len(), "outputs end at {end} of {}", out.len());
     let out = Output::new(out);
-    if products.first().is_some_and(|p| p.unit(cpu.isa()) == Unit::Tiles) {
-        assert!(products.iter().all(|p| p.unit(cpu.isa()) == Unit::Tiles), "products of several types in one list");
+    if cpu.isa().level() == Level::Amx && products.first().is_some_and(Product::is_bf16) {
+        assert!(products.iter().all(Product::is_bf16), "products of several types in one list");
         return tiles::run(cpu, products, &out, accumulate);
     }
-    let tasks = tasks(cpu.isa(), products, accumulate);
+    let tasks = tasks(products, accumulate);
     cpu.for_each(tasks.len(), |i| {
         let t = &tasks[i];
         SCRATCH.with_borrow_mut(|s| tile(cpu.isa(), &products[t.product], t, s, &out, accumulate));
     });
 }
 
-fn tasks(isa: Isa, products: &[Product<'_>], accumulate: bool) -> Vec<Task> {
+fn tasks(products: &[Product<'_>], accumulate: bool) -> Vec<Task> {
     let total: usize = products.iter().map(Product::work).sum();
     let work = (total / TASKS).max(LEAST_WORK);
     let mut tasks = Vec::new();
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
-        let (tm, tn) = p.tile(p.unit(isa), work);
+        let (tm, tn) = p.tile(work);
         for j in (0..p.n).step_by(tn) {
             for i in (0..p.m).step_by(tm) {
                 tasks.push(Task { product, rows: i..(i + tm).min(p.m), cols: j..(j + tn).min(p.n) });
@@ -135,24 +134,23 @@ pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
 }
 
 fn tile(isa: Isa, p: &Product<'_>, t: &Task, s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
-    let unit = p.unit(isa);
+    let cell = Cell::of(isa, p.is_bf16());
     let group = group_width(isa);
     let width = t.cols.len().next_multiple_of(group);
     let count = t.rows.len();
-    let room = count.next_multiple_of(ROWS_OF_TILES);
-    reserve(&mut s.sums, room * width);
+    reserve(&mut s.sums, count * width);
     reserve(&mut s.lanes, CELLS * width);
-    reserve(&mut s.rows, room * ROW_CELLS);
+    reserve(&mut s.rows, count.next_multiple_of(SQUARE) * ROW_CELLS);
     if p.k == 0 {
         s.sums[..count * width].fill(0.0);
     }
-    for (k0, kc) in unit.pieces(p.k) {
-        let cells = unit.cells(kc);
+    for (k0, kc) in cell.pieces(p.k) {
+        let cells = cell.cells(kc);
         let part = |range: &Range<usize>| Part { first: range.start, count: range.len(), k0, kc, cells };
-        panel::lanes(isa, p.b, part(&t.cols), unit.cell(), group, &mut s.lanes);
-        panel::rows(isa, p.a, part(&t.rows), unit.cell(), &mut s.rows);
+        panel::lanes(isa, p.b, part(&t.cols), cell, group, &mut s.lanes);
+        panel::rows(isa, p.a, part(&t.rows), cell, &mut s.rows);
         let multiply = Multiply { lanes: &s.lanes, width, rows: &s.rows, count, cells, sums: &mut s.sums, add: k0 > 0 };
-        multiply.run(isa, unit);
+        multiply.run(isa, cell);
     }
     store(isa, t, &s.sums, width, p, out, accumulate);
 }

@@ -43,7 +43,7 @@ impl<'a> Kernels<'a> {
             cuda,
             shape,
             dtype,
-            mma: dtype == DType::Bf16 && sums <= 320 && shape.scale > 0.0,
+            mma: dtype == DType::Bf16 && sums <= 320,
             wide: units && pointers.iter().all(|p| p % 16 == 0),
             seqs: x.cu_q.len() - 1,
             nq: x.q.len() / (h * (p + r)),

@@ -145,7 +145,7 @@ DEV void store2(bf16* to, int column, int width, float x, float y) {
 
 // ---- Kernels
 
-// out and lse; scale > 0, so that the largest product has the largest score. Grid: heads x slots; those with the most
+// out and lse; scale is above 0, so that the largest product has the largest score. Grid: heads x slots; those with the most
 // keys first.
 extern "C" __global__ void __launch_bounds__(THREADS) mla_any_forward(
     const bf16* q, const bf16* kv_up, const bf16* k_pe, const int* cu_q, const int* cu_k, bf16* out, float* lse,

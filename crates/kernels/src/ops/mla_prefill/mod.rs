@@ -39,7 +39,7 @@ pub struct Shape {
     pub v: usize,
     /// Elements from one token's k_pe to the next (>= R): k_pe may be the tail of kv_a's rows.
     pub k_pe_stride: usize,
-    /// Softmax scale (YaRN's m^2 included).
+    /// Softmax scale (YaRN's m^2 included), above 0: maxima are taken before it is applied.
     pub scale: f32,
 }
 
@@ -73,7 +73,7 @@ pub fn forward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, out: ViewMut<'_>, lse: Vi
     match &ctx.device {
         Device::Cuda(cuda) => cuda::forward(cuda, shape, &x, out, lse),
         #[cfg(target_arch = "x86_64")]
-        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype(), &shape) => {
+        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype()) => {
             tiles::forward(cpu, &Problem::new(shape, &x), bf16::of_mut(out), lse.f32());
         }
         Device::Cpu(cpu) => {
@@ -118,7 +118,7 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward(cuda, shape, &x, b),
         #[cfg(target_arch = "x86_64")]
-        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype(), &shape) => {
+        Device::Cpu(cpu) if tiles::takes(cpu, x.q.dtype()) => {
             tiles::backward(cpu, &Problem::new(shape, &x), b);
         }
         Device::Cpu(cpu) => {
@@ -145,8 +145,9 @@ impl<'a> Problem<'a> {
 
 /// Asserts what both directions need of their inputs; returns Nq and Nk.
 fn check(shape: &Shape, x: &Inputs<'_>) -> (usize, usize) {
-    let Shape { heads: h, nope: p, rope: r, v: w, .. } = *shape;
+    let Shape { heads: h, nope: p, rope: r, v: w, scale, .. } = *shape;
     assert!(h > 0 && p + r > 0 && w > 0, "attention of {h} heads of {p} + {r} and {w}");
+    assert!(scale > 0.0, "attention with a scale of {scale}");
     assert_eq!(x.cu_q.len(), x.cu_k.len(), "cumulative lengths of queries and keys");
     let (nq, nk) = if x.cu_q.is_host() {
         (total(x.cu_q.i32()), total(x.cu_k.i32()))

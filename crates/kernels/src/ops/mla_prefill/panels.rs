@@ -6,35 +6,35 @@
 use super::tile::TILE;
 use super::{Problem, Shape};
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
-use crate::panel::{self, Multiply, Operand, Part, ROW_CELLS, ROWS_OF_TILES, Unit, group_width};
+use crate::panel::{self, Cell, Multiply, Operand, Part, ROW_CELLS, WIDEST_GROUP, group_width};
 use crate::{Cpu, DType, Elem, View};
 
-/// What multiplies, and how wide.
+/// What cells hold, and how wide groups of lanes are.
 #[derive(Clone, Copy)]
 pub struct Panels {
     pub isa: Isa,
-    unit: Unit,
+    cell: Cell,
     group: usize,
 }
 
-/// Rows or columns that panels and sums have room for.
+/// Rows or columns that panels and sums have room for: whole groups of lanes on any level.
 pub fn room(n: usize) -> usize {
-    n.next_multiple_of(ROWS_OF_TILES)
+    n.next_multiple_of(WIDEST_GROUP)
 }
 
 impl Panels {
     pub fn new(cpu: &Cpu, dtype: DType) -> Self {
-        Self { isa: cpu.isa(), unit: Unit::of(cpu.isa(), dtype == DType::Bf16), group: group_width(cpu.isa()) }
+        Self { isa: cpu.isa(), cell: Cell::of(cpu.isa(), dtype == DType::Bf16), group: group_width(cpu.isa()) }
     }
 
     /// Words of the lanes of `width` outer indices (whole groups) over k.
     pub fn lanes_len(&self, width: usize, k: usize) -> usize {
-        self.unit.pieces(k).map(|(_, kc)| self.unit.cells(kc) * width).sum()
+        self.cell.pieces(k).map(|(_, kc)| self.cell.cells(kc) * width).sum()
     }
 
     /// Words of the rows of `count` outer indices over k.
     pub fn rows_len(&self, count: usize, k: usize) -> usize {
-        self.unit.pieces(k).count() * room(count) * ROW_CELLS
+        self.cell.pieces(k).count() * room(count) * ROW_CELLS
     }
 
     /// Packs `count` outer indices as lanes, `width` of them with zeros.
@@ -43,27 +43,23 @@ impl Panels {
             dst.fill(0);
         }
         let mut at = 0;
-        for (k0, kc) in self.unit.pieces(k) {
-            let cells = self.unit.cells(kc);
+        for (k0, kc) in self.cell.pieces(k) {
+            let cells = self.cell.cells(kc);
             let part = Part { first: 0, count, k0, kc, cells };
-            panel::lanes(self.isa, op, part, self.unit.cell(), self.group, &mut dst[at..]);
+            panel::lanes(self.isa, op, part, self.cell, self.group, &mut dst[at..]);
             at += cells * width;
         }
     }
 
-    /// Packs `count` outer indices as rows. Where tiles multiply whole blocks of rows, those beyond are zeros: they add
-    /// nothing to sums that another tile of keys goes on with.
+    /// Packs `count` outer indices as rows.
     pub fn rows(&self, op: Operand<'_>, count: usize, k: usize, dst: &mut [u32]) {
-        for (panel, (k0, kc)) in dst.chunks_exact_mut(room(count) * ROW_CELLS).zip(self.unit.pieces(k)) {
-            let part = Part { first: 0, count, k0, kc, cells: self.unit.cells(kc) };
-            panel::rows(self.isa, op, part, self.unit.cell(), panel);
-            if self.unit == Unit::Tiles {
-                panel[count * ROW_CELLS..].fill(0);
-            }
+        for (panel, (k0, kc)) in dst.chunks_exact_mut(room(count) * ROW_CELLS).zip(self.cell.pieces(k)) {
+            let part = Part { first: 0, count, k0, kc, cells: self.cell.cells(kc) };
+            panel::rows(self.isa, op, part, self.cell, panel);
         }
     }
 
-    /// `sums[count][width]` (+)= rows . lanes over k; sums have room for `room(count)` rows.
+    /// `sums[count][width]` (+)= rows . lanes over k.
     pub fn multiply(
         &self,
         (lanes, width): (&[u32], usize),
@@ -73,8 +69,8 @@ impl Panels {
         add: bool,
     ) {
         let mut at = 0;
-        for (i, (k0, kc)) in self.unit.pieces(k).enumerate() {
-            let cells = self.unit.cells(kc);
+        for (i, (k0, kc)) in self.cell.pieces(k).enumerate() {
+            let cells = self.cell.cells(kc);
             let product = Multiply {
                 lanes: &lanes[at..],
                 width,
@@ -84,7 +80,7 @@ impl Panels {
                 sums,
                 add: add || k0 > 0,
             };
-            product.run(self.isa, self.unit);
+            product.run(self.isa, self.cell);
             at += cells * width;
         }
     }

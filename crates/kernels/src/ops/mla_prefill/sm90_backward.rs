@@ -31,7 +31,6 @@ pub(super) fn supports(cuda: &Cuda, shape: &Shape, x: &Inputs<'_>, b: &Backward<
     cuda.has_wgmma()
         && x.q.dtype() == DType::Bf16
         && (shape.nope, shape.rope, shape.v) == (NOPE, ROPE, V)
-        && shape.scale > 0.0
         && !x.q.is_empty()
         && !x.kv_up.is_empty()
         && shape.k_pe_stride.is_multiple_of(8)

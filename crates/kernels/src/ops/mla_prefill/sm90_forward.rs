@@ -49,7 +49,6 @@ pub(super) fn supports(cuda: &Cuda, shape: &Shape, x: &Inputs<'_>, out: &ViewMut
         && widths
         && [32, 64, 96, 128].contains(&s.v)
         && shared(s) <= SHARED
-        && s.scale > 0.0
         && s.k_pe_stride.is_multiple_of(8)
         && !x.q.is_empty()
         && !x.kv_up.is_empty()

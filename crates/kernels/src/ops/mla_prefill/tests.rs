@@ -5,6 +5,7 @@ use crate::testing::{
 };
 use crate::{Buf, Ctx, DType, Level};
 use hadal_numerics::Tolerance;
+use std::panic::AssertUnwindSafe;
 
 /// A batch in buffers, and what the reference makes of the same (rounded) numbers.
 struct Case {
@@ -338,6 +339,16 @@ fn a_wrong_size_is_named() {
     let mut case = Case::new(DType::F32, shape(2, 16, 8, 16), &[(4, 4)]);
     case.kv_up = buf(DType::F32, &[0.0; 7]);
     case.run(&ctx());
+}
+
+#[test]
+fn a_scale_that_is_not_above_zero_is_refused() {
+    for scale in [0.0, -0.5, f32::NAN] {
+        let case = Case::new(DType::Bf16, Shape { scale, ..shape(2, 16, 8, 16) }, &[(4, 4)]);
+        let refused = std::panic::catch_unwind(AssertUnwindSafe(|| case.run(&ctx()))).err().expect("refused");
+        let message = refused.downcast_ref::<String>().expect("a message");
+        assert_eq!(message, &format!("attention with a scale of {scale}"));
+    }
 }
 
 mod tiles {

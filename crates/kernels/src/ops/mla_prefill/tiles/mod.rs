@@ -26,10 +26,9 @@ const TILE_WORDS: usize = TILE_COLUMNS * TILE_COLUMNS;
 /// Tokens of a group: two tiles of them.
 const GROUP: usize = 32;
 
-/// Whether these functions compute such a call. Maxima are taken before the scale is applied, so that it must not turn
-/// their order around.
-pub fn takes(cpu: &Cpu, dtype: DType, shape: &Shape) -> bool {
-    dtype == DType::Bf16 && cpu.isa().level() == Level::Amx && shape.scale > 0.0
+/// Whether these functions compute such a call.
+pub fn takes(cpu: &Cpu, dtype: DType) -> bool {
+    dtype == DType::Bf16 && cpu.isa().level() == Level::Amx
 }
 
 /// Sizes in tiles.
