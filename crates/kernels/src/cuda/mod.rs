@@ -11,6 +11,8 @@ mod compile;
 mod compiled;
 mod driver;
 mod error;
+#[cfg(test)]
+mod fault;
 mod graph;
 mod launch;
 mod memory;

@@ -16,15 +16,19 @@ static SOURCE: Source = Source {
 };
 
 fn scale(cuda: &Cuda, x: &mut Buf, by: f32, more: &Buf) {
-    let (n, dtype) = (x.len(), x.dtype());
+    scale_at(cuda, x.dtype(), (x.view_mut().ptr(), x.len()), by, more);
+}
+
+/// Multiplies n elements at an address.
+pub(super) fn scale_at(cuda: &Cuda, dtype: DType, (at, n): (u64, usize), by: f32, more: &Buf) {
     let kernel = cuda.kernel(&SOURCE, "scale", &[("T", Value::Type(dtype))]);
     let grid = Grid::new([n.div_ceil(128) as u32, 1, 1], 128);
-    cuda.launch(&kernel, grid, &args![x.view_mut().ptr(), n as i32, by, more.view().ptr()]);
+    cuda.launch(&kernel, grid, &args![at, n as i32, by, more.view().ptr()]);
 }
 
 /// The context and its GPU, if there is one.
 #[track_caller]
-fn device() -> Option<(Ctx, Arc<Cuda>)> {
+pub(super) fn device() -> Option<(Ctx, Arc<Cuda>)> {
     let ctx = gpu()?;
     let cuda = ctx.device.as_cuda()?.clone();
     Some((ctx, cuda))
