@@ -2,6 +2,9 @@
 //! intrinsics for them, so that each instruction is a line of assembly here; all above is written against [`Tiles`],
 //! which ordinary code plays in tests (on CPUs with AVX-512 BF16, which the level includes).
 
+#[cfg(target_arch = "x86_64")]
+use std::marker::PhantomData;
+
 /// Rows of a tile: of sums, of the left operand, and of cells (pairs of k) of the right one.
 pub(crate) const TILE_ROWS: usize = 16;
 /// Columns of a tile of sums or of the right operand, and cells (pairs of k) in a row of the left one.
@@ -15,8 +18,11 @@ pub(crate) const TILE_COLUMNS: usize = 16;
 pub(crate) unsafe trait Tiles {
     /// Gives the registers their shape.
     unsafe fn configure();
-    /// Gives them back, which spares the kernel their saving.
+    /// Gives them back, which spares the kernel their saving. Does nothing where they have no shape.
     unsafe fn release();
+    /// Whether they have their shape.
+    #[cfg(test)]
+    unsafe fn is_configured() -> bool;
     /// All zeros.
     unsafe fn zero<const T: u8>();
     /// Reads a tile.
@@ -60,7 +66,23 @@ pub(super) fn run(emulated: bool, job: impl TileJob) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn with_vectors<T: Tiles>(job: impl TileJob) {
+    let _unwinding = Unwinding::<T>(PhantomData);
     job.run::<T>();
+}
+
+/// Releases tiles if a panic unwinds past the release of the job that configured them: the thread may be a worker, which
+/// goes on.
+#[cfg(target_arch = "x86_64")]
+struct Unwinding<T: Tiles>(PhantomData<T>);
+
+#[cfg(target_arch = "x86_64")]
+impl<T: Tiles> Drop for Unwinding<T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // SAFETY: the job is over.
+            unsafe { T::release() }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -159,6 +181,13 @@ mod hardware {
             // SAFETY: touches tile registers alone.
             unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
         }
+        #[cfg(test)]
+        unsafe fn is_configured() -> bool {
+            let mut config = Config { palette: 0xff, ..CONFIG };
+            // SAFETY: writes 64 bytes, zeros where there is no shape.
+            unsafe { asm!("sttilecfg [{}]", in(reg) &raw mut config, options(nostack, preserves_flags)) }
+            config.palette != 0
+        }
         #[inline(always)]
         unsafe fn zero<const T: u8>() {
             // SAFETY: as above.
@@ -225,7 +254,11 @@ mod emulated {
             REGISTERS.set(Some([[0; TILE_ROWS * TILE_COLUMNS]; 8]));
         }
         unsafe fn release() {
-            assert!(REGISTERS.take().is_some(), "tiles are released twice");
+            // Whoever releases what it never configured is wrong about what it does, but for who cleans up.
+            assert!(REGISTERS.take().is_some() || std::thread::panicking(), "tiles are released twice");
+        }
+        unsafe fn is_configured() -> bool {
+            REGISTERS.with_borrow(Option::is_some)
         }
         unsafe fn zero<const T: u8>() {
             with(|r| r[usize::from(T)].fill(0));
@@ -266,6 +299,61 @@ mod emulated {
                     *c = sum.to_bits();
                 }
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{ctx_of, isas};
+    use crate::{Isa, Level};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// Configures tiles, if at all, and fails.
+    struct Fails(bool);
+    impl TileJob for Fails {
+        fn run<T: Tiles>(self) {
+            // SAFETY: nothing else uses tiles on this thread meanwhile.
+            unsafe {
+                if self.0 {
+                    T::configure();
+                }
+                assert_eq!(T::is_configured(), self.0);
+            }
+            panic!("a job failed");
+        }
+    }
+
+    /// Says whether it finds tiles configured.
+    struct Look<'a>(&'a mut Option<bool>);
+    impl TileJob for Look<'_> {
+        fn run<T: Tiles>(self) {
+            // SAFETY: reads what there is.
+            *self.0 = Some(unsafe { T::is_configured() });
+        }
+    }
+
+    fn look(isa: Isa) {
+        let mut found = None;
+        isa.run_tiles(Look(&mut found));
+        assert_eq!(found, Some(false));
+    }
+
+    /// A worker is left without tiles by a task that failed, and what failed is what the caller is told.
+    #[test]
+    fn a_panic_releases_tiles() {
+        for isa in isas().into_iter().filter(|isa| isa.level() == Level::Amx) {
+            for configured in [true, false] {
+                let ctx = ctx_of(2, isa);
+                let tasks = || ctx.host().for_each(4, |_| isa.run_tiles(Fails(configured)));
+                let failed = catch_unwind(AssertUnwindSafe(tasks)).expect_err("all tasks fail");
+                assert_eq!(failed.downcast_ref::<&str>(), Some(&"a job failed"));
+                ctx.host().for_each(8, |_| look(isa));
+                // On this thread too.
+                catch_unwind(AssertUnwindSafe(|| isa.run_tiles(Fails(configured)))).expect_err("it fails");
+                look(isa);
+            }
         }
     }
 }
