@@ -241,7 +241,9 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
     if (thread == 0) {
         tma_prefetch(&map_a), tma_prefetch(&map_b), tma_prefetch(&map_c);
         for (int i = 0; i < STAGES; i++) {
-            mbar_init(slot.full + 8 * i, 1);
+            // Both loading warps arrive at every slot, also where one has nothing to load: else one might miss that a slot
+            // was emptied, filled and emptied again, of which its parity tells nothing.
+            mbar_init(slot.full + 8 * i, 2);
             mbar_init(slot.empty + 8 * i, 4 * CLUSTER);
         }
         for (int i = 0; i < KNOWN; i++) mbar_init(known + 8 * i, 1);
@@ -309,6 +311,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                             if (CLUSTER > 1 && j < boxes_b && (j + step) % CLUSTER == rank)
                                 tma_load_to((1 << CLUSTER) - 1, to, &map_b, bar, col, at, end);
                         }
+                        mbar_arrive(bar);
                     }
                     __syncwarp();
                     slot.next();
@@ -327,6 +330,8 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                             tma_load(slot.data() + j * BOX_BYTES, &map_c, slot.filled(), item.col + piece_col(p),
                                      row + piece_row(p), item.expert);
                         }
+                    } else if (one) {
+                        mbar_arrive(slot.filled());
                     }
                     __syncwarp();
                     slot.next();

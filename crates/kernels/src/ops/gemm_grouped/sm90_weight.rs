@@ -185,4 +185,32 @@ mod tests {
             }
         }
     }
+
+    /// Most experts without rows: items that only write zeros follow one another in no time.
+    #[test]
+    fn experts_without_rows_follow_one_another() {
+        let Some(ctx) = gpu() else { return };
+        let Some(cuda) = ctx.device.as_cuda().filter(|c| c.has_wgmma()) else { return skipped("no wgmma") };
+        let (experts, out, cols, n) = (64, 512, 384, 1000);
+        let offsets: Vec<i32> = (0..=experts).map(|e| if e < 20 { 0 } else { (250 * (e - 19)).min(n) }).collect();
+        let some = |stream, len| buf_on(&ctx, DType::Bf16, &normals(stream, len, 1.0));
+        let (x, dy) = (some(1, n as usize * cols), some(2, n as usize * out));
+        let at = ctx.from_i32(&offsets);
+        for tile in [SMALL, LARGE] {
+            for (accumulate, start, left) in [(false, f32::NAN, 0.0), (true, 3.0, 3.0)] {
+                let mut first: Option<Buf> = None;
+                for _ in 0..20 {
+                    let mut dw = ctx.empty(DType::F32, experts as usize * out * cols);
+                    cuda.fill_words(dw.view_mut(), start.to_bits());
+                    run_by(&tile, cuda, [x.view(), dy.view(), at.view()], (out, cols), dw.view_mut(), accumulate);
+                    first.get_or_insert(dw);
+                }
+                let dw = first.expect("one of 20").view().to_f32();
+                for (e, dw) in dw.chunks_exact(out * cols).enumerate() {
+                    let empty = offsets[e] == offsets[e + 1];
+                    assert!(dw.iter().all(|&x| (x == left) == empty || !empty && x.is_finite()), "expert {e}");
+                }
+            }
+        }
+    }
 }
