@@ -126,17 +126,29 @@ impl Task<'_> {
                 value.turned(&mut shared.values[g * 2 * sizes.w..]);
             }
             packed = packed.max(seen);
+            let steps = seen * batch.len() * sizes.d;
+            let mut ahead = self.ahead(from + together * GROUP, together * GROUP, packed, steps);
             for k in (0..seen).step_by(at_once) {
                 for queries in &mut batch {
                     let end = (k + at_once).min(seq.groups(queries.first + queries.count));
                     // SAFETY: registers are configured.
-                    unsafe { shared.pass::<T>(queries, k..end) }
+                    unsafe { shared.pass::<T>(queries, k..end, &mut ahead) }
                 }
             }
             for queries in &batch {
                 self.finish(queries, turned);
             }
         }
+    }
+
+    /// Rows that are read once `first` is reached: of some queries from there on, and of keys from group `packed` on.
+    fn ahead(&self, first: usize, count: usize, packed: usize, steps: usize) -> Ahead<'_> {
+        let (s, seq) = (&self.x.shape, self.seq);
+        let queries = first.min(self.part.end)..(first + count).min(self.part.end);
+        let keys = packed * GROUP..(seq.groups(queries.end) * GROUP).min(seq.k_len);
+        let width = s.nope + s.rope;
+        let query = |i: usize| &bf16::of(self.x.q)[((seq.q + i) * s.heads + self.head) * width..][..width];
+        Ahead::new(queries.map(query).chain(keys.map(|i| key_row(self.x, seq, self.head, i))).collect(), steps)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -173,12 +185,18 @@ impl Task<'_> {
     }
 }
 
+/// What key i of the sequence has of its own, and its value.
+pub fn key_row<'a>(x: &Problem<'a>, seq: Sequence, head: usize, i: usize) -> &'a [bf16] {
+    let (s, width) = (&x.shape, x.shape.nope + x.shape.v);
+    &bf16::of(x.kv_up)[((seq.k + i) * s.heads + head) * width..][..width]
+}
+
 /// Reads group g of the sequence's keys and values.
 pub fn load_keys(x: &Problem<'_>, seq: Sequence, head: usize, g: usize, keys: &mut Stage, values: &mut Stage) {
     let s = &x.shape;
-    let (kv_up, k_pe) = (bf16::of(x.kv_up), bf16::of(x.k_pe));
+    let k_pe = bf16::of(x.k_pe);
     let (at, count) = (seq.k + g * GROUP, (seq.k_len - g * GROUP).min(GROUP));
-    let up = |i: usize| &kv_up[((at + i) * s.heads + head) * (s.nope + s.v)..][..s.nope + s.v];
+    let up = |i: usize| key_row(x, seq, head, g * GROUP + i);
     keys.fill(count, s.nope + s.rope, |i, row| {
         let (nope, pe) = row.split_at_mut(s.nope);
         nope.copy_from_slice(&up(i)[..s.nope]);
@@ -206,7 +224,7 @@ impl Shared<'_> {
     /// Takes some groups of keys into the output's sums. While a group is scored, the one before is weighed, and the
     /// batch before is multiplied with its values part by part.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn pass<T: Tiles>(&mut self, x: &mut Queries<'_>, groups: Range<usize>) {
+    unsafe fn pass<T: Tiles>(&mut self, x: &mut Queries<'_>, groups: Range<usize>, ahead: &mut Ahead<'_>) {
         let Sizes { d, w } = self.sizes;
         let (mut old, mut new) = (Batch::new(0, 1), Batch::new(groups.start, 0));
         for g in groups.clone() {
@@ -220,7 +238,7 @@ impl Shared<'_> {
                 (g > groups.start).then(|| x.softmax.weigh(last, &mut to[g - 1 - new.groups.start], products));
             // SAFETY: registers are configured, here and below.
             unsafe {
-                score::<T>(d, &self.keys[g * 2 * d..][..2 * d], x.q, now, &mut beside);
+                score::<T>(d, &self.keys[g * 2 * d..][..2 * d], x.q, now, (&mut beside, ahead));
                 for part in old.part..until {
                     values::<T>((self.values, w), x.sums, x.begun, &old, from, part, &mut beside);
                 }
@@ -310,12 +328,19 @@ impl Shared<'_> {
 
 /// The scores of a group of keys.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn score<T: Tiles>(d: usize, keys: &[Tile], q: &[Tile], to: &mut [Tile; 4], beside: &mut Option<Weighing<'_>>) {
+unsafe fn score<T: Tiles>(
+    d: usize,
+    keys: &[Tile],
+    q: &[Tile],
+    to: &mut [Tile; 4],
+    (beside, ahead): (&mut Option<Weighing<'_>>, &mut Ahead<'_>),
+) {
     // SAFETY: registers are configured.
     unsafe {
         zero::<T>();
         for c in 0..d {
             step!(T, load_once [&keys[c], &keys[d + c]], load [&q[c], &q[d + c]], weigh(beside));
+            ahead.step();
         }
         let (top, bottom) = square(to, 0);
         keep::<T>(top, bottom);

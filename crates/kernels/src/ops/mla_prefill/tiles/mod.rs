@@ -13,8 +13,8 @@ mod pack;
 mod weights;
 
 use super::{Problem, Shape};
-use crate::isa::{Level, TILE_COLUMNS, Tiles};
-use crate::{AlignedVec, Cpu, DType};
+use crate::isa::{Level, TILE_COLUMNS, Tiles, prefetch};
+use crate::{AlignedVec, Cpu, DType, bf16};
 use std::cell::Cell;
 
 pub use backward::backward;
@@ -170,6 +170,27 @@ fn two_mut(tiles: &mut [Tile], at: usize) -> &mut [Tile; 2] {
 fn square(tiles: &mut [Tile], at: usize) -> (&mut [Tile; 2], &mut [Tile; 2]) {
     let (top, bottom) = tiles[at..at + 4].split_at_mut(2);
     (top.first_chunk_mut().expect("two of four"), bottom.first_chunk_mut().expect("two of four"))
+}
+
+/// Rows of the tokens that come next, asked for a few at a time beside products: rows of one head lie far apart, so that
+/// the hardware does not see them coming.
+struct Ahead<'a> {
+    rows: std::vec::IntoIter<&'a [bf16]>,
+    at_once: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// To be spread over so many steps.
+    fn new(rows: Vec<&'a [bf16]>, steps: usize) -> Self {
+        let at_once = rows.len().div_ceil(steps.max(1));
+        Self { rows: rows.into_iter(), at_once }
+    }
+
+    /// A step more.
+    #[inline(always)]
+    fn step(&mut self) {
+        self.rows.by_ref().take(self.at_once).for_each(prefetch);
+    }
 }
 
 /// Scratch above this many words is freed after use instead of kept with its thread.

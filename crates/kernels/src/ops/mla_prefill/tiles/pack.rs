@@ -20,14 +20,10 @@ impl Stage {
         Self { rows: vec![bf16::ZERO; ld * GROUP], ld, steps }
     }
 
-    /// Takes `count` rows that `copy` writes; what they do not fill is zero.
+    /// Takes `count` rows that `copy` writes, all of a stage's rows of one width; the others are zero.
     pub fn fill(&mut self, count: usize, width: usize, mut copy: impl FnMut(usize, &mut [bf16])) {
         for (i, row) in self.rows.chunks_exact_mut(self.ld).enumerate() {
-            let used = if i < count { width } else { 0 };
-            if used > 0 {
-                copy(i, &mut row[..used]);
-            }
-            row[used..].fill(bf16::ZERO);
+            if i < count { copy(i, &mut row[..width]) } else { row[..width].fill(bf16::ZERO) }
         }
     }
 
