@@ -4,7 +4,7 @@
 use super::super::backward::{dot, sum_heads};
 use super::super::cpu::Disjoint;
 use super::super::{Backward, Problem};
-use super::forward::{key_row, load_keys};
+use super::forward::load_keys;
 use super::gradients::{Block, Extent, KEYS, Keys, QUERIES, Queries};
 use super::pack::{Stage, round_row, turn};
 use super::*;
@@ -114,11 +114,10 @@ impl Task<'_> {
                 of_d.turned(&mut keys.keys_turned[g * 2 * d..]);
                 of_w.rows(&mut keys.values[g * 2 * w..]);
             }
-            let mut ahead = self.ahead(first + count, seen, of.steps(seen));
             let mut before = None;
             for k in 0..seen {
                 // SAFETY: registers are configured.
-                unsafe { of.group::<T>(k, &mut before, begun, &mut keys, &queries, &mut block, &mut ahead) }
+                unsafe { of.group::<T>(k, &mut before, begun, &mut keys, &queries, &mut block) }
                 if (k + 1).is_multiple_of(KEYS) || k + 1 == seen {
                     of.last(&mut before, &queries, &mut block);
                     let groups = k / KEYS * KEYS..k + 1;
@@ -136,21 +135,6 @@ impl Task<'_> {
         keys.dk[begun * 4 * d..].as_flattened_mut().fill(0);
         keys.dv[begun * 4 * w..].as_flattened_mut().fill(0);
         self.store_keys(&keys);
-    }
-
-    /// Rows that are read once `first` is reached: of queries from there on, and of keys from group `packed` on.
-    fn ahead(&self, first: usize, packed: usize, steps: usize) -> Ahead<'_> {
-        let (s, seq, Given { out, dout, .. }) = (&self.x.shape, self.seq, self.given);
-        let queries = first..(first + QUERIES * GROUP).min(seq.q_len);
-        let keys = packed * GROUP..(seq.groups(queries.end) * GROUP).min(seq.k_len);
-        let mut rows = Vec::with_capacity(3 * queries.len() + keys.len());
-        for i in queries {
-            let (at, width) = ((seq.q + i) * s.heads + self.head, s.nope + s.rope);
-            rows.push(&bf16::of(self.x.q)[at * width..][..width]);
-            rows.extend([dout, out].map(|of| &of[at * s.v..][..s.v]));
-        }
-        rows.extend(keys.map(|i| key_row(self.x, seq, self.head, i)));
-        Ahead::new(rows, steps)
     }
 
     /// Lays out queries and output gradients both ways, and what the softmax's gradient needs of them.

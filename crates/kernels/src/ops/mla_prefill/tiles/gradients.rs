@@ -91,7 +91,6 @@ impl Extent {
         of_keys: &mut Keys<'_>,
         of_queries: &Queries<'_>,
         block: &mut Block<'_>,
-        ahead: &mut Ahead<'_>,
     ) {
         let Sizes { d, w } = self.sizes;
         let all = if k == 0 { 0 } else { d + w };
@@ -112,7 +111,7 @@ impl Extent {
                     // What the block before is turned into belongs to the group of keys before.
                     let turned = [&mut *was_p, &mut *was_ds, &mut *block.ds_pairs];
                     let mut beside = Turning::new(*before, from, turned, of_queries, self.factor, 4 * (d + w));
-                    self.scores::<T>((k, g), to, of_keys, of_queries, (&mut beside, ahead));
+                    self.scores::<T>((k, g), to, of_keys, of_queries, &mut beside);
                     rest(beside);
                     let a = [&*was_p, &*was_ds];
                     self.parts::<T>(part..until, k.max(1) - 1, begun, of_keys, of_queries, a, &mut None);
@@ -120,7 +119,7 @@ impl Extent {
                     let products = 4 * (d + w + (until - part) * self.seeing(k.max(1) - 1).len());
                     let turned = [&mut *now_p, &mut *now_ds, &mut *block.ds_pairs];
                     let mut beside = Turning::new(*before, from, turned, of_queries, self.factor, products);
-                    self.scores::<T>((k, g), to, of_keys, of_queries, (&mut beside, ahead));
+                    self.scores::<T>((k, g), to, of_keys, of_queries, &mut beside);
                     let a = [&*was_p, &*was_ds];
                     self.parts::<T>(part..until, k.max(1) - 1, begun, of_keys, of_queries, a, &mut beside);
                     rest(beside);
@@ -142,11 +141,6 @@ impl Extent {
         let place = b.k % 2 * 2 * QUERIES;
         let turned = [&mut block.p[place..], &mut block.ds[place..], &mut *block.ds_pairs];
         rest(Turning::new(Some(b), &block.scores[b.scores], turned, of_queries, self.factor, 1));
-    }
-
-    /// Steps of the scores of the first groups of keys.
-    pub fn steps(&self, keys: usize) -> usize {
-        (0..keys).map(|k| self.seeing(k).len()).sum::<usize>() * (self.sizes.d + self.sizes.w)
     }
 
     /// dV and dK take in the last group of keys, all of whose blocks are done.
@@ -174,7 +168,7 @@ impl Extent {
         to: &mut [[Tile; 4]; 2],
         of_keys: &Keys<'_>,
         of_queries: &Queries<'_>,
-        (beside, ahead): (&mut Option<Turning<'_>>, &mut Ahead<'_>),
+        beside: &mut Option<Turning<'_>>,
     ) {
         let Sizes { d, w } = self.sizes;
         let operands = [
@@ -187,7 +181,6 @@ impl Extent {
                 zero::<T>();
                 for c in 0..len {
                     step!(T, load [&a[c], &a[len + c]], load_once [&b[c], &b[len + c]], turn(beside));
-                    ahead.step();
                 }
                 let (top, bottom) = square(to, 0);
                 keep::<T>(top, bottom);
