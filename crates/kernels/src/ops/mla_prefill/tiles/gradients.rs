@@ -101,7 +101,7 @@ impl Extent {
             if k.is_multiple_of(2) { ([p.0, ds.0], [p.1, ds.1]) } else { ([p.1, ds.1], [p.0, ds.0]) };
         let mut part = 0;
         for (n, g) in seeing.enumerate() {
-            let until = if last == 0 { all } else { all * n / last };
+            let until = (all * n).checked_div(last).unwrap_or(all);
             let at = before.map_or(0, |b| 1 - b.scores);
             let [even, odd] = &mut *block.scores;
             let (to, from) = if at == 0 { (even, &*odd) } else { (odd, &*even) };
