@@ -222,6 +222,35 @@ fn large_scores_neither_overflow_nor_vanish() {
     }
 }
 
+/// Later keys are longer, so that scores rise far above those that sums were measured from before, for some queries and
+/// not for others; what one query does must not change another's bits.
+#[test]
+fn scores_that_rise() {
+    for ctx in levels() {
+        let (n, s) = (260, shape(2, 12, 6, 10));
+        let mut case = Case::new(DType::Bf16, s, &[(n, n)]);
+        let mut kv_up = case.kv_up.view().to_f32();
+        for (i, row) in kv_up.chunks_mut(s.nope + s.v).enumerate() {
+            let longer = 1.0 + (i / s.heads) as f32 / 10.0;
+            row[..s.nope].iter_mut().for_each(|x| *x *= longer);
+        }
+        case.kv_up = buf(DType::Bf16, &kv_up);
+        let r = case.run(&ctx);
+        let (out, lse) = reference::forward(&s, &case.reference());
+        assert_close("out", &r.out, &out, op_tolerance(DType::Bf16));
+        assert_close("lse", &r.lse, &lse, Tolerance::F32_OP);
+        for (from, to) in [(0, 37), (37, 201), (201, n)] {
+            let mut part = Case::new(DType::Bf16, s, &[(to - from, to)]);
+            part.q = rows(&case.q, from, to - from, s.heads * (s.nope + s.rope));
+            part.kv_up = rows(&case.kv_up, 0, to, s.heads * (s.nope + s.v));
+            part.k_pe = rows(&case.k_pe, 0, to, s.k_pe_stride);
+            let p = part.run(&ctx);
+            assert_same_bits("out", &rows(&r.out, from, to - from, s.heads * s.v), &p.out);
+            assert_same_bits("lse", &rows(&r.lse, from, to - from, s.heads), &p.lse);
+        }
+    }
+}
+
 #[test]
 fn a_query_without_keys_gets_zeros() {
     for (ctx, dtype) in levels().into_iter().flat_map(|ctx| [DType::F32, DType::Bf16].map(|d| (ctx.clone(), d))) {

@@ -1,25 +1,15 @@
-//! Backward. A block is some groups of keys by some groups of queries: first its weights and the gradients of its
-//! scores, then three products over all of it, so that sums are seldom read and written:
-//!   dV += P^T dO, dK += dS^T Q with keys as rows, dQ^T += K^T dS^T with the elements of a head as rows.
-//! Queries are walked through block by block, and for each of their blocks the keys, in order: every sum has its order.
-//! What scores are scaled by is left to the end.
+//! Backward: a task is one head of one sequence. Its queries are walked through some at a time, and for them the keys, in
+//! order: every sum has its order. What scores are scaled by is left to the end.
 
 use super::super::backward::{dot, sum_heads};
 use super::super::cpu::Disjoint;
 use super::super::{Backward, Problem};
 use super::forward::load_keys;
+use super::gradients::{Block, Extent, KEYS, Keys, QUERIES, Queries};
 use super::pack::{Stage, round_row, turn};
-use super::weights::{exp2, hide, round, row, set_row};
 use super::*;
 use crate::isa::{Isa, SQUARE, TileJob};
 use crate::{Elem, bf16};
-use std::arch::x86_64::*;
-use std::ops::Range;
-
-/// Groups of queries of a block.
-const QUERIES: usize = 8;
-/// Groups of keys of a block.
-const KEYS: usize = 4;
 
 /// See [`super::super::backward`].
 pub fn backward(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
@@ -62,51 +52,12 @@ struct Task<'a> {
     nk: usize,
 }
 
-/// Keys and values of the sequence, and the sums of their gradients.
-struct Keys<'a> {
-    /// `[group][half][step]`, keys as rows.
-    keys: &'a mut [Tile],
-    /// `[group][step][2]`, elements as rows, pairs of keys.
-    keys_turned: &'a mut [Tile],
-    /// `[group][half][step]`, keys as rows.
-    values: &'a mut [Tile],
-    /// `[group][step][half][2]`.
-    dk: &'a mut [Tile],
-    dv: &'a mut [Tile],
-}
-
-/// A block's queries and output gradients, and the sums of the queries' gradients.
-struct Queries<'a> {
-    /// `[group][half][step]`, queries as columns.
-    q: &'a mut [Tile],
-    dout: &'a mut [Tile],
-    /// `[step][group][2]`, pairs of queries as rows, elements as columns.
-    q_pairs: &'a mut [Tile],
-    dout_pairs: &'a mut [Tile],
-    /// `[group][step][2][half]`, elements as rows.
-    dq: &'a mut [Tile],
-    /// Of each group and query the log-sum-exp as a power of two, and rowsum(dout * out).
-    of: Vec<[[f32; GROUP]; 2]>,
-}
-
-/// What is computed of a block.
-struct Block<'a> {
-    /// Scores and gradients of the weights, of two blocks of a group by a group.
-    scores: &'a mut [[[Tile; 4]; 2]; 2],
-    /// `[group of keys][half][group of queries]`, keys as rows, pairs of queries.
-    p: &'a mut [Tile],
-    ds: &'a mut [Tile],
-    /// `[group of keys][group of queries][2]`, pairs of keys as rows; of each eight queries the first half of a tile has
-    /// four and the second the others.
-    ds_pairs: &'a mut [Tile],
-}
-
 impl TileJob for Task<'_> {
     fn run<T: Tiles>(self) {
         let Sizes { d, w } = Sizes::new(&self.x.shape);
         let of_keys = self.seq.k_len.div_ceil(GROUP) * (8 * d + 6 * w);
-        let of_queries = QUERIES * (8 * d + 4 * w);
-        with_tiles(of_keys + of_queries + 16 + 6 * KEYS * QUERIES, |scratch| {
+        let of_queries = QUERIES * (8 * d + 4 * w) + 2 * d;
+        with_tiles(of_keys + of_queries + 16 + (8 + 2 * KEYS) * QUERIES, |scratch| {
             // SAFETY: the level is AMX, which includes AVX-512 BF16. Registers are configured before all else and
             // released after.
             unsafe {
@@ -144,17 +95,12 @@ impl Task<'_> {
         let (scores, _) = scores.as_chunks_mut::<2>();
         let mut block = Block {
             scores: scores.first_chunk_mut().expect("two of two"),
-            p: cut(scratch, 2 * KEYS * QUERIES),
-            ds: cut(scratch, 2 * KEYS * QUERIES),
+            p: cut(scratch, 4 * QUERIES),
+            ds: cut(scratch, 4 * QUERIES),
             ds_pairs: cut(scratch, 2 * KEYS * QUERIES),
         };
+        let turned = cut(scratch, 2 * d);
         let (mut of_d, mut of_w) = (Stage::new(d), Stage::new(w));
-        for g in 0..groups {
-            load_keys(self.x, seq, self.head, g, &mut of_d, &mut of_w);
-            of_d.rows(&mut keys.keys[g * 2 * d..]);
-            of_d.turned(&mut keys.keys_turned[g * 2 * d..]);
-            of_w.rows(&mut keys.values[g * 2 * w..]);
-        }
         // Groups of keys that have sums.
         let mut begun = 0;
         for first in (0..seq.q_len).step_by(QUERIES * GROUP) {
@@ -162,17 +108,29 @@ impl Task<'_> {
             self.load_queries(first, count, (&mut of_d, &mut of_w), &mut queries);
             let of = Extent { seq, sizes, first, count, factor: self.x.shape.scale * std::f32::consts::LOG2_E };
             let seen = seq.groups(first + count);
-            for k in (0..seen).step_by(KEYS) {
-                let range = k..(k + KEYS).min(seen);
+            for g in begun..seen {
+                load_keys(self.x, seq, self.head, g, &mut of_d, &mut of_w);
+                of_d.rows(&mut keys.keys[g * 2 * d..]);
+                of_d.turned(&mut keys.keys_turned[g * 2 * d..]);
+                of_w.rows(&mut keys.values[g * 2 * w..]);
+            }
+            let mut before = None;
+            for k in 0..seen {
                 // SAFETY: registers are configured.
-                unsafe {
-                    of.weights::<T>(range.clone(), &keys, &queries, &mut block);
-                    of.key_gradients::<T>(range.clone(), begun, &mut keys, &queries, &block);
-                    of.query_gradients::<T>(range, &keys, &mut queries, &block);
+                unsafe { of.group::<T>(k, &mut before, begun, &mut keys, &queries, &mut block) }
+                if (k + 1).is_multiple_of(KEYS) || k + 1 == seen {
+                    of.last(&mut before, &queries, &mut block);
+                    let groups = k / KEYS * KEYS..k + 1;
+                    // SAFETY: as above.
+                    unsafe { of.query_gradients::<T>(groups, &keys, &mut queries, &block) }
                 }
             }
+            if seen > 0 {
+                // SAFETY: as above.
+                unsafe { of.take_last::<T>(seen - 1, begun, &mut keys, &queries, &block) }
+            }
             begun = seen;
-            self.store_queries(&of, &queries);
+            self.store_queries(&of, &queries, turned);
         }
         keys.dk[begun * 4 * d..].as_flattened_mut().fill(0);
         keys.dv[begun * 4 * w..].as_flattened_mut().fill(0);
@@ -207,25 +165,24 @@ impl Task<'_> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn store_queries(&self, of: &Extent, queries: &Queries<'_>) {
+    fn store_queries(&self, of: &Extent, queries: &Queries<'_>, turned: &mut [Tile]) {
         let (s, Extent { first, count, .. }) = (&self.x.shape, *of);
         let (d, width) = (Sizes::new(s).d, s.nope + s.rope);
-        let mut turned = [0; TILE_WORDS];
-        for (i, tile) in queries.dq[..count.div_ceil(GROUP) * 4 * d].iter().enumerate() {
-            let (g, column) = (i / (4 * d), i % (4 * d) / 2 * SQUARE);
-            // Sums of queries that see no key were never begun.
-            if of.seen(g) > 0 {
-                turn(tile, &mut turned)
-            } else {
-                turned.fill(0)
-            }
-            for r in 0..SQUARE {
-                let query = g * GROUP + r / 4 * 8 + i % 2 * 4 + r % 4;
-                if query < count {
-                    let at = ((self.seq.q + first + query) * s.heads + self.head) * width;
-                    // SAFETY: a query and head belong to one task.
-                    let to = unsafe { self.dq.part(at, width) };
-                    round_row(&turned, r, s.scale, to, column);
+        for (g, sums) in queries.dq.chunks_exact(4 * d).enumerate().take(count.div_ceil(GROUP)) {
+            for half in 0..2 {
+                for (t, turned) in turned.iter_mut().enumerate() {
+                    if of.seen(g) > 0 { turn(&sums[2 * t + half], turned) } else { turned.fill(0) }
+                }
+                for r in 0..SQUARE {
+                    let query = g * GROUP + r / 4 * 8 + half * 4 + r % 4;
+                    if query < count {
+                        let at = ((self.seq.q + first + query) * s.heads + self.head) * width;
+                        // SAFETY: a query and head belong to one task.
+                        let to = unsafe { self.dq.part(at, width) };
+                        for (step, [low, high]) in turned.as_chunks::<2>().0.iter().enumerate() {
+                            round_row([low, high], r, s.scale, to, step * GROUP);
+                        }
+                    }
                 }
             }
         }
@@ -239,232 +196,30 @@ impl Task<'_> {
             // SAFETY: a key and head belong to one task.
             unsafe { self.dkv_up.part(((self.seq.k + key) * s.heads + self.head) * width, width) }
         };
-        for (i, tile) in keys.dv.iter().enumerate() {
-            let (key, column) = place(i, w);
-            for r in 0..SQUARE.min(self.seq.k_len.saturating_sub(key)) {
-                round_row(tile, r, 1.0, &mut up(key + r)[s.nope..], column);
+        for key in 0..self.seq.k_len {
+            let (g, half, r) = (key / GROUP, key % GROUP / SQUARE, key % SQUARE);
+            let to = up(key);
+            for step in 0..w {
+                let [low, high] = super::two(keys.dv, (g * w + step) * 4 + 2 * half);
+                round_row([low, high], r, 1.0, &mut to[s.nope..], step * GROUP);
             }
-        }
-        for (i, tile) in keys.dk.iter().enumerate() {
-            let (key, column) = place(i, d);
-            for r in 0..SQUARE.min(self.seq.k_len.saturating_sub(key)) {
-                round_row(tile, r, s.scale, &mut up(key + r)[..s.nope], column);
-                let at = self.head * self.nk + self.seq.k + key + r;
-                // SAFETY: as above.
-                let pe = unsafe { self.pe.part(at * s.rope, s.rope) };
-                let elements = column.max(s.nope)..(column + SQUARE).min(s.nope + s.rope);
-                for e in elements {
-                    pe[e - s.nope] = f32::from_bits(tile[r * TILE_COLUMNS + e - column]) * s.scale;
-                }
-            }
-        }
-    }
-}
-
-/// Of tile i of `[group][step][half][2]` the first key and the first element.
-fn place(i: usize, steps: usize) -> (usize, usize) {
-    let (g, c) = (i / (4 * steps), i / 4 % steps);
-    (g * GROUP + i / 2 % 2 * SQUARE, (c * 2 + i % 2) * SQUARE)
-}
-
-/// Which queries a block has.
-#[derive(Clone, Copy)]
-struct Extent {
-    seq: Sequence,
-    sizes: Sizes,
-    first: usize,
-    count: usize,
-    /// Scores times this are powers of two.
-    factor: f32,
-}
-
-impl Extent {
-    /// Groups of queries.
-    fn groups(&self) -> usize {
-        self.count.div_ceil(GROUP)
-    }
-
-    /// Groups of keys that group g of the queries sees.
-    fn seen(&self, g: usize) -> usize {
-        self.seq.groups(self.first + self.count.min((g + 1) * GROUP))
-    }
-
-    /// Groups of queries that see something of a group of keys.
-    fn seeing(&self, group: usize) -> Range<usize> {
-        let n = self.groups();
-        (0..n).find(|&g| self.seen(g) > group).unwrap_or(n)..n
-    }
-
-    /// Weights and score gradients of some groups of keys.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn weights<T: Tiles>(
-        &self,
-        keys: Range<usize>,
-        of_keys: &Keys<'_>,
-        of_queries: &Queries<'_>,
-        block: &mut Block<'_>,
-    ) {
-        let mut before = None;
-        let mut n = 0;
-        for k in keys.clone() {
-            for g in self.seeing(k) {
-                // SAFETY: registers are configured.
-                unsafe { self.scores::<T>((k, g), before, n, of_keys, of_queries, block) }
-                let query = self.first + g * GROUP;
-                let visible = self.seq.visible(query) - (k * GROUP) as i64;
-                if visible < GROUP as i64 {
-                    hide(&mut block.scores[n % 2][0], visible);
-                }
-                before = Some((k - keys.start, g));
-                n += 1;
-            }
-        }
-        if let Some(at) = before {
-            (0..SQUARE).for_each(|i| block.gradients(at, (n + 1) % 2, self.factor, &of_queries.of[at.1], i));
-        }
-    }
-
-    /// Scores and gradients of the weights of one group of keys by one of queries, and between their steps what the
-    /// block before is turned into.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn scores<T: Tiles>(
-        &self,
-        (k, g): (usize, usize),
-        before: Option<(usize, usize)>,
-        n: usize,
-        of_keys: &Keys<'_>,
-        of_queries: &Queries<'_>,
-        block: &mut Block<'_>,
-    ) {
-        let Sizes { d, w } = self.sizes;
-        let mut done = 0;
-        let operands = [
-            (&of_keys.keys[k * 2 * d..][..2 * d], &of_queries.q[g * 2 * d..][..2 * d], d),
-            (&of_keys.values[k * 2 * w..][..2 * w], &of_queries.dout[g * 2 * w..][..2 * w], w),
-        ];
-        let mut steps = 0;
-        for (which, (a, b, len)) in operands.into_iter().enumerate() {
-            // SAFETY: registers are configured.
-            unsafe { zero::<T>() }
-            for c in 0..len {
-                // SAFETY: as above.
-                unsafe { step::<T>([&a[c], &a[len + c]], [&b[c], &b[len + c]]) }
-                steps += 1;
-                if let Some(at) = before {
-                    while done < SQUARE * steps / (d + w) {
-                        block.gradients(at, (n + 1) % 2, self.factor, &of_queries.of[at.1], done);
-                        done += 1;
-                    }
-                }
-            }
-            let (top, bottom) = square(&mut block.scores[n % 2][which], 0);
+            let at = self.head * self.nk + self.seq.k + key;
             // SAFETY: as above.
-            unsafe { keep::<T>(top, bottom) }
-        }
-    }
-
-    /// dV += P^T dO and dK += dS^T Q of some groups of keys, those before `begun` to what is there.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn key_gradients<T: Tiles>(
-        &self,
-        keys: Range<usize>,
-        begun: usize,
-        of_keys: &mut Keys<'_>,
-        of_queries: &Queries<'_>,
-        block: &Block<'_>,
-    ) {
-        let Sizes { d, w } = self.sizes;
-        for (i, k) in keys.enumerate() {
-            let seeing = self.seeing(k);
-            let rows = i * 2 * QUERIES..(i + 1) * 2 * QUERIES;
-            let products = [
-                (&mut of_keys.dv[k * 4 * w..][..4 * w], &block.p[rows.clone()], &*of_queries.dout_pairs),
-                (&mut of_keys.dk[k * 4 * d..][..4 * d], &block.ds[rows], &*of_queries.q_pairs),
-            ];
-            for (sums, a, b) in products {
-                let (top, bottom) = a.split_at(QUERIES);
-                for (sums, b) in sums.chunks_exact_mut(4).zip(b.chunks_exact(2 * QUERIES)) {
-                    let sums = square(sums, 0);
-                    // SAFETY: registers are configured.
-                    unsafe {
-                        if k < begun {
-                            resume::<T>(sums.0, sums.1);
-                        } else {
-                            zero::<T>();
-                        }
-                        for g in seeing.clone() {
-                            step::<T>([&top[g], &bottom[g]], [&b[2 * g], &b[2 * g + 1]]);
-                        }
-                        keep::<T>(sums.0, sums.1);
+            let pe = unsafe { self.pe.part(at * s.rope, s.rope) };
+            for step in 0..d {
+                let sums = super::two(keys.dk, (g * d + step) * 4 + 2 * half);
+                round_row([&sums[0], &sums[1]], r, s.scale, &mut to[..s.nope], step * GROUP);
+                for (i, sums) in sums.iter().enumerate() {
+                    let first = step * GROUP + i * SQUARE;
+                    let row: &[f32] = bytemuck::cast_slice(&sums[r * TILE_COLUMNS..(r + 1) * TILE_COLUMNS]);
+                    let from = first.max(s.nope);
+                    let until = (first + SQUARE).min(s.nope + s.rope);
+                    if from < until {
+                        let pe = &mut pe[from - s.nope..until - s.nope];
+                        pe.iter_mut().zip(&row[from - first..]).for_each(|(pe, x)| *pe = x * s.scale);
                     }
                 }
             }
         }
-    }
-
-    /// dQ^T += K^T dS^T over some groups of keys, from zero with the first.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn query_gradients<T: Tiles>(
-        &self,
-        keys: Range<usize>,
-        of_keys: &Keys<'_>,
-        of_queries: &mut Queries<'_>,
-        block: &Block<'_>,
-    ) {
-        let d = self.sizes.d;
-        for (g, sums) in of_queries.dq.chunks_exact_mut(4 * d).enumerate().take(self.groups()) {
-            let seen = keys.start..keys.end.min(self.seen(g));
-            if seen.is_empty() {
-                continue;
-            }
-            for (c, sums) in sums.chunks_exact_mut(4).enumerate() {
-                let sums = square(sums, 0);
-                // SAFETY: registers are configured.
-                unsafe {
-                    if keys.start > 0 {
-                        resume::<T>(sums.0, sums.1);
-                    } else {
-                        zero::<T>();
-                    }
-                    for (i, k) in seen.clone().enumerate() {
-                        let a = two(of_keys.keys_turned, k * 2 * d + 2 * c);
-                        let b = two(block.ds_pairs, (i * QUERIES + g) * 2);
-                        step::<T>([&a[0], &a[1]], [&b[0], &b[1]]);
-                    }
-                    keep::<T>(sums.0, sums.1);
-                }
-            }
-        }
-    }
-}
-
-impl Block<'_> {
-    /// P = exp(S - lse) and dS = P (dP - D) of the keys 2i and 2i + 1 of group `at.0` and the queries of group `at.1`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    fn gradients(&mut self, at: (usize, usize), from: usize, factor: f32, of: &[[f32; GROUP]; 2], i: usize) {
-        let [scores, dp] = &self.scores[from];
-        let factor = _mm512_set1_ps(factor);
-        let (half, r) = (i / 8, i % 8 * 2);
-        let (mut p, mut ds) = ([[_mm512_setzero_ps(); 2]; 2], [[_mm512_setzero_ps(); 2]; 2]);
-        for j in 0..2 {
-            // SAFETY: 16 elements of 32.
-            let (lse, mean) = unsafe {
-                (_mm512_loadu_ps(of[0][j * SQUARE..].as_ptr()), _mm512_loadu_ps(of[1][j * SQUARE..].as_ptr()))
-            };
-            for t in 0..2 {
-                p[t][j] = exp2(_mm512_fmsub_ps(row(&scores[half * 2 + j], r + t), factor, lse));
-                ds[t][j] = _mm512_mul_ps(p[t][j], _mm512_sub_ps(row(&dp[half * 2 + j], r + t), mean));
-            }
-        }
-        let tile = (at.0 * 2 + half) * QUERIES + at.1;
-        let ds = [round(ds[0][0], ds[0][1]), round(ds[1][0], ds[1][1])];
-        for t in 0..2 {
-            set_row(&mut self.p[tile], r + t, round(p[t][0], p[t][1]));
-            set_row(&mut self.ds[tile], r + t, ds[t]);
-        }
-        let pairs = two_mut(self.ds_pairs, (at.0 * QUERIES + at.1) * 2);
-        set_row(&mut pairs[0], i, _mm512_unpacklo_epi16(ds[0], ds[1]));
-        set_row(&mut pairs[1], i, _mm512_unpackhi_epi16(ds[0], ds[1]));
     }
 }

@@ -3,7 +3,7 @@
 
 use super::super::cpu::Disjoint;
 use super::pack::{Stage, round_row, turn};
-use super::weights::{Softmax, hide, row, set_row};
+use super::weights::{Softmax, Weighing, hide, row, set_row};
 use super::*;
 use crate::isa::{SQUARE, TileJob};
 use crate::{Elem, bf16};
@@ -13,8 +13,7 @@ use std::ops::Range;
 /// Groups of keys whose weights wait for their product with the values, so that the output's sums are seldom read and
 /// written.
 const WAITING: usize = 8;
-/// Bytes of keys and values that stay in the second-level cache while queries pass by: in tests so few that short sequences
-/// have more.
+/// Bytes of keys and values that stay in the second-level cache while queries pass by.
 const CACHED: usize = if cfg!(test) { 1 << 14 } else { 5 << 18 };
 /// Groups of queries that pass by together where the keys do not fit.
 const TOGETHER: usize = 8;
@@ -55,7 +54,7 @@ impl TileJob for Task<'_> {
         let groups = self.seq.groups(self.part.end);
         let at_once = (CACHED / ((d + w) * 2 * size_of::<Tile>())).max(1);
         let together = if groups <= at_once { 1 } else { TOGETHER };
-        let tiles = groups * 2 * (d + w) + together * (2 * d + 4 * w) + 2 * WAITING + 8;
+        let tiles = groups * 2 * (d + w) + together * (2 * d + 4 * w) + 4 * WAITING + 8 + 2 * w;
         with_tiles(tiles, |scratch| {
             // SAFETY: the level is AMX, which includes AVX-512 BF16. Registers are configured before all else and
             // released after.
@@ -87,12 +86,12 @@ struct Shared<'a> {
     sizes: Sizes,
     seq: Sequence,
     /// `[group][half][step]`.
-    keys: &'a [Tile],
+    keys: &'a mut [Tile],
     /// `[group][v / 16]`.
-    values: &'a [Tile],
+    values: &'a mut [Tile],
     /// Two blocks of scores.
     scores: &'a mut [[Tile; 4]; 2],
-    /// `[group][half]`, of groups that wait.
+    /// `[place][group][half]`, of groups that wait.
     weights: &'a mut [[Tile; 2]],
 }
 
@@ -104,9 +103,11 @@ impl Task<'_> {
         let keys = cut(scratch, groups * 2 * sizes.d);
         let values = cut(scratch, groups * 2 * sizes.w);
         let (scores, _) = cut(scratch, 8).as_chunks_mut::<4>();
-        let (weights, _) = cut(scratch, 2 * WAITING).as_chunks_mut::<2>();
+        let (weights, _) = cut(scratch, 4 * WAITING).as_chunks_mut::<2>();
+        let turned = cut(scratch, 2 * sizes.w);
         let (q, sums) = (cut(scratch, together * 2 * sizes.d), cut(scratch, together * 4 * sizes.w));
-        self.pack(sizes, keys, values);
+        let mut packed = 0;
+        let (mut key, mut value) = (Stage::new(sizes.d), Stage::new(sizes.w));
         let mut shared =
             Shared { sizes, seq, keys, values, scores: scores.first_chunk_mut().expect("two of two"), weights };
         let mut stage = Stage::new(sizes.d);
@@ -118,29 +119,36 @@ impl Task<'_> {
                 self.load_queries(&mut stage, first, count, q);
                 batch.push(Queries { first, count, q, sums, begun: false, softmax: Softmax::new(s.scale) });
             }
-            for k in (0..groups).step_by(at_once) {
+            let seen = seq.groups((from + together * GROUP).min(self.part.end));
+            for g in packed..seen {
+                load_keys(self.x, seq, self.head, g, &mut key, &mut value);
+                key.rows(&mut shared.keys[g * 2 * sizes.d..]);
+                value.turned(&mut shared.values[g * 2 * sizes.w..]);
+            }
+            packed = packed.max(seen);
+            let steps = seen * batch.len() * sizes.d;
+            let mut ahead = self.ahead(from + together * GROUP, together * GROUP, packed, steps);
+            for k in (0..seen).step_by(at_once) {
                 for queries in &mut batch {
                     let end = (k + at_once).min(seq.groups(queries.first + queries.count));
                     // SAFETY: registers are configured.
-                    unsafe { shared.pass::<T>(queries, k..end) }
+                    unsafe { shared.pass::<T>(queries, k..end, &mut ahead) }
                 }
             }
             for queries in &batch {
-                self.finish(queries);
+                self.finish(queries, turned);
             }
         }
     }
 
-    /// Lays out the keys and values that the task sees.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn pack(&self, sizes: Sizes, keys: &mut [Tile], values: &mut [Tile]) {
-        let (mut key, mut value) = (Stage::new(sizes.d), Stage::new(sizes.w));
-        let all = keys.chunks_exact_mut(2 * sizes.d).zip(values.chunks_exact_mut(2 * sizes.w));
-        for (g, (keys, values)) in all.enumerate() {
-            load_keys(self.x, self.seq, self.head, g, &mut key, &mut value);
-            key.rows(keys);
-            value.turned(values);
-        }
+    /// Rows that are read once `first` is reached: of some queries from there on, and of keys from group `packed` on.
+    fn ahead(&self, first: usize, count: usize, packed: usize, steps: usize) -> Ahead<'_> {
+        let (s, seq) = (&self.x.shape, self.seq);
+        let queries = first.min(self.part.end)..(first + count).min(self.part.end);
+        let keys = packed * GROUP..(seq.groups(queries.end) * GROUP).min(seq.k_len);
+        let width = s.nope + s.rope;
+        let query = |i: usize| &bf16::of(self.x.q)[((seq.q + i) * s.heads + self.head) * width..][..width];
+        Ahead::new(queries.map(query).chain(keys.map(|i| key_row(self.x, seq, self.head, i))).collect(), steps)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -154,35 +162,41 @@ impl Task<'_> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn finish(&self, queries: &Queries<'_>) {
+    fn finish(&self, queries: &Queries<'_>, turned: &mut [Tile]) {
         let (heads, v) = (self.x.shape.heads, self.x.shape.v);
         let all = queries.softmax.finish();
         let at = |i: usize| (self.seq.q + queries.first + i) * heads + self.head;
-        let mut turned = [0; TILE_WORDS];
         for i in 0..queries.count {
             // SAFETY: a query and head belong to one task.
             unsafe { self.lse.part(at(i), 1)[0] = all[i].1 }
         }
-        for (t, tile) in queries.sums.iter().enumerate() {
-            let (column, half) = (t / 2 * SQUARE, t % 2 * SQUARE);
-            if queries.begun {
-                turn(tile, &mut turned);
+        for half in 0..2 {
+            for (t, turned) in turned.iter_mut().enumerate() {
+                if queries.begun { turn(&queries.sums[2 * t + half], turned) } else { turned.fill(0) }
             }
-            for i in half..queries.count.min(half + SQUARE) {
+            for i in half * SQUARE..queries.count.min((half + 1) * SQUARE) {
                 // SAFETY: as above.
                 let to = unsafe { self.out.part(at(i) * v, v) };
-                round_row(&turned, i - half, all[i].0, to, column);
+                for (step, [low, high]) in turned.as_chunks::<2>().0.iter().enumerate() {
+                    round_row([low, high], i % SQUARE, all[i].0, to, step * GROUP);
+                }
             }
         }
     }
 }
 
+/// What key i of the sequence has of its own, and its value.
+pub fn key_row<'a>(x: &Problem<'a>, seq: Sequence, head: usize, i: usize) -> &'a [bf16] {
+    let (s, width) = (&x.shape, x.shape.nope + x.shape.v);
+    &bf16::of(x.kv_up)[((seq.k + i) * s.heads + head) * width..][..width]
+}
+
 /// Reads group g of the sequence's keys and values.
 pub fn load_keys(x: &Problem<'_>, seq: Sequence, head: usize, g: usize, keys: &mut Stage, values: &mut Stage) {
     let s = &x.shape;
-    let (kv_up, k_pe) = (bf16::of(x.kv_up), bf16::of(x.k_pe));
+    let k_pe = bf16::of(x.k_pe);
     let (at, count) = (seq.k + g * GROUP, (seq.k_len - g * GROUP).min(GROUP));
-    let up = |i: usize| &kv_up[((at + i) * s.heads + head) * (s.nope + s.v)..][..s.nope + s.v];
+    let up = |i: usize| key_row(x, seq, head, g * GROUP + i);
     keys.fill(count, s.nope + s.rope, |i, row| {
         let (nope, pe) = row.split_at_mut(s.nope);
         nope.copy_from_slice(&up(i)[..s.nope]);
@@ -191,90 +205,181 @@ pub fn load_keys(x: &Problem<'_>, seq: Sequence, head: usize, g: usize, keys: &m
     values.fill(count, s.v, |i, row| row.copy_from_slice(&up(i)[s.nope..]));
 }
 
+/// Groups of keys whose weights wait in one of two places, and how many of the output's parts, of 32 elements each, have
+/// taken them in.
+#[derive(Clone)]
+struct Batch {
+    groups: Range<usize>,
+    place: usize,
+    part: usize,
+}
+
+impl Batch {
+    fn new(first: usize, place: usize) -> Self {
+        Self { groups: first..first, place, part: 0 }
+    }
+}
+
 impl Shared<'_> {
-    /// Takes some groups of keys into the output's sums.
+    /// Takes some groups of keys into the output's sums. While a group is scored, the one before is weighed, and the
+    /// batch before is multiplied with its values part by part.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn pass<T: Tiles>(&mut self, x: &mut Queries<'_>, groups: Range<usize>) {
-        // The first group whose weights wait, and how many wait; the last block of scores has none yet.
-        let (mut first, mut waiting) = (groups.start, 0);
+    unsafe fn pass<T: Tiles>(&mut self, x: &mut Queries<'_>, groups: Range<usize>, ahead: &mut Ahead<'_>) {
+        let Sizes { d, w } = self.sizes;
+        let (mut old, mut new) = (Batch::new(0, 1), Batch::new(groups.start, 0));
         for g in groups.clone() {
+            let [even, odd] = &mut *self.scores;
+            let (now, last) = if g.is_multiple_of(2) { (even, odd) } else { (odd, even) };
+            let (low, high) = self.weights.split_at_mut(WAITING);
+            let (to, from) = if new.place == 0 { (low, &*high) } else { (high, &*low) };
+            let until = if old.groups.is_empty() { 0 } else { w * (g - new.groups.start) / WAITING };
+            let products = 4 * (d + (until - old.part) * old.groups.len());
+            let mut beside =
+                (g > groups.start).then(|| x.softmax.weigh(last, &mut to[g - 1 - new.groups.start], products));
             // SAFETY: registers are configured, here and below.
-            unsafe { self.score::<T>(x, g, (g > groups.start).then_some(waiting)) }
-            waiting = g - first;
+            unsafe {
+                score::<T>(d, &self.keys[g * 2 * d..][..2 * d], x.q, now, (&mut beside, ahead));
+                for part in old.part..until {
+                    values::<T>((self.values, w), x.sums, x.begun, &old, from, part, &mut beside);
+                }
+            }
+            old.part = until;
+            if let Some(beside) = beside {
+                let sums = beside.rest();
+                if let Some(over) = x.softmax.settle(sums) {
+                    // SAFETY: as above.
+                    unsafe { self.again::<T>(x, g - 1, over, &mut old, &mut new) }
+                } else if g - new.groups.start == WAITING {
+                    x.begun |= !old.groups.is_empty();
+                    new.groups.end = g;
+                    let place = 1 - new.place;
+                    old = std::mem::replace(&mut new, Batch::new(g, place));
+                }
+            }
+            let now = &mut self.scores[g % 2];
             let visible = self.seq.visible(x.first) - (g * GROUP) as i64;
             if visible < GROUP as i64 {
-                hide(&mut self.scores[g % 2], visible);
+                hide(now, visible);
             }
-            let alpha = x.softmax.raise(&self.scores[g % 2]);
-            if waiting == WAITING || alpha.is_some() && waiting > 0 {
-                // SAFETY: as above.
-                unsafe { self.weighted_values::<T>(x, first..g) }
-                (first, waiting) = (g, 0);
-            }
-            if let Some(alpha) = alpha
-                && x.begun
-            {
-                scale(x.sums, alpha);
+            if g == 0 {
+                x.softmax.raise(now, [u16::MAX; 2]);
             }
         }
-        if !groups.is_empty() {
-            let from = x.softmax.from();
-            for i in 0..SQUARE {
-                x.softmax.weigh(&from, &self.scores[(groups.end - 1) % 2], &mut self.weights[waiting], i);
-            }
-            // SAFETY: as above.
-            unsafe { self.weighted_values::<T>(x, first..groups.end) }
+        if groups.is_empty() {
+            return;
         }
-    }
-
-    /// The scores of group g, and between their steps the weights of the group before.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn score<T: Tiles>(&mut self, x: &mut Queries<'_>, g: usize, before: Option<usize>) {
-        let d = self.sizes.d;
-        let keys = &self.keys[g * 2 * d..][..2 * d];
-        let [even, odd] = self.scores;
-        let (now, last) = if g.is_multiple_of(2) { (even, &*odd) } else { (odd, &*even) };
-        let from = x.softmax.from();
-        // SAFETY: registers are configured.
-        unsafe { zero::<T>() }
-        let mut i = 0;
-        for c in 0..d {
-            // SAFETY: as above.
-            unsafe { step::<T>([&keys[c], &keys[d + c]], [&x.q[c], &x.q[d + c]]) }
-            if let Some(at) = before {
-                let until = SQUARE * (c + 1) / d;
-                while i < until {
-                    x.softmax.weigh(&from, last, &mut self.weights[at], i);
-                    i += 1;
-                }
-            }
-        }
-        let (top, bottom) = square(now, 0);
+        let g = groups.end - 1;
+        let at = new.place * WAITING + g - new.groups.start;
+        let sums = x.softmax.weigh(&self.scores[g % 2], &mut self.weights[at], 1).rest();
         // SAFETY: as above.
-        unsafe { keep::<T>(top, bottom) }
+        unsafe {
+            if let Some(over) = x.softmax.settle(sums) {
+                self.again::<T>(x, g, over, &mut old, &mut new);
+            }
+            new.groups.end = g + 1;
+            self.take::<T>(x, &mut old);
+            self.take::<T>(x, &mut new);
+        }
     }
 
-    /// Adds the values of groups that wait, times their weights.
+    /// Weighs a group again, which begins a batch, after the bases of some queries have followed its scores. What waits
+    /// was weighed from the old ones.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn weighted_values<T: Tiles>(&self, x: &mut Queries<'_>, groups: Range<usize>) {
-        let w = 2 * self.sizes.w;
-        for (v, sums) in x.sums.chunks_exact_mut(4).enumerate() {
-            let (top, bottom) = square(sums, 0);
-            // SAFETY: registers are configured.
-            unsafe {
-                if x.begun {
-                    resume::<T>(top, bottom);
-                } else {
-                    zero::<T>();
-                }
-                for (g, weights) in groups.clone().zip(self.weights.iter()) {
-                    let values = two(self.values, g * w + 2 * v);
-                    step::<T>([&values[0], &values[1]], [&weights[0], &weights[1]]);
-                }
-                keep::<T>(top, bottom);
-            }
+    unsafe fn again<T: Tiles>(
+        &mut self,
+        x: &mut Queries<'_>,
+        g: usize,
+        over: [u16; 2],
+        old: &mut Batch,
+        new: &mut Batch,
+    ) {
+        new.groups.end = g;
+        // SAFETY: registers are configured.
+        unsafe {
+            self.take::<T>(x, old);
+            self.take::<T>(x, new);
         }
+        *new = Batch::new(g, new.place);
+        let scores = &self.scores[g % 2];
+        let alpha = x.softmax.raise(scores, over);
+        if x.begun {
+            scale(x.sums, alpha);
+        }
+        let sums = x.softmax.weigh(scores, &mut self.weights[new.place * WAITING], 1).rest();
+        x.softmax.accept(sums);
+    }
+
+    /// Takes in what waits of a batch.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn take<T: Tiles>(&mut self, x: &mut Queries<'_>, batch: &mut Batch) {
+        if batch.groups.is_empty() {
+            return;
+        }
+        let w = self.sizes.w;
+        let weights = &self.weights[batch.place * WAITING..][..WAITING];
+        for part in batch.part..w {
+            // SAFETY: registers are configured.
+            unsafe { values::<T>((self.values, w), x.sums, x.begun, batch, weights, part, &mut None) }
+        }
+        *batch = Batch::new(0, batch.place);
         x.begun = true;
+    }
+}
+
+/// The scores of a group of keys.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn score<T: Tiles>(
+    d: usize,
+    keys: &[Tile],
+    q: &[Tile],
+    to: &mut [Tile; 4],
+    (beside, ahead): (&mut Option<Weighing<'_>>, &mut Ahead<'_>),
+) {
+    // SAFETY: registers are configured.
+    unsafe {
+        zero::<T>();
+        for c in 0..d {
+            step!(T, load_once [&keys[c], &keys[d + c]], load [&q[c], &q[d + c]], weigh(beside));
+            ahead.step();
+        }
+        let (top, bottom) = square(to, 0);
+        keep::<T>(top, bottom);
+    }
+}
+
+/// Adds to a part of the output the values of a batch times their weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn values<T: Tiles>(
+    (of, w): (&[Tile], usize),
+    sums: &mut [Tile],
+    begun: bool,
+    batch: &Batch,
+    weights: &[[Tile; 2]],
+    part: usize,
+    beside: &mut Option<Weighing<'_>>,
+) {
+    let (top, bottom) = square(sums, 4 * part);
+    // SAFETY: registers are configured.
+    unsafe {
+        if begun {
+            resume::<T>(top, bottom);
+        } else {
+            zero::<T>();
+        }
+        for (g, [left, right]) in batch.groups.clone().zip(weights) {
+            let values = two(of, (g * w + part) * 2);
+            step!(T, load_once [&values[0], &values[1]], load [left, right], weigh(beside));
+        }
+        keep::<T>(top, bottom);
+    }
+}
+
+/// What is due after a product.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn weigh(beside: &mut Option<Weighing<'_>>) {
+    if let Some(beside) = beside {
+        beside.beside();
     }
 }
 

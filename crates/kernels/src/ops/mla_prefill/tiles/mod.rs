@@ -4,16 +4,17 @@
 //! are laid out so once for a task and stay in its core's second-level cache; head dims are filled up with zeros to
 //! multiples of 32, sequences to groups of 32 tokens. Scores are `[keys][queries]` as on panels: what a query has of its
 //! own is then a lane, and a block of 32 keys by 32 queries is four tiles. While the tile unit computes one block of
-//! scores, the vector units turn the block before into weights.
+//! scores, the vector units turn the block before into weights, a little after every product.
 
 mod backward;
 mod forward;
+mod gradients;
 mod pack;
 mod weights;
 
 use super::{Problem, Shape};
-use crate::isa::{Level, TILE_COLUMNS, Tiles};
-use crate::{AlignedVec, Cpu, DType};
+use crate::isa::{Level, TILE_COLUMNS, Tiles, prefetch};
+use crate::{AlignedVec, Cpu, DType, bf16};
 use std::cell::Cell;
 
 pub use backward::backward;
@@ -22,6 +23,8 @@ pub use forward::forward;
 /// A tile: 16 rows of 16 words.
 type Tile = [u32; TILE_WORDS];
 const TILE_WORDS: usize = TILE_COLUMNS * TILE_COLUMNS;
+/// Bytes from one of its rows to the next.
+const TILE_ROW: usize = 4 * TILE_COLUMNS;
 
 /// Tokens of a group: two tiles of them.
 const GROUP: usize = 32;
@@ -75,31 +78,44 @@ impl Sequence {
 #[inline(always)]
 unsafe fn load<T: Tiles, const R: u8>(tile: &Tile) {
     // SAFETY: a tile is what is read; its registers are the caller's.
-    unsafe { T::load::<R>(tile.as_ptr().cast(), TILE_COLUMNS * size_of::<u32>()) }
+    unsafe { T::load::<R>(tile.as_ptr().cast(), TILE_ROW) }
+}
+
+/// Reads a tile that passes by.
+#[inline(always)]
+unsafe fn load_once<T: Tiles, const R: u8>(tile: &Tile) {
+    // SAFETY: as above.
+    unsafe { T::load_once::<R>(tile.as_ptr().cast(), TILE_ROW) }
 }
 
 /// Writes a tile.
 #[inline(always)]
 unsafe fn store<T: Tiles, const R: u8>(tile: &mut Tile) {
     // SAFETY: as above.
-    unsafe { T::store::<R>(tile.as_mut_ptr().cast(), TILE_COLUMNS * size_of::<u32>()) }
+    unsafe { T::store::<R>(tile.as_mut_ptr().cast(), TILE_ROW) }
 }
 
-/// One step of a block of two tiles by two: registers 0 to 3 += rows 4 and 5 times columns 6 and 7.
-#[inline(always)]
-unsafe fn step<T: Tiles>(a: [&Tile; 2], b: [&Tile; 2]) {
-    // SAFETY: registers are the caller's.
-    unsafe {
-        load::<T, 4>(a[0]);
-        load::<T, 6>(b[0]);
-        T::dot::<0, 4, 6>();
-        load::<T, 7>(b[1]);
-        T::dot::<1, 4, 7>();
-        load::<T, 5>(a[1]);
-        T::dot::<2, 5, 6>();
-        T::dot::<3, 5, 7>();
-    }
+/// One step of a block of two tiles by two: registers 0 to 3 += rows 4 and 5 times columns 6 and 7, which the two
+/// functions read. After each of the four products something is done beside them: a core sees only so many instructions
+/// ahead, among which there must always be the next products.
+macro_rules! step {
+    ($t:ty, $a:ident $rows:expr, $b:ident $columns:expr, $beside:expr) => {{
+        let (a, b): ([&Tile; 2], [&Tile; 2]) = ($rows, $columns);
+        $a::<$t, 4>(a[0]);
+        $b::<$t, 6>(b[0]);
+        <$t>::dot::<0, 4, 6>();
+        $beside;
+        $b::<$t, 7>(b[1]);
+        <$t>::dot::<1, 4, 7>();
+        $beside;
+        $a::<$t, 5>(a[1]);
+        <$t>::dot::<2, 5, 6>();
+        $beside;
+        <$t>::dot::<3, 5, 7>();
+        $beside;
+    }};
 }
+use step;
 
 /// Sums start at zero.
 #[inline(always)]
@@ -154,6 +170,27 @@ fn two_mut(tiles: &mut [Tile], at: usize) -> &mut [Tile; 2] {
 fn square(tiles: &mut [Tile], at: usize) -> (&mut [Tile; 2], &mut [Tile; 2]) {
     let (top, bottom) = tiles[at..at + 4].split_at_mut(2);
     (top.first_chunk_mut().expect("two of four"), bottom.first_chunk_mut().expect("two of four"))
+}
+
+/// Rows of the tokens that come next, asked for a few at a time beside products: rows of one head lie far apart, so that
+/// the hardware does not see them coming.
+struct Ahead<'a> {
+    rows: std::vec::IntoIter<&'a [bf16]>,
+    at_once: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// To be spread over so many steps.
+    fn new(rows: Vec<&'a [bf16]>, steps: usize) -> Self {
+        let at_once = rows.len().div_ceil(steps.max(1));
+        Self { rows: rows.into_iter(), at_once }
+    }
+
+    /// A step more.
+    #[inline(always)]
+    fn step(&mut self) {
+        self.rows.by_ref().take(self.at_once).for_each(prefetch);
+    }
 }
 
 /// Scratch above this many words is freed after use instead of kept with its thread.

@@ -1,6 +1,6 @@
 //! From rows of tokens to tiles and back.
 
-use super::{GROUP, TILE_WORDS, Tile};
+use super::{GROUP, TILE_ROW, TILE_WORDS, Tile, weights};
 use crate::bf16;
 use crate::isa::{SQUARE, TILE_COLUMNS, transpose_cells};
 use std::arch::x86_64::*;
@@ -20,14 +20,10 @@ impl Stage {
         Self { rows: vec![bf16::ZERO; ld * GROUP], ld, steps }
     }
 
-    /// Takes `count` rows that `copy` writes; what they do not fill is zero.
+    /// Takes `count` rows that `copy` writes, all of a stage's rows of one width; the others are zero.
     pub fn fill(&mut self, count: usize, width: usize, mut copy: impl FnMut(usize, &mut [bf16])) {
         for (i, row) in self.rows.chunks_exact_mut(self.ld).enumerate() {
-            let used = if i < count { width } else { 0 };
-            if used > 0 {
-                copy(i, &mut row[..used]);
-            }
-            row[used..].fill(bf16::ZERO);
+            if i < count { copy(i, &mut row[..width]) } else { row[..width].fill(bf16::ZERO) }
         }
     }
 
@@ -99,19 +95,24 @@ impl Stage {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub fn turn(from: &Tile, to: &mut Tile) {
     // SAFETY: a tile is 16 rows of 64 bytes.
-    unsafe { transpose_cells(from.as_ptr().cast(), 64, to.as_mut_ptr()) }
+    unsafe { transpose_cells(from.as_ptr().cast(), TILE_ROW, to.as_mut_ptr()) }
 }
 
-/// Rounds row `row` of a tile of f32, times a factor, to the elements of `to` from `at` on, as many as there are.
+/// Rounds 32 numbers times a factor, 16 of a row of each of two tiles, to the elements of `to` from `at` on, as many as
+/// there are.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub fn round_row(tile: &Tile, row: usize, factor: f32, to: &mut [bf16], at: usize) {
+pub fn round_row([low, high]: [&Tile; 2], row: usize, factor: f32, to: &mut [bf16], at: usize) {
     let Some(to) = to.get_mut(at..) else { return };
-    let mask = if to.len() < TILE_COLUMNS { (1 << to.len()) - 1 } else { u16::MAX };
-    let from = &tile[row * TILE_COLUMNS..][..TILE_COLUMNS];
-    // SAFETY: 16 elements are read, and as many written as there are.
+    let factor = _mm512_set1_ps(factor);
+    let of = |tile| _mm512_mul_ps(weights::row(tile, row), factor);
+    let x = weights::round(of(low), of(high));
+    // SAFETY: as many elements are written as there are.
     unsafe {
-        let x = _mm512_mul_ps(_mm512_loadu_ps(from.as_ptr().cast()), _mm512_set1_ps(factor));
-        let x = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
-        _mm256_mask_storeu_epi16(to.as_mut_ptr().cast(), mask, x);
+        if to.len() >= GROUP {
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), x);
+        } else {
+            _mm512_mask_storeu_epi16(to.as_mut_ptr().cast(), (1 << to.len()) - 1, x);
+        }
     }
 }

@@ -4,25 +4,19 @@ use super::{GROUP, Tile};
 use crate::isa::{SQUARE, TILE_COLUMNS};
 use std::arch::x86_64::*;
 
-/// 2^x for x <= 128 with a relative error of 2e-7; exactly 0 from -127 down.
+/// 2^x for x <= 128 with a relative error of 3e-6; 0 of minus infinity.
 #[inline]
-#[target_feature(enable = "avx512f")]
-#[expect(clippy::approx_constant, reason = "the best polynomial's first coefficient is near ln 2, not ln 2")]
+#[target_feature(enable = "avx512f,avx512dq")]
 pub fn exp2(x: __m512) -> __m512 {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
-    let round = _mm512_set1_ps(12_582_912.0);
-    // At -127 the remainder is 0, the power of it 1, and the exponent field becomes 0. A NaN stays one.
-    let x = _mm512_max_ps(_mm512_set1_ps(-127.0), x);
-    let shifted = _mm512_add_ps(x, round);
-    let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, round));
-    // 2^r = 1 + r P(r), P of the least relative error for |r| <= 1/2.
-    let mut p = _mm512_set1_ps(1.326_472_7e-3);
-    for c in [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1] {
+    // x less its floor; 0 if x is infinite.
+    let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
+    // The polynomial of the least relative error for 0 <= r < 1.
+    let mut p = _mm512_set1_ps(1.353_416_8e-2);
+    for c in [5.201_146e-2, 2.414_427_6e-1, 6.930_038e-1, 1.000_002_6] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
-    let y = _mm512_castps_si512(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)));
-    // What the shift pushes out is the rounding constant's.
-    _mm512_castsi512_ps(_mm512_add_epi32(y, _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted))))
+    // Times a power of two, of the floor of x.
+    _mm512_scalef_ps(p, x)
 }
 
 /// Row `row` of a tile, as f32.
@@ -66,8 +60,8 @@ pub fn hide(scores: &mut [Tile; 4], visible: i64) {
     }
 }
 
-/// How far, as a power of two, scores may rise above a query's base before the base follows.
-const SLACK: f32 = 8.0;
+/// How large a block's sum of weights may be before the base follows.
+const SLACK: f32 = 256.0;
 
 /// The online softmax of 32 queries. Scores are measured from a base, the largest when it was taken; it follows only
 /// once scores rise far above it, so that sums are seldom scaled. All is in powers of two.
@@ -90,14 +84,13 @@ impl Softmax {
         }
     }
 
-    /// Takes in a block's largest scores. Where a base has to follow, what former weights and sums of them are to be
-    /// multiplied by; a query whose base stays gets 1.
+    /// Lets the bases of some queries (a bit each) follow the block's largest scores. What former weights and sums of them
+    /// are to be multiplied by; a query whose base stays gets 1.
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq")]
-    pub fn raise(&mut self, scores: &[Tile; 4]) -> Option<[__m512; 2]> {
-        let mut top = [_mm512_setzero_ps(); 2];
-        let mut over = [0; 2];
-        for (j, (top, over)) in top.iter_mut().zip(&mut over).enumerate() {
+    pub fn raise(&mut self, scores: &[Tile; 4], over: [u16; 2]) -> [__m512; 2] {
+        let mut alpha = [_mm512_set1_ps(1.0); 2];
+        for j in 0..2 {
             let mut max = [row(&scores[j], 0), row(&scores[j], 1), row(&scores[2 + j], 0), row(&scores[2 + j], 1)];
             for r in (2..SQUARE).step_by(2) {
                 for (i, max) in max.iter_mut().enumerate() {
@@ -105,21 +98,56 @@ impl Softmax {
                 }
             }
             let max = _mm512_max_ps(_mm512_max_ps(max[0], max[1]), _mm512_max_ps(max[2], max[3]));
-            *top = _mm512_mul_ps(max, _mm512_set1_ps(self.factor));
-            let limit = _mm512_add_ps(self.base[j], _mm512_set1_ps(SLACK));
-            *over = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(*top, limit);
-        }
-        if over == [0; 2] {
-            return None;
-        }
-        let mut alpha = [_mm512_set1_ps(1.0); 2];
-        for j in 0..2 {
-            let base = _mm512_mask_mov_ps(self.base[j], over[j], top[j]);
-            alpha[j] = _mm512_mask_mov_ps(alpha[j], over[j], exp2(_mm512_sub_ps(self.base[j], base)));
+            let top = _mm512_mul_ps(max, _mm512_set1_ps(self.factor));
+            let base = _mm512_mask_mov_ps(self.base[j], over[j], top);
+            let fall = _mm512_sub_ps(self.base[j], base);
+            // A query that has seen no key yet has no sums.
+            let over = _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(over[j], fall, _mm512_setzero_ps());
+            alpha[j] = _mm512_mask_mov_ps(alpha[j], over, exp2(fall));
             self.base[j] = base;
             self.sum[j] = _mm512_mul_ps(self.sum[j], alpha[j]);
         }
-        Some(alpha)
+        alpha
+    }
+
+    /// Ends a block, of whose weights these are the sums: they are taken in, unless some are so large that bases must
+    /// follow first, of which queries is said then.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    pub fn settle(&mut self, block: [__m512; 2]) -> Option<[u16; 2]> {
+        let over = block.map(|x| _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(SLACK)));
+        if over != [0; 2] {
+            return Some(over);
+        }
+        self.accept(block);
+        None
+    }
+
+    /// Takes a block's weights into the sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn accept(&mut self, block: [__m512; 2]) {
+        for (sum, block) in self.sum.iter_mut().zip(block) {
+            *sum = _mm512_add_ps(*sum, block);
+        }
+    }
+
+    /// The weights of a block, to be computed beside some number of products.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    pub fn weigh<'a>(&self, scores: &'a [Tile; 4], weights: &'a mut [Tile; 2], products: usize) -> Weighing<'a> {
+        let from = self.from();
+        let zero = _mm512_setzero_ps();
+        Weighing {
+            scores,
+            weights,
+            factor: _mm512_set1_ps(self.factor),
+            from: from[0],
+            next: from[1],
+            sum: zero,
+            first: zero,
+            pace: Pace::new(products),
+        }
     }
 
     /// From where to measure: a query that has seen no key keeps its base of -inf, and from 0 its weights are 0, not NaN.
@@ -131,24 +159,6 @@ impl Softmax {
             _mm512_maskz_mov_ps(mask, x)
         };
         [finite(self.base[0]), finite(self.base[1])]
-    }
-
-    /// Weights of the keys 2i and 2i + 1 into row i of both tiles of cells.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    pub fn weigh(&mut self, from: &[__m512; 2], scores: &[Tile; 4], weights: &mut [Tile; 2], i: usize) {
-        let cells = _mm512_set_epi16(
-            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
-            1, 16, 0,
-        );
-        let factor = _mm512_set1_ps(self.factor);
-        let (half, r) = (i / 8 * 2, i % 8 * 2);
-        for j in 0..2 {
-            let x = exp2(_mm512_fmsub_ps(row(&scores[half + j], r), factor, from[j]));
-            let y = exp2(_mm512_fmsub_ps(row(&scores[half + j], r + 1), factor, from[j]));
-            self.sum[j] = _mm512_add_ps(_mm512_add_ps(self.sum[j], x), y);
-            set_row(&mut weights[j], i, _mm512_permutexvar_epi16(cells, round(x, y)));
-        }
     }
 
     /// What each query's sum of weighted values is to be multiplied by, and its log-sum-exp: 0 and -inf without keys.
@@ -168,5 +178,98 @@ impl Softmax {
             }
             (1.0 / sum[i], base[i].mul_add(std::f32::consts::LN_2, sum[i].ln()))
         })
+    }
+}
+
+/// How [`GROUP`] equal parts of some work are spread over a number of products.
+pub struct Pace {
+    done: usize,
+    products: usize,
+    credit: usize,
+}
+
+impl Pace {
+    /// Nothing is done.
+    pub fn new(products: usize) -> Self {
+        Self { done: 0, products, credit: 0 }
+    }
+
+    /// A product more.
+    #[inline(always)]
+    pub fn product(&mut self) {
+        self.credit += GROUP;
+    }
+
+    /// The next part that is due.
+    #[inline(always)]
+    pub fn due(&mut self) -> Option<usize> {
+        if self.credit < self.products {
+            return None;
+        }
+        self.credit -= self.products;
+        self.next()
+    }
+
+    /// The next part, due or not.
+    #[inline(always)]
+    pub fn next(&mut self) -> Option<usize> {
+        let part = self.done;
+        self.done += 1;
+        (part < GROUP).then_some(part)
+    }
+}
+
+/// A block's scores on their way to weights, a pair of keys and 16 queries at a time.
+pub struct Weighing<'a> {
+    scores: &'a [Tile; 4],
+    weights: &'a mut [Tile; 2],
+    factor: __m512,
+    /// From where to measure, of these queries and of the other 16.
+    from: __m512,
+    next: __m512,
+    /// Sums of weights, of these queries and of the first 16 once these are the others.
+    sum: __m512,
+    first: __m512,
+    pace: Pace,
+}
+
+impl Weighing<'_> {
+    /// What is due after a product.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    pub fn beside(&mut self) {
+        self.pace.product();
+        while let Some(i) = self.pace.due() {
+            self.pair(i);
+        }
+    }
+
+    /// What is left. The sums of weights.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    pub fn rest(mut self) -> [__m512; 2] {
+        while let Some(i) = self.pace.next() {
+            self.pair(i);
+        }
+        [self.first, self.sum]
+    }
+
+    /// Of the 32 pairs the first 16 are the first 16 queries'.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    fn pair(&mut self, pair: usize) {
+        let cells = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+            1, 16, 0,
+        );
+        let (j, i) = (pair / SQUARE, pair % SQUARE);
+        let scores = &self.scores[i / 8 * 2 + j];
+        let x = exp2(_mm512_fmsub_ps(row(scores, i % 8 * 2), self.factor, self.from));
+        let y = exp2(_mm512_fmsub_ps(row(scores, i % 8 * 2 + 1), self.factor, self.from));
+        self.sum = _mm512_add_ps(self.sum, _mm512_add_ps(x, y));
+        set_row(&mut self.weights[j], i, _mm512_permutexvar_epi16(cells, round(x, y)));
+        if pair == SQUARE - 1 {
+            (self.first, self.from, self.sum) = (self.sum, self.next, _mm512_setzero_ps());
+        }
     }
 }
