@@ -1,8 +1,9 @@
-//! What plain loops do not compile to: transposes in registers, and prefetching. All only move bits.
+//! What plain loops do not compile to: transposes in registers, rounding, and prefetching.
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::Level;
+use crate::bf16;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub(crate) const SQUARE: usize = 16;
@@ -57,6 +58,50 @@ pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u3
     }
 }
 
+/// Rounds to nearest even, as [`crate::Elem::round`] does but for subnormal numbers, which become zeros.
+///
+/// # Safety
+/// The CPU has AVX-512 BF16.
+#[inline(always)]
+pub(crate) unsafe fn round_row(from: &[f32; 2 * SQUARE], to: &mut [bf16; 2 * SQUARE]) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::round_row(from, to);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        *to = from.map(crate::Elem::round);
+    }
+}
+
+/// Asks for the line at `at` to be in the second-level cache soon. A hint: any address will do.
+#[inline(always)]
+pub(crate) fn prefetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: reads nothing that could be seen, and does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// Asks for the line at `at` to be this core's to write soon. As above; for code on AVX-512, whose CPUs have the
+/// instruction.
+#[inline(always)]
+pub(crate) fn prefetch_line_to_write(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: changes nothing that could be seen, and does not fault. There is an intrinsic, but it is this instruction
+    // only where the compiler is told that the CPU has it, for which there is no stable name.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Asks for `x` to be in the cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
@@ -72,6 +117,7 @@ pub(crate) fn prefetch<T>(x: &[T]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use crate::bf16;
     use core::arch::x86_64::*;
 
     /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
@@ -106,6 +152,22 @@ mod x86 {
                     unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * width).cast(), y) }
                 }
             }
+        }
+    }
+
+    /// See [`super::round_row`].
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 BF16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub unsafe fn round_row(from: &[f32; 32], to: &mut [bf16; 32]) {
+        // SAFETY: 32 elements are there to be read, and as many to be written.
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(from.as_ptr()), _mm512_loadu_ps(from.as_ptr().add(16)));
+            // The second operand is the lower half.
+            let rounded = _mm512_cvtne2ps_pbh(high, low);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
         }
     }
 
@@ -162,6 +224,27 @@ mod tests {
                 assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");
             }
         }
+    }
+
+    /// Every bit pattern of the upper half with ties, and numbers just above and below them; NaNs stay NaNs.
+    #[test]
+    fn rows_are_rounded_like_elements() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512Bf16) {
+            return;
+        }
+        let all = (0..=u16::MAX).flat_map(|high| [0, 0x7fff, 0x8000, 0x8001].map(|low| u32::from(high) << 16 | low));
+        let all: Vec<f32> = all.map(f32::from_bits).filter(|x| !x.is_subnormal()).collect();
+        for from in all.as_chunks().0 {
+            let mut to = [bf16::ZERO; 2 * SQUARE];
+            // SAFETY: the CPU has the level.
+            unsafe { round_row(from, &mut to) };
+            let expected: [bf16; 2 * SQUARE] = from.map(crate::Elem::round);
+            assert_eq!(to.map(bf16::to_bits), expected.map(bf16::to_bits), "{from:?}");
+        }
+        let mut to = [bf16::ONE; 2 * SQUARE];
+        // SAFETY: as above.
+        unsafe { round_row(&[-f32::MIN_POSITIVE / 4.0; 2 * SQUARE], &mut to) };
+        assert_eq!(to, [bf16::NEG_ZERO; 2 * SQUARE]);
     }
 
     #[test]

@@ -4,10 +4,12 @@
 //! are packed for all of them first.
 //!
 //! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
-//! unit that multiplies tiles leaves vectors alone.
+//! unit that multiplies tiles leaves vectors alone. What comes next is asked for there too: the output's lines, which must
+//! be this core's before they are written, the rows after these, and the columns of the next piece or task.
 
+use super::ahead::Lines;
 use super::cpu::{Output, Pointer, Product, finish, reserve};
-use crate::isa::{TileJob, Tiles};
+use crate::isa::{TileJob, Tiles, round_row};
 use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
 use crate::{AlignedVec, Cpu, Elem, bf16};
@@ -63,7 +65,9 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     cpu.for_each(tasks.len(), |i| {
         SCRATCH.with_borrow_mut(|s| {
             let room = Room::of(s, &tasks[i]);
-            cpu.isa().run_tiles(OnTiles { task: &tasks[i], shared: &shared, out, accumulate, room });
+            // Workers take tasks that follow one another.
+            let next = tasks.get(i + 1);
+            cpu.isa().run_tiles(OnTiles { task: &tasks[i], next, shared: &shared, out, accumulate, room });
         });
     });
 }
@@ -212,6 +216,8 @@ impl Room {
 /// A task, and what it needs.
 struct OnTiles<'a> {
     task: &'a Task<'a>,
+    /// What this worker is likely to do next.
+    next: Option<&'a Task<'a>>,
     shared: &'a [u32],
     out: &'a Output<'a>,
     accumulate: bool,
@@ -234,7 +240,9 @@ impl TileJob for OnTiles<'_> {
                     room.right
                 }
             };
-            self.piece::<T>(&k, right, &mut beside);
+            let next = pieces(p).find(|next| next.start == k.end && k.end < p.k);
+            beside.right = self.right_ahead(&k, next.as_ref());
+            self.piece::<T>(&k, next.as_ref(), right, &mut beside);
         }
         beside.finish(BLOCK);
         // SAFETY: configured above.
@@ -245,7 +253,13 @@ impl TileJob for OnTiles<'_> {
 impl<'a> OnTiles<'a> {
     /// All blocks over one piece of k, whose columns are packed at `right`.
     #[inline(always)]
-    fn piece<T: Tiles>(&self, k: &Range<usize>, right: *const u32, beside: &mut Beside<'a>) {
+    fn piece<T: Tiles>(
+        &self,
+        k: &Range<usize>,
+        next: Option<&Range<usize>>,
+        right: *const u32,
+        beside: &mut Beside<'a>,
+    ) {
         let (Task { p, rows, columns, .. }, room) = (self.task, &self.room);
         let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
         let last = k.end == p.k;
@@ -253,7 +267,13 @@ impl<'a> OnTiles<'a> {
         for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
             let rows = first..rows.end.min(first + BLOCK);
             let left = self.left(&rows, k);
+            beside.left = self.left_ahead(rows.end, k, next, along * steps);
             for c in 0..along {
+                let column = columns.start + c * BLOCK;
+                let columns = BLOCK.min(columns.end - column);
+                if last {
+                    beside.expect((rows.start, rows.len()), (column, columns), steps);
+                }
                 // SAFETY: tiles are configured by `run`. The piece's steps of the rows and of the columns are there, and
                 // room for its sums, which a block leaves for its next piece or which are in the output before it is
                 // their place's turn again.
@@ -264,13 +284,38 @@ impl<'a> OnTiles<'a> {
                 };
                 beside.finish(BLOCK);
                 if last {
-                    let column = columns.start + c * BLOCK;
-                    let columns = BLOCK.min(columns.end - column);
                     // SAFETY: as said above; products lie apart in the output (asserted by `cpu::run`), rows of one lie
                     // `ldc >= n` apart, and the tasks partition its rows and columns.
                     unsafe { beside.done(sums, (rows.start, rows.len()), (column, columns)) }
                 }
             }
+        }
+    }
+
+    /// The rows from `first` on, or those that the next piece begins with, to be asked for in so many steps.
+    fn left_ahead(&self, first: usize, k: &Range<usize>, next: Option<&Range<usize>>, steps: usize) -> Lines {
+        let rows = &self.task.rows;
+        let of = |first: usize, k| Lines::of_operand(self.task.p.a, &(first..rows.end.min(first + BLOCK)), k, steps);
+        match next {
+            _ if first < rows.end => of(first, k),
+            Some(next) => of(rows.start, next),
+            None => Lines::NONE,
+        }
+    }
+
+    /// The columns of the next piece, or those that the next task begins with, to be asked for during the piece `k`. Those
+    /// that are packed already lie one after the other, which the CPU notices by itself.
+    fn right_ahead(&self, k: &Range<usize>, next: Option<&Range<usize>>) -> Lines {
+        let Task { rows, columns, .. } = self.task;
+        let steps = rows.len().div_ceil(BLOCK) * columns.len().div_ceil(BLOCK) * steps(k);
+        let of = |task: &Task<'_>, k: &Range<usize>| match task.shared {
+            Some(_) => Lines::NONE,
+            None => Lines::of_operand(task.p.b, &task.columns, k, steps),
+        };
+        match (next, self.next) {
+            (Some(next), _) => of(self.task, next),
+            (None, Some(task)) => pieces(task.p).next().map_or(Lines::NONE, |k| of(task, &k)),
+            (None, None) => Lines::NONE,
         }
     }
 
@@ -320,7 +365,7 @@ unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usiz
     }
 }
 
-/// What is done beside products of tiles: finished sums are moved to the output.
+/// What is done beside products of tiles: finished sums are moved to the output, and what comes next is asked for.
 struct Beside<'a> {
     p: &'a Product<'a>,
     out: &'a Output<'a>,
@@ -334,11 +379,18 @@ struct Beside<'a> {
     share: usize,
     /// The sums were stored just now: who read them would wait.
     fresh: bool,
+    /// What is to be in the cache soon: where the sums go that are computed now, and what is multiplied next.
+    output: Lines,
+    left: Lines,
+    right: Lines,
 }
 
 impl blocks::Beside for Beside<'_> {
     #[inline(always)]
     fn step(&mut self) {
+        self.output.step_to_write();
+        self.left.step();
+        self.right.step();
         if self.rows > 0 && !std::mem::take(&mut self.fresh) {
             self.finish(self.share);
         }
@@ -348,12 +400,20 @@ impl blocks::Beside for Beside<'_> {
 impl<'a> Beside<'a> {
     fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
         let (sums, to) = (std::ptr::null(), out.at(0, 0, 0, 0));
-        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false }
+        let (output, left, right) = (Lines::NONE, Lines::NONE, Lines::NONE);
+        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false, output, left, right }
     }
 
     /// Steps that a block has: its rows are shared out among all but the first.
     fn spread(&mut self, steps: usize) {
         self.share = BLOCK.div_ceil(steps.saturating_sub(1).max(1));
+    }
+
+    /// A block of so many steps begins whose first element is (row, column) of the product.
+    #[inline(always)]
+    fn expect(&mut self, (row, rows): (usize, usize), (column, columns): (usize, usize), steps: usize) {
+        let to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
+        self.output = Lines::of_output(to, (rows, self.p.ldc), columns, steps);
     }
 
     /// A block is finished whose first element is (row, column) of the product.
@@ -387,7 +447,7 @@ impl<'a> Beside<'a> {
     /// # Safety
     /// So many rows of sums are there and so many rows of the output this task's, the first at `c`.
     #[inline(always)]
-    unsafe fn to_rows<E: Elem>(&self, mut c: *mut E, rows: usize) -> *mut E {
+    unsafe fn to_rows<E: Row>(&self, mut c: *mut E, rows: usize) -> *mut E {
         for r in 0..rows {
             // SAFETY: the caller's promise.
             let sums = unsafe { &*self.sums.add(r) };
@@ -407,12 +467,33 @@ impl<'a> Beside<'a> {
 
 /// A row of known length is read before it is written, so that it is moved in whole vectors.
 #[inline(always)]
-fn whole<E: Elem>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
+fn whole<E: Row>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
     let (old, sums) = (*c, *sums);
     if accumulate {
         *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
     } else {
-        *c = std::array::from_fn(|i| E::round(sums[i]));
+        E::round_row(&sums, c);
+    }
+}
+
+/// Elements of an output.
+trait Row: Elem {
+    /// Rounds a row of a block, whose sums the CPU's tiles leave without subnormal numbers.
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]);
+}
+
+impl Row for f32 {
+    #[inline(always)]
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
+        *to = *sums;
+    }
+}
+
+impl Row for bf16 {
+    #[inline(always)]
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
+        // SAFETY: what has tiles has AVX-512 BF16.
+        unsafe { round_row(sums, to) }
     }
 }
 
