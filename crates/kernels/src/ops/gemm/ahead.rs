@@ -42,11 +42,6 @@ impl Lines {
         Self::new(row, (rows.len(), op.ld * size_of::<bf16>()), along.len() * size_of::<bf16>(), steps)
     }
 
-    /// Packed cells.
-    pub fn of_cells(cells: &[u32], steps: usize) -> Self {
-        Self::new(cells.as_ptr().cast(), (1, 0), size_of_val(cells), steps)
-    }
-
     /// `rows` rows of an output, `apart` elements from one to the next.
     pub fn of_output(at: Pointer, (rows, apart): (usize, usize), columns: usize, steps: usize) -> Self {
         fn of<E: Elem>(at: *mut E, (rows, apart): (usize, usize), columns: usize, steps: usize) -> Lines {
@@ -114,7 +109,7 @@ mod tests {
     #[test]
     fn nothing_is_no_line() {
         let op = Operand { data: View::Bf16(&[]), ld: 7, k_contiguous: true };
-        for mut none in [Lines::NONE, Lines::of_operand(op, &(0..0), &(0..5), 3), Lines::of_cells(&[], 2)] {
+        for mut none in [Lines::NONE, Lines::of_operand(op, &(0..0), &(0..5), 3)] {
             none.each_of_a_step(|_| panic!("nothing was to be asked for"));
         }
     }
