@@ -87,19 +87,25 @@ impl Case {
 
     /// Runs it.
     pub fn measure(&self, bench: &'static str, ctx: &Ctx, budget: &Budget, peaks: &mut Peaks) -> Row {
-        let before = peaks.of(ctx, self.against, budget);
+        let (beside, of_loop) = peaks.beside(ctx, self.against, budget).unzip();
+        let before = if of_loop.is_none() { peaks.of(ctx, self.against, budget) } else { None };
         let Ready { ours, rival } = (self.setup)(ctx);
         let (rival_name, rival) = rival.unzip();
-        let mut works: Vec<Work> = [Some(ours), rival].into_iter().flatten().collect();
+        let has_rival = rival.is_some();
+        let mut works: Vec<Work> = [Some(ours), rival, beside].into_iter().flatten().collect();
         let times = budget.interleaved(&mut works);
         let rate = |seconds: f64| self.work / seconds / 1e9;
-        let (ours, rival) = (rate(median(&times[0])), times.get(1).map(|t| rate(median(t))));
+        let (ours, rival) = (rate(median(&times[0])), has_rival.then(|| rate(median(&times[1]))));
         let [fastest, slowest] = spread(&times[0]);
         let ratio = rival.map(|r| ours / r);
         drop(works);
         // Clocks change: what a GPU can do is what it could before and after, on average.
-        let peak = before.zip(peaks.of(ctx, self.against, budget)).map(|(a, b)| (a + b) / 2.0);
+        let peak = before.map(|a| (a + peaks.of(ctx, self.against, budget).unwrap_or(a)) / 2.0);
         let share_of_peak = match self.against {
+            Against::Bf16 | Against::F32 if of_loop.is_some() => of_loop.map(|operations| {
+                let of_run = |(ours, of_loop): (&f64, &f64)| (self.work / ours) / (operations / of_loop);
+                median(&times[0].iter().zip(&times[times.len() - 1]).map(of_run).collect::<Vec<_>>())
+            }),
             Against::Rival => ratio,
             Against::RivalOrBytes(bytes) => {
                 let of_bytes = peak.map(|copy| self.work / bytes * copy);

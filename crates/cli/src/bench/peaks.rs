@@ -1,5 +1,6 @@
-//! What a case's speed is a share of, measured in the same minute: hosts are shared, and clocks change. On a GPU, whose
-//! clock falls within seconds as it grows hot, it is measured each time it is asked for.
+//! What a case's speed is a share of: hosts are shared, and clocks change. Loops over registers run in turns with the case,
+//! a copy in the same minute. On a GPU, whose clock falls within seconds as it grows hot, a peak is measured each time it
+//! is asked for.
 
 use super::case::Against;
 use super::gemm::{Form, Product};
@@ -18,7 +19,7 @@ const PIECE: usize = 1 << 20;
 /// What has been measured, and when.
 #[derive(Default)]
 pub struct Peaks {
-    registers: Option<(Instant, f64, f64)>,
+    registers: Option<(Instant, [(peak::Kernel, f64); 2])>,
     copy: Option<(Instant, f64)>,
 }
 
@@ -45,13 +46,24 @@ impl Peaks {
                 self.copy.map(|(_, peak)| peak)
             }
             Against::Bf16 | Against::F32 => {
-                if !self.registers.as_ref().is_some_and(|(at, ..)| fresh(at)) {
-                    let (bf16, f32) = registers(ctx, budget);
-                    self.registers = Some((Instant::now(), bf16, f32));
+                if !self.registers.as_ref().is_some_and(|(at, _)| fresh(at)) {
+                    self.registers = Some((Instant::now(), registers(ctx, budget)));
                 }
-                self.registers.map(|(_, bf16, f32)| if against == Against::F32 { f32 } else { bf16 })
+                self.registers.map(|(_, [bf16, f32])| if against == Against::F32 { f32.1 } else { bf16.1 })
             }
         }
+    }
+
+    /// The loop over registers that a case on the host's cores is a share of, to run in turns with it, and the loop's
+    /// operations. On a host that others use too, a peak of half a minute ago can be that of another machine.
+    pub fn beside(&mut self, ctx: &Ctx, against: Against, budget: &Budget) -> Option<(Work, f64)> {
+        if ctx.device.as_cuda().is_some() || !matches!(against, Against::Bf16 | Against::F32) {
+            return None;
+        }
+        // Which loop is the fastest does not change.
+        let (_, [bf16, f32]) = *self.registers.get_or_insert_with(|| (Instant::now(), registers(ctx, budget)));
+        let (kernel, _) = if against == Against::F32 { f32 } else { bf16 };
+        Some((work(ctx, kernel), flops(ctx, &kernel)))
     }
 }
 
@@ -61,19 +73,19 @@ pub fn product(dtype: DType) -> Product {
     Product { m: n, n, k: n, form: Form::Nt, dtypes: [dtype; 3], accumulate: false }
 }
 
-/// GFLOP/s of the fastest loops on the device's level: of BF16, which may be widened, and of FP32.
-fn registers(ctx: &Ctx, budget: &Budget) -> (f64, f64) {
+/// The fastest loops on the device's level and their GFLOP/s: of BF16, which may be widened, and of FP32.
+fn registers(ctx: &Ctx, budget: &Budget) -> [(peak::Kernel, f64); 2] {
     let cpu = ctx.host();
     let kernels = peak::kernels(cpu.isa());
     let mut works: Vec<Work> = kernels.iter().map(|&k| work(ctx, k)).collect();
     let times = budget.interleaved(&mut works);
     let rate = |k: &peak::Kernel, t: &Vec<f64>| flops(ctx, k) / median(t) / 1e9;
-    let rates: Vec<(DType, f64)> = kernels.iter().zip(&times).map(|(k, t)| (k.dtype(), rate(k, t))).collect();
     let best = |dtype: Option<DType>| {
-        let wanted = rates.iter().filter(|(d, _)| dtype.is_none_or(|dtype| dtype == *d));
-        wanted.map(|(_, rate)| *rate).fold(0.0, f64::max)
+        let wanted = kernels.iter().zip(&times).filter(|(k, _)| dtype.is_none_or(|dtype| dtype == k.dtype()));
+        let rates = wanted.map(|(k, t)| (*k, rate(k, t)));
+        rates.max_by(|a, b| a.1.total_cmp(&b.1)).expect("every level multiplies FP32")
     };
-    (best(None), best(Some(DType::F32)))
+    [best(None), best(Some(DType::F32))]
 }
 
 /// Rounds of a loop: some milliseconds.

@@ -1,8 +1,9 @@
-//! What plain loops do not compile to: transposes in registers, and prefetching. All only move bits.
+//! What plain loops do not compile to: transposes in registers, rounding, and prefetching.
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::Level;
+use crate::bf16;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub(crate) const SQUARE: usize = 16;
@@ -57,6 +58,70 @@ pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u3
     }
 }
 
+/// Writes to `dst` the transpose of 32 rows of 32 halves of cells, `stride` bytes apart and aligned or not: 32 rows close
+/// together.
+///
+/// # Safety
+/// The CPU has AVX-512. The rows at `src` can be read, and as many halves be written at `dst`.
+#[inline(always)]
+pub(crate) unsafe fn transpose_halves(src: *const u8, stride: usize, dst: *mut u16) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::transpose_halves(src, stride, dst.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..4 * SQUARE * SQUARE {
+        let (row, column) = (i % (2 * SQUARE), i / (2 * SQUARE));
+        // SAFETY: the caller's promise.
+        unsafe { *dst.add(i) = src.add(row * stride).cast::<u16>().add(column).read_unaligned() }
+    }
+}
+
+/// Rounds to nearest even, as [`crate::Elem::round`] does but for subnormal numbers, which become zeros.
+///
+/// # Safety
+/// The CPU has AVX-512 BF16.
+#[inline(always)]
+pub(crate) unsafe fn round_row(from: &[f32; 2 * SQUARE], to: &mut [bf16; 2 * SQUARE]) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::round_row(from, to);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        *to = from.map(crate::Elem::round);
+    }
+}
+
+/// Asks for the line at `at` to be in the second-level cache soon. A hint: any address will do.
+#[inline(always)]
+pub(crate) fn prefetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: reads nothing that could be seen, and does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// Asks for the line at `at` to be this core's to write soon. As above; for code on AVX-512, whose CPUs have the
+/// instruction.
+#[inline(always)]
+pub(crate) fn prefetch_line_to_write(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: changes nothing that could be seen, and does not fault. There is an intrinsic, but it is this instruction
+    // only where the compiler is told that the CPU has it, for which there is no stable name.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Asks for `x` to be in the cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
@@ -72,6 +137,7 @@ pub(crate) fn prefetch<T>(x: &[T]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use crate::bf16;
     use core::arch::x86_64::*;
 
     /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
@@ -106,6 +172,61 @@ mod x86 {
                     unsafe { _mm512_storeu_si512(dst.add((4 * quarter + i) * width).cast(), y) }
                 }
             }
+        }
+    }
+
+    /// See [`super::transpose_halves`]. As `transpose`, quarters of rows are read to where they belong: rows 0, 8, 16 and
+    /// 24 to a vector, so that three rounds within quarters of vectors do the rest.
+    ///
+    /// # Safety
+    /// 32 rows of 64 bytes, `stride` bytes apart, can be read, and 2 KiB be written.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn transpose_halves(src: *const u8, stride: usize, dst: *mut u8) {
+        for quarter in 0..4 {
+            // SAFETY: the caller's promise.
+            let of = |row: usize| unsafe { _mm_loadu_si128(src.add(row * stride + 16 * quarter).cast()) };
+            let x: [__m512i; 8] = std::array::from_fn(|row| {
+                let x = _mm512_broadcast_i32x4(of(row));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x00f0, of(row + 8));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x0f00, of(row + 16));
+                _mm512_mask_broadcast_i32x4(x, 0xf000, of(row + 24))
+            });
+            // Columns 0 to 3 of rows 2 i and 2 i + 1, then columns 4 to 7.
+            let low: [__m512i; 4] = std::array::from_fn(|i| _mm512_unpacklo_epi16(x[2 * i], x[2 * i + 1]));
+            let high: [__m512i; 4] = std::array::from_fn(|i| _mm512_unpackhi_epi16(x[2 * i], x[2 * i + 1]));
+            // Columns 2 i and 2 i + 1 of the first four rows and of the others.
+            let fours = |x: &[__m512i; 4], i: usize| {
+                let (a, b) = (x[2 * i], x[2 * i + 1]);
+                [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)]
+            };
+            let pairs = [[fours(&low, 0), fours(&low, 1)], [fours(&high, 0), fours(&high, 1)]];
+            for (half, [first, second]) in pairs.into_iter().enumerate() {
+                for (pair, (a, b)) in first.into_iter().zip(second).enumerate() {
+                    let column = 8 * quarter + 4 * half + 2 * pair;
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        _mm512_storeu_si512(dst.add(64 * column).cast(), _mm512_unpacklo_epi64(a, b));
+                        _mm512_storeu_si512(dst.add(64 * (column + 1)).cast(), _mm512_unpackhi_epi64(a, b));
+                    }
+                }
+            }
+        }
+    }
+
+    /// See [`super::round_row`].
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 BF16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub unsafe fn round_row(from: &[f32; 32], to: &mut [bf16; 32]) {
+        // SAFETY: 32 elements are there to be read, and as many to be written.
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(from.as_ptr()), _mm512_loadu_ps(from.as_ptr().add(16)));
+            // The second operand is the lower half.
+            let rounded = _mm512_cvtne2ps_pbh(high, low);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
         }
     }
 
@@ -162,6 +283,44 @@ mod tests {
                 assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");
             }
         }
+    }
+
+    #[test]
+    fn transposes_halves_at_any_distance() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let src: Vec<u8> = (0..31 * 77 + 64 + 3).map(|i| (i * 7 % 251) as u8).collect();
+        for (stride, from) in [(64, 0), (66, 1), (77, 3)] {
+            let mut dst = [0u16; 4 * SQUARE * SQUARE];
+            // SAFETY: the CPU has the level; 32 rows are there, and as many halves.
+            unsafe { transpose_halves(src[from..].as_ptr(), stride, dst.as_mut_ptr()) }
+            for (i, found) in dst.into_iter().enumerate() {
+                let at = from + i % (2 * SQUARE) * stride + i / (2 * SQUARE) * 2;
+                assert_eq!(found.to_le_bytes(), src[at..at + 2], "stride {stride}, half {i}");
+            }
+        }
+    }
+
+    /// Every bit pattern of the upper half with ties, and numbers just above and below them; NaNs stay NaNs.
+    #[test]
+    fn rows_are_rounded_like_elements() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512Bf16) {
+            return;
+        }
+        let all = (0..=u16::MAX).flat_map(|high| [0, 0x7fff, 0x8000, 0x8001].map(|low| u32::from(high) << 16 | low));
+        let all: Vec<f32> = all.map(f32::from_bits).filter(|x| !x.is_subnormal()).collect();
+        for from in all.as_chunks().0 {
+            let mut to = [bf16::ZERO; 2 * SQUARE];
+            // SAFETY: the CPU has the level.
+            unsafe { round_row(from, &mut to) };
+            let expected: [bf16; 2 * SQUARE] = from.map(crate::Elem::round);
+            assert_eq!(to.map(bf16::to_bits), expected.map(bf16::to_bits), "{from:?}");
+        }
+        let mut to = [bf16::ONE; 2 * SQUARE];
+        // SAFETY: as above.
+        unsafe { round_row(&[-f32::MIN_POSITIVE / 4.0; 2 * SQUARE], &mut to) };
+        assert_eq!(to, [bf16::NEG_ZERO; 2 * SQUARE]);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(crate) unsafe trait Tiles {
     unsafe fn dot<const C: u8, const A: u8, const B: u8>();
 }
 
-/// Work on tiles, beside which AVX-512 may be used. What uses it must carry the target features, or be `#[inline(always)]`
+/// Work on tiles, beside which AVX-512 with BF16 may be used. What uses it must carry the target features, or be `#[inline(always)]`
 /// all the way down from `run`.
 pub(crate) trait TileJob {
     /// Does it.
@@ -52,7 +52,7 @@ pub(super) fn run(emulated: bool, job: impl TileJob) {
     }
     let _ = emulated;
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the level is AMX, which includes AVX-512.
+    // SAFETY: the level is AMX, which includes AVX-512 BF16.
     unsafe {
         with_vectors::<hardware::Amx>(job);
     }
@@ -64,7 +64,7 @@ pub(super) fn run(emulated: bool, job: impl TileJob) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn with_vectors<T: Tiles>(job: impl TileJob) {
     let _unwinding = Unwinding::<T>(PhantomData);
     job.run::<T>();

@@ -8,7 +8,7 @@
 
 use super::Operand;
 use crate::bf16;
-use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, transpose_cells};
+use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, transpose_cells, transpose_halves};
 use std::ops::Range;
 
 /// Rows and columns of a block, and k of a step.
@@ -21,6 +21,9 @@ pub(crate) const STEP_CELLS: usize = 2 * TILE_ROWS * TILE_COLUMNS;
 const STEP_BYTES: usize = 4 * STEP_CELLS;
 /// Bytes of a row of sums.
 const SUMS_ROW: usize = 4 * BLOCK;
+/// Lines so far apart, or several times that, share so few sets of the first-level cache that 32 of them evict one
+/// another.
+const CROWDED: usize = 2048;
 
 /// 32 rows of the left operand over some steps. Element k of row r is at `r * row + k / 32 * step + k % 32 * 2` bytes.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +116,18 @@ pub(crate) unsafe fn block<T: Tiles>(
 pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
     if op.k_contiguous {
         rows_along(op, outer, k, to);
+    } else if outer.len() == BLOCK && k.len() == BLOCK {
+        let part = &op.data.bf16()[k.start * op.ld + outer.start..(k.end - 1) * op.ld + outer.end];
+        let (at, stride, to) = (part.as_ptr(), 2 * op.ld, to.as_mut_ptr().cast());
+        // SAFETY: the part has 32 rows of 32 elements, `ld` apart, as has the copy; two tiles are written.
+        unsafe {
+            if stride.is_multiple_of(CROWDED) {
+                let copy: [[bf16; BLOCK]; BLOCK] = std::array::from_fn(|k| *at.add(k * op.ld).cast());
+                transpose_halves(copy.as_ptr().cast(), 2 * BLOCK, to);
+            } else {
+                transpose_halves(at.cast(), stride, to);
+            }
+        }
     } else {
         let mut across = [0; STEP_CELLS];
         cells_across(op, outer, k, &mut across);
@@ -204,9 +219,10 @@ mod tests {
         if isas().iter().all(|isa| isa.level() < Level::Avx512) {
             return;
         }
-        let (size, ld) = (70, 77);
+        let size = 70;
         let value = |outer: usize, k: usize| bf16::from_f32((outer * 128 + k) as f32 / 7.0);
-        for k_contiguous in [true, false] {
+        // The second is a distance at which lines evict one another.
+        for (k_contiguous, ld) in [(true, 77), (false, 77), (true, 1024), (false, 1024)] {
             let at = |o: usize, k: usize| if k_contiguous { o * ld + k } else { k * ld + o };
             let mut data = vec![bf16::NAN; size * ld];
             for (o, k) in (0..size).flat_map(|o| (0..size).map(move |k| (o, k))) {
@@ -222,7 +238,7 @@ mod tests {
                     let held = |k0: usize| o < outer.len() && k0 < k.len();
                     let of = |k0: usize| if held(k0) { value(outer.start + o, k.start + k0) } else { bf16::ZERO };
                     let cell = u32::from(of(2 * c).to_bits()) | u32::from(of(2 * c + 1).to_bits()) << 16;
-                    let name = format!("{outer:?} {k:?} {k_contiguous}: outer {o}, cell {c}");
+                    let name = format!("{outer:?} {k:?} {k_contiguous} {ld}: outer {o}, cell {c}");
                     assert_eq!(left[o * TILE_COLUMNS + c], cell, "left, {name}");
                     let half = o / TILE_COLUMNS * STEP_CELLS / 2;
                     assert_eq!(right[half + c * TILE_COLUMNS + o % TILE_COLUMNS], cell, "right, {name}");

@@ -1,13 +1,15 @@
 //! Products on AMX. A task is a tile of a product's output, a piece of k at a time: the tile's columns are packed, 32 rows
 //! after the other are taken where they lie or packed, and blocks of sums go along the columns. The rows stay in the
-//! first-level cache meanwhile, the columns in the second. Where a product is cut into several tiles of rows its columns
-//! are packed for all of them first.
+//! first-level cache meanwhile, the columns in the second. Where a product is cut into many tiles of rows its columns
+//! are packed for all of them first; where it is cut into many tiles of columns, its rows if k runs across them.
 //!
 //! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
-//! unit that multiplies tiles leaves vectors alone.
+//! unit that multiplies tiles leaves vectors alone. What comes next is asked for there too: the output's lines, which must
+//! be this core's before they are written, the rows after these, and the columns of the next piece or task.
 
+use super::ahead::Lines;
 use super::cpu::{Output, Pointer, Product, finish, reserve};
-use crate::isa::{TileJob, Tiles};
+use crate::isa::{TileJob, Tiles, round_row};
 use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
 use crate::{AlignedVec, Cpu, Elem, bf16};
@@ -27,7 +29,10 @@ const TASKS: usize = 2;
 const LEAST_WORK: usize = 1 << 24;
 /// Rows so far apart share a few sets of the first-level cache, so that 32 of them are packed even if k runs along them.
 const CROWDED: usize = 4096;
-/// Columns that are packed for several tasks as one task.
+/// More tiles than this share an operand that is packed once for all: what it costs to hand packed cells over through
+/// memory is about what it costs to pack them twice.
+const ALONE: usize = 2;
+/// Rows or columns that are packed for several tasks as one task.
 const SHARE: usize = 4 * BLOCK;
 
 /// A tile of a product.
@@ -35,20 +40,23 @@ struct Task<'a> {
     p: &'a Product<'a>,
     rows: Range<usize>,
     columns: Range<usize>,
-    /// Where the product's packed columns begin, if they are shared by several tasks.
-    shared: Option<usize>,
+    /// Where the product's packed rows and columns begin, if they are shared by several tasks.
+    left: Option<usize>,
+    right: Option<usize>,
 }
 
-/// Columns of a product that are packed for several tasks: `[piece][32 columns][step]`.
+/// An operand of a product that is packed for several tasks: `[piece][32 rows or columns][step]`.
 struct Panels<'a> {
     p: &'a Product<'a>,
+    side: Side,
     at: usize,
 }
 
-/// A part of that: columns of a piece.
+/// A part of that: rows or columns of a piece.
 struct Part<'a> {
-    b: Operand<'a>,
-    columns: Range<usize>,
+    op: Operand<'a>,
+    side: Side,
+    outer: Range<usize>,
     k: Range<usize>,
     at: usize,
 }
@@ -63,12 +71,14 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     cpu.for_each(tasks.len(), |i| {
         SCRATCH.with_borrow_mut(|s| {
             let room = Room::of(s, &tasks[i]);
-            cpu.isa().run_tiles(OnTiles { task: &tasks[i], shared: &shared, out, accumulate, room });
+            // Workers take tasks that follow one another.
+            let next = tasks.get(i + 1);
+            cpu.isa().run_tiles(OnTiles { task: &tasks[i], next, shared: &shared, out, accumulate, room });
         });
     });
 }
 
-/// Cuts products into tasks, and says which columns are packed beforehand.
+/// Cuts products into tasks, and says which operands are packed beforehand.
 /// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
 fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
     let work = |p: &Product<'_>| p.m * p.n * p.k.max(1);
@@ -78,21 +88,27 @@ fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for p in products.iter().filter(|p| !idle(p)) {
         let each = (total / (threads * if p.a.k_contiguous { TASKS } else { 1 })).max(LEAST_WORK);
-        let (rows, columns) = grid(p, work(p).div_ceil(each));
-        let shared = (rows > 1).then_some(at);
-        if rows > 1 {
-            panels.push(Panels { p, at });
-            at += panels[panels.len() - 1].cells();
-        }
+        // Of many products there are tasks enough for every worker to have its share.
+        let (rows, columns) = grid(p, work(p).div_ceil(each), if products.len() > 1 { 1 } else { threads });
+        let mut shared = |side: Side, is_shared: bool| {
+            is_shared.then(|| {
+                panels.push(Panels { p, side, at });
+                at += panels[panels.len() - 1].cells();
+                panels[panels.len() - 1].at
+            })
+        };
+        let left = shared(Side::Left, columns > ALONE && !p.a.k_contiguous);
+        let right = shared(Side::Right, rows > ALONE);
         for columns in parts(p.n, columns) {
-            tasks.extend(parts(p.m, rows).map(|rows| Task { p, rows, columns: columns.clone(), shared }));
+            tasks.extend(parts(p.m, rows).map(|rows| Task { p, rows, columns: columns.clone(), left, right }));
         }
     }
     (tasks, panels)
 }
 
 /// Parts of rows and of columns: tiles no larger than they may be, and at least `wanted` of them unless they get small.
-fn grid(p: &Product<'_>, wanted: usize) -> (usize, usize) {
+/// Of few tiles each worker gets as many.
+fn grid(p: &Product<'_>, wanted: usize, workers: usize) -> (usize, usize) {
     // One part a little larger than meant is better than two small ones.
     let least = |len: usize, most: usize| if len <= most + most / 8 { 1 } else { len.div_ceil(most) };
     let (mut rows, mut columns) = (least(p.m, ROWS), least(p.n, COLUMNS));
@@ -103,6 +119,10 @@ fn grid(p: &Product<'_>, wanted: usize) -> (usize, usize) {
             _ if r > c => rows += 1,
             _ => columns += 1,
         }
+    }
+    let uneven = |tiles: usize| (workers..4 * workers).contains(&tiles) && !tiles.is_multiple_of(workers);
+    while uneven(rows * columns) && p.m.div_ceil(rows).min(p.n.div_ceil(columns)) > BLOCK {
+        if columns >= rows { columns += 1 } else { rows += 1 }
     }
     (rows, columns)
 }
@@ -131,25 +151,33 @@ fn steps(k: &Range<usize>) -> usize {
 }
 
 impl<'a> Panels<'a> {
+    /// The operand and its outer length.
+    fn operand(&self) -> (Operand<'a>, usize) {
+        match self.side {
+            Side::Left => (self.p.a, self.p.m),
+            Side::Right => (self.p.b, self.p.n),
+        }
+    }
+
     fn cells(&self) -> usize {
-        self.p.n.div_ceil(BLOCK) * self.p.k.div_ceil(BLOCK) * STEP_CELLS
+        self.operand().1.div_ceil(BLOCK) * self.p.k.div_ceil(BLOCK) * STEP_CELLS
     }
 
     fn parts(&self) -> Vec<Part<'a>> {
-        let Product { n, b, .. } = *self.p;
+        let (op, len) = self.operand();
         let of = |k: Range<usize>| {
-            (0..n).step_by(SHARE).map(move |first| {
-                let at = self.at + panel_at(n, &k, first);
-                Part { b, columns: first..n.min(first + SHARE), k: k.clone(), at }
+            (0..len).step_by(SHARE).map(move |first| {
+                let at = self.at + panel_at(len, &k, first);
+                Part { op, side: self.side, outer: first..len.min(first + SHARE), k: k.clone(), at }
             })
         };
         pieces(self.p).flat_map(of).collect()
     }
 }
 
-/// Where column `first` at the piece `k` lies in the packed columns of a product.
-fn panel_at(n: usize, k: &Range<usize>, first: usize) -> usize {
-    (n.div_ceil(BLOCK) * (k.start / BLOCK) + first / BLOCK * steps(k)) * STEP_CELLS
+/// Where row or column `first` of `len` at the piece `k` lies in a packed operand.
+fn panel_at(len: usize, k: &Range<usize>, first: usize) -> usize {
+    (len.div_ceil(BLOCK) * (k.start / BLOCK) + first / BLOCK * steps(k)) * STEP_CELLS
 }
 
 struct Panel(*mut u32);
@@ -165,9 +193,9 @@ struct Share<'a> {
 impl TileJob for Share<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
-        let Part { b, columns, k, at } = self.part;
+        let Part { op, side, outer, k, at } = self.part;
         // SAFETY: the room was sized for all panels, and each part has its own place in one.
-        unsafe { pack(*b, Side::Right, columns, k, self.room.0.add(*at)) }
+        unsafe { pack(*op, *side, outer, k, self.room.0.add(*at)) }
     }
 }
 
@@ -203,7 +231,7 @@ impl Room {
         let (down, along) = (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK));
         let blocks = if pieces(task.p).count() > 1 { down * along } else { 2 };
         reserve(&mut s.left, longest * STEP_CELLS);
-        reserve(&mut s.right, if task.shared.is_some() { 0 } else { along * longest * STEP_CELLS });
+        reserve(&mut s.right, if task.right.is_some() { 0 } else { along * longest * STEP_CELLS });
         reserve(&mut s.sums, blocks * SUMS);
         Self { left: s.left.as_mut_ptr(), right: s.right.as_mut_ptr(), sums: s.sums.as_mut_ptr(), blocks }
     }
@@ -212,6 +240,8 @@ impl Room {
 /// A task, and what it needs.
 struct OnTiles<'a> {
     task: &'a Task<'a>,
+    /// What this worker is likely to do next.
+    next: Option<&'a Task<'a>>,
     shared: &'a [u32],
     out: &'a Output<'a>,
     accumulate: bool,
@@ -221,20 +251,22 @@ struct OnTiles<'a> {
 impl TileJob for OnTiles<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
-        let (Task { p, columns, shared, .. }, room) = (self.task, &self.room);
+        let (Task { p, columns, right, .. }, room) = (self.task, &self.room);
         let mut beside = Beside::new(p, self.out, self.accumulate);
         // SAFETY: all that uses tiles is between here and the release, on this thread.
         unsafe { T::configure() };
         for k in pieces(p) {
-            let right = match shared {
-                Some(at) => self.shared[at + panel_at(p.n, &k, columns.start)..].as_ptr(),
+            let right = match right {
+                Some(at) => self.panel(*at, p.n, &k, columns.start),
                 None => {
                     // SAFETY: there is room for the longest piece, and nobody reads it.
                     unsafe { pack(p.b, Side::Right, columns, &k, room.right) };
                     room.right
                 }
             };
-            self.piece::<T>(&k, right, &mut beside);
+            let next = pieces(p).find(|next| next.start == k.end && k.end < p.k);
+            beside.right = self.right_ahead(&k, next.as_ref());
+            self.piece::<T>(&k, next.as_ref(), right, &mut beside);
         }
         beside.finish(BLOCK);
         // SAFETY: configured above.
@@ -245,7 +277,13 @@ impl TileJob for OnTiles<'_> {
 impl<'a> OnTiles<'a> {
     /// All blocks over one piece of k, whose columns are packed at `right`.
     #[inline(always)]
-    fn piece<T: Tiles>(&self, k: &Range<usize>, right: *const u32, beside: &mut Beside<'a>) {
+    fn piece<T: Tiles>(
+        &self,
+        k: &Range<usize>,
+        next: Option<&Range<usize>>,
+        right: *const u32,
+        beside: &mut Beside<'a>,
+    ) {
         let (Task { p, rows, columns, .. }, room) = (self.task, &self.room);
         let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
         let last = k.end == p.k;
@@ -253,7 +291,13 @@ impl<'a> OnTiles<'a> {
         for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
             let rows = first..rows.end.min(first + BLOCK);
             let left = self.left(&rows, k);
+            beside.left = self.left_ahead(rows.end, k, next, along * steps);
             for c in 0..along {
+                let column = columns.start + c * BLOCK;
+                let columns = BLOCK.min(columns.end - column);
+                if last {
+                    beside.expect((rows.start, rows.len()), (column, columns), steps);
+                }
                 // SAFETY: tiles are configured by `run`. The piece's steps of the rows and of the columns are there, and
                 // room for its sums, which a block leaves for its next piece or which are in the output before it is
                 // their place's turn again.
@@ -264,13 +308,46 @@ impl<'a> OnTiles<'a> {
                 };
                 beside.finish(BLOCK);
                 if last {
-                    let column = columns.start + c * BLOCK;
-                    let columns = BLOCK.min(columns.end - column);
                     // SAFETY: as said above; products lie apart in the output (asserted by `cpu::run`), rows of one lie
                     // `ldc >= n` apart, and the tasks partition its rows and columns.
                     unsafe { beside.done(sums, (rows.start, rows.len()), (column, columns)) }
                 }
             }
+        }
+    }
+
+    /// The packed cells from `first` on, of an operand of `len` rows or columns that lies at `at`.
+    fn panel(&self, at: usize, len: usize, k: &Range<usize>, first: usize) -> *const u32 {
+        self.shared[at + panel_at(len, k, first)..].as_ptr()
+    }
+
+    /// The rows from `first` on, or those that the next piece begins with, to be asked for in so many steps.
+    fn left_ahead(&self, first: usize, k: &Range<usize>, next: Option<&Range<usize>>, steps: usize) -> Lines {
+        if self.task.left.is_some() {
+            return Lines::NONE;
+        }
+        let rows = &self.task.rows;
+        let of = |first: usize, k| Lines::of_operand(self.task.p.a, &(first..rows.end.min(first + BLOCK)), k, steps);
+        match next {
+            _ if first < rows.end => of(first, k),
+            Some(next) => of(rows.start, next),
+            None => Lines::NONE,
+        }
+    }
+
+    /// The columns of the next piece, or those that the next task begins with, to be asked for during the piece `k`. Those
+    /// that are packed already lie one after the other, which the CPU notices by itself.
+    fn right_ahead(&self, k: &Range<usize>, next: Option<&Range<usize>>) -> Lines {
+        let Task { rows, columns, .. } = self.task;
+        let steps = rows.len().div_ceil(BLOCK) * columns.len().div_ceil(BLOCK) * steps(k);
+        let of = |task: &Task<'_>, k: &Range<usize>| match task.right {
+            Some(_) => Lines::NONE,
+            None => Lines::of_operand(task.p.b, &task.columns, k, steps),
+        };
+        match (next, self.next) {
+            (Some(next), _) => of(self.task, next),
+            (None, Some(task)) => pieces(task.p).next().map_or(Lines::NONE, |k| of(task, &k)),
+            (None, None) => Lines::NONE,
         }
     }
 
@@ -285,6 +362,10 @@ impl<'a> OnTiles<'a> {
             // SAFETY: the part has 32 rows, the last as far as k goes.
             return unsafe { Left::rows(part.as_ptr(), a.ld) };
         }
+        if let Some(at) = self.task.left {
+            // SAFETY: the rows were packed with all their steps.
+            return unsafe { Left::packed(self.panel(at, self.task.p.m, k, rows.start)) };
+        }
         // SAFETY: there is room for the longest piece, and the blocks that read it are done.
         unsafe {
             pack(a, Side::Left, rows, k, self.room.left);
@@ -293,7 +374,8 @@ impl<'a> OnTiles<'a> {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Which operand: rows or columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Left,
     Right,
@@ -320,7 +402,7 @@ unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usiz
     }
 }
 
-/// What is done beside products of tiles: finished sums are moved to the output.
+/// What is done beside products of tiles: finished sums are moved to the output, and what comes next is asked for.
 struct Beside<'a> {
     p: &'a Product<'a>,
     out: &'a Output<'a>,
@@ -334,11 +416,18 @@ struct Beside<'a> {
     share: usize,
     /// The sums were stored just now: who read them would wait.
     fresh: bool,
+    /// What is to be in the cache soon: where the sums go that are computed now, and what is multiplied next.
+    output: Lines,
+    left: Lines,
+    right: Lines,
 }
 
 impl blocks::Beside for Beside<'_> {
     #[inline(always)]
     fn step(&mut self) {
+        self.output.step_to_write();
+        self.left.step();
+        self.right.step();
         if self.rows > 0 && !std::mem::take(&mut self.fresh) {
             self.finish(self.share);
         }
@@ -348,12 +437,20 @@ impl blocks::Beside for Beside<'_> {
 impl<'a> Beside<'a> {
     fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
         let (sums, to) = (std::ptr::null(), out.at(0, 0, 0, 0));
-        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false }
+        let (output, left, right) = (Lines::NONE, Lines::NONE, Lines::NONE);
+        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false, output, left, right }
     }
 
     /// Steps that a block has: its rows are shared out among all but the first.
     fn spread(&mut self, steps: usize) {
         self.share = BLOCK.div_ceil(steps.saturating_sub(1).max(1));
+    }
+
+    /// A block of so many steps begins whose first element is (row, column) of the product.
+    #[inline(always)]
+    fn expect(&mut self, (row, rows): (usize, usize), (column, columns): (usize, usize), steps: usize) {
+        let to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
+        self.output = Lines::of_output(to, (rows, self.p.ldc), columns, steps);
     }
 
     /// A block is finished whose first element is (row, column) of the product.
@@ -387,7 +484,7 @@ impl<'a> Beside<'a> {
     /// # Safety
     /// So many rows of sums are there and so many rows of the output this task's, the first at `c`.
     #[inline(always)]
-    unsafe fn to_rows<E: Elem>(&self, mut c: *mut E, rows: usize) -> *mut E {
+    unsafe fn to_rows<E: Row>(&self, mut c: *mut E, rows: usize) -> *mut E {
         for r in 0..rows {
             // SAFETY: the caller's promise.
             let sums = unsafe { &*self.sums.add(r) };
@@ -407,12 +504,33 @@ impl<'a> Beside<'a> {
 
 /// A row of known length is read before it is written, so that it is moved in whole vectors.
 #[inline(always)]
-fn whole<E: Elem>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
+fn whole<E: Row>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
     let (old, sums) = (*c, *sums);
     if accumulate {
         *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
     } else {
-        *c = std::array::from_fn(|i| E::round(sums[i]));
+        E::round_row(&sums, c);
+    }
+}
+
+/// Elements of an output.
+trait Row: Elem {
+    /// Rounds a row of a block, whose sums the CPU's tiles leave without subnormal numbers.
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]);
+}
+
+impl Row for f32 {
+    #[inline(always)]
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
+        *to = *sums;
+    }
+}
+
+impl Row for bf16 {
+    #[inline(always)]
+    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
+        // SAFETY: what has tiles has AVX-512 BF16.
+        unsafe { round_row(sums, to) }
     }
 }
 
@@ -433,7 +551,8 @@ mod tests {
                 let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
                 for t in &tasks {
                     assert!(t.rows.len() <= ROWS + ROWS / 8 && t.columns.len() <= COLUMNS + COLUMNS / 8);
-                    assert_eq!(t.shared.is_some(), panels.len() == 1);
+                    let packed = |side| panels.iter().any(|p| p.side == side);
+                    assert_eq!((t.left.is_some(), t.right.is_some()), (packed(Side::Left), packed(Side::Right)));
                     for r in t.rows.clone().step_by(BLOCK) {
                         for c in t.columns.clone().step_by(BLOCK) {
                             assert!(r.is_multiple_of(BLOCK) && c.is_multiple_of(BLOCK));
