@@ -86,7 +86,7 @@ impl Verb {
             Self::Pretrain(_) => ("pretrain", true, true, true),
             Self::Generate(_) => ("generate", true, true, true),
             Self::Logits(_) => ("logits", true, false, true),
-            Self::Inspect(_) => ("inspect", false, false, true),
+            Self::Inspect(_) => ("inspect", true, false, true),
             Self::Convert(_) => ("convert", true, false, false),
             Self::Tokenizer(v) => v.uses(),
             Self::Bench(v) => v.uses(),
