@@ -7,6 +7,7 @@ use crate::{ModelConfig, MtpHidden, Precision, Recompute};
 use hadal_kernels::Workers;
 use hadal_kernels::ops::gemm::{self, Direction};
 use hadal_kernels::ops::mla_prefill;
+use std::collections::HashMap;
 
 /// Passes over micro-batches of `sequences` of `tokens` each, whose weight gradients run at once.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +38,7 @@ pub struct Activations {
 impl Activations {
     /// Counts those of a valid configuration.
     pub fn of(c: &ModelConfig, passes: Passes) -> Self {
-        let mut walk = Walk { c, p: passes, held: 0, peak: 0 };
+        let mut walk = Walk { c, p: passes, held: 0, peak: 0, packed: HashMap::new() };
         walk.forward();
         let saved = walk.held;
         walk.backward();
@@ -78,6 +79,8 @@ struct Walk<'a> {
     p: Passes,
     held: usize,
     peak: usize,
+    /// What a product packs, by its sizes and whether it is the experts': layers repeat.
+    packed: HashMap<(Direction, bool, [usize; 3]), usize>,
 }
 
 /// Bytes of one block's buffers, named as in the stages.
@@ -140,7 +143,21 @@ impl Walk<'_> {
 
     /// What a product of n rows with a weight `[out, cols]` packs.
     fn product(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
-        self.briefly(gemm::scratch(self.p.workers, self.p.precision.act(), direction, &[n], (out, cols)));
+        self.packs(direction, false, [n, out, cols], |_| vec![n]);
+    }
+
+    fn packs(
+        &mut self,
+        direction: Direction,
+        experts: bool,
+        [n, out, cols]: [usize; 3],
+        rows: impl Fn(&ModelConfig) -> Vec<usize>,
+    ) {
+        let (c, p) = (self.c, self.p);
+        let packed = self.packed.entry((direction, experts, [n, out, cols]));
+        let scratch = || gemm::scratch(p.workers, p.precision.act(), direction, &rows(c), (out, cols));
+        let bytes = *packed.or_insert_with(scratch);
+        self.briefly(bytes);
     }
 
     /// The gradients of a linear layer's input and of its weight, one after the other.
@@ -151,9 +168,10 @@ impl Walk<'_> {
 
     /// As [`Walk::product`], of the experts' rows, which lie even.
     fn experts(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
-        let (slots, e) = (n * self.c.num_experts_per_tok, self.c.n_routed_experts);
-        let rows: Vec<usize> = (0..e).map(|i| (i + 1) * slots / e - i * slots / e).collect();
-        self.briefly(gemm::scratch(self.p.workers, self.p.precision.act(), direction, &rows, (out, cols)));
+        self.packs(direction, true, [n, out, cols], |c| {
+            let (slots, e) = (n * c.num_experts_per_tok, c.n_routed_experts);
+            (0..e).map(|i| (i + 1) * slots / e - i * slots / e).collect()
+        });
     }
 
     /// (outputs, inputs) of attention's layers: q_proj or q_b, kv_a, kv_b, o_proj.
@@ -519,18 +537,18 @@ mod tests {
         let c = ModelConfig::preset("v2-lite").unwrap();
         let of = |level: Level, precision: Precision, recompute: Recompute| {
             let workers = Workers { level, threads: 2 };
-            Activations::of(&c, Passes { precision, recompute, sequences: 8, tokens: 512, workers })
+            Activations::of(&c, Passes { precision, recompute, sequences: 16, tokens: 2048, workers })
         };
         for recompute in Recompute::EACH {
             let at = |level| of(level, Precision::Bf16, recompute);
             let (vectors, amx) = (at(Level::Avx512), at(Level::Amx));
             assert_eq!((vectors.saved, of(Level::Avx2, Precision::Bf16, recompute)), (amx.saved, vectors));
-            // No more than the largest operand that a product of this step has: the rows of all experts.
-            let rows = 4096 * 6 * 2048 * 2;
+            // No more than both operands of the largest product of this step, the rows of all experts.
+            let both = 32768 * 6 * (2048 + 2 * 1408) * 2;
             let more = amx.working - vectors.working;
-            assert!(more > 0 && more <= rows, "{recompute}: {more}");
-            // 16 groups of 32 tokens, of each 8 x 6 + 6 x 4 tiles.
-            assert_eq!(amx.workers, 2 * 16 * 72 * 1024);
+            assert!(more > 0 && more <= both, "{recompute}: {more}");
+            // 64 groups of 32 tokens, of each 8 x 6 + 6 x 4 tiles.
+            assert_eq!(amx.workers, 2 * 64 * 72 * 1024);
             let fp32 = |level| of(level, Precision::Fp32, recompute);
             assert_eq!(fp32(Level::Amx), fp32(Level::Portable));
         }

@@ -64,7 +64,7 @@ pub struct Gemm<'a> {
 }
 
 /// Which product of a linear layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// [`linear`].
     Forward,

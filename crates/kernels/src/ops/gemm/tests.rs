@@ -397,7 +397,8 @@ fn the_largest_tiles() {
 fn scratch_is_what_is_taken() {
     for ctx in isas().into_iter().flat_map(thread_counts) {
         let workers = ctx.host().workers();
-        for (n, rows, cols) in [(700, 96, 70), (700, 40, 33), (64, 800, 128), (100, 64, 64)] {
+        let mut most = 0;
+        for (n, rows, cols) in [(2000, 96, 70), (700, 40, 33), (64, 800, 128), (100, 64, 64)] {
             let (x, w) = (buf(Bf16, &normals(7, n * cols, 1.0)), buf(Bf16, &normals(8, rows * cols, 0.1)));
             let dy = buf(Bf16, &normals(9, n * rows, 1.0));
             let weight = Weight { data: w.view(), experts: 1, rows, cols };
@@ -418,22 +419,24 @@ fn scratch_is_what_is_taken() {
                 // The device keeps no count of what is smaller than a page.
                 let said = if said < 4096 { 0 } else { said };
                 assert_eq!(ctx.host().peak() - before, said, "{workers:?} {n} x {rows} x {cols} {direction:?}");
-                let several = workers.level == Level::Amx && direction == Direction::Forward && n == 700;
-                assert!(said > 0 || !several, "{workers:?}");
+                most = most.max(said);
             }
         }
+        assert_eq!(most > 0, workers.level == Level::Amx, "{workers:?}");
     }
 }
 
-/// DeepSeek-V3's dense layer, and its experts with 1,024 rows each: the right operand of each, once.
+/// DeepSeek-V3's dense layer, and experts with 4,096 rows each: the right operand of each, once.
 #[test]
 fn scratch_of_large_products() {
     let (workers, v3) = (Workers { level: Level::Amx, threads: 2 }, (18432, 7168));
     let all = |direction, rows: &[usize], size| scratch(workers, Bf16, direction, rows, size);
     assert_eq!(all(Direction::Forward, &[4096], v3), 2 * 18432 * 7168);
     assert_eq!(all(Direction::Input, &[4096], v3), 2 * 18432 * 7168);
-    assert_eq!(all(Direction::Weight, &[4096], v3), 2 * 4096 * 7168);
-    assert_eq!(all(Direction::Forward, &[1024; 8], (4096, 7168)), 8 * 2 * 4096 * 7168);
+    // The rows' gradients may be packed too.
+    let gradient = all(Direction::Weight, &[4096], v3);
+    assert!([2 * 4096 * 7168, 2 * 4096 * (7168 + 18432)].contains(&gradient), "{gradient}");
+    assert_eq!(all(Direction::Forward, &[4096; 8], (4096, 7168)), 8 * 2 * 4096 * 7168);
     assert_eq!(all(Direction::Forward, &[100; 8], (4096, 7168)), 0, "one tile of rows for each");
     assert_eq!(scratch(workers, F32, Direction::Forward, &[4096], v3), 0);
     let vectors = Workers { level: Level::Avx512Bf16, ..workers };

@@ -68,10 +68,16 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     });
 }
 
+/// More rows or columns than any model has. Products that are only spoken of may have more; their tasks are not listed.
+const MANY: usize = 1 << 18;
+
 /// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows lie along k or across it.
 pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: bool, threads: usize) -> usize {
     let none = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
-    let product = |&[m, n, k]: &[usize; 3]| Product { m, n, k, a: none, b: none, c: 0, ldc: n };
+    let product = |&[m, n, k]: &[usize; 3]| {
+        let (m, n) = (m.min(MANY), n.min(MANY));
+        Product { m, n, k, a: none, b: none, c: 0, ldc: n }
+    };
     let products: Vec<_> = products.iter().map(product).collect();
     let (_, panels) = tasks(&products, threads, false);
     panels.iter().map(Panels::cells).sum::<usize>() * size_of::<u32>()
