@@ -3,7 +3,7 @@
 //! and counted as `inspect` does it, and comes back from the file that would be written for it.
 
 use hadal_fuzz::{Dice, json, one_line, put, words};
-use hadal_kernels::DType;
+use hadal_kernels::{DType, Level, Workers};
 use hadal_model::account::{self, Activations, Flops, Parameters, Passes, TrainingMemory};
 use hadal_model::{Layout, ModelConfig, Params, Precision, Recompute, Scope};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
@@ -35,8 +35,9 @@ fn use_it(c: &ModelConfig) {
     assert!(Flops::training(c, positions).total().is_finite());
     let _ = account::cache_bytes_per_token(c, DType::Bf16);
     assert!(account::mha_cache_bytes_per_token(c, DType::Bf16) > 0);
-    let passes =
-        Passes { precision: Precision::Bf16, recompute: Recompute::None, sequences: 8, tokens: positions };
+    // On AMX products have scratch, which is counted too.
+    let (recompute, workers) = (Recompute::None, Workers { level: Level::Amx, threads: 2 });
+    let passes = Passes { precision: Precision::Bf16, recompute, sequences: 8, tokens: positions, workers };
     let activations = Activations::of(c, passes);
     assert!(TrainingMemory::of(&layout, Precision::Bf16, DType::F32, activations).total() > layout.len);
     assert!(Params::inference_bytes(&layout, Precision::Bf16) >= 2 * layout.len);

@@ -97,7 +97,7 @@ impl Inspect {
     /// Prints the report.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let (config, quantization) = self.config(out)?;
-        let mut report = self.report(&config, quantization)?;
+        let mut report = self.report(global, &config, quantization)?;
         report.gpu_memory = self.gpu_memory(global, &config)?;
         out.object(&report);
         out.text(&report.text());
@@ -155,7 +155,7 @@ impl Inspect {
         }))
     }
 
-    fn report(&self, c: &ModelConfig, quantization: Option<Quantization>) -> anyhow::Result<Report> {
+    fn report(&self, global: &Global, c: &ModelConfig, quantization: Option<Quantization>) -> anyhow::Result<Report> {
         let precision = hadal_train::precision(&self.dtype)?;
         let seq = self.seq.unwrap_or(c.max_position_embeddings.min(4096));
         let (batch, positions) = (self.batch, c.max_position_embeddings);
@@ -168,7 +168,8 @@ impl Inspect {
         let p = Parameters::of(c);
         let layout = Layout::new(c, Scope::whole(c));
         let recompute: Recompute = self.recompute.parse().map_err(anyhow::Error::msg)?;
-        let passes = Passes { precision, recompute, sequences: self.batch, tokens: seq };
+        let workers = global.host()?.host().workers();
+        let passes = Passes { precision, recompute, sequences: self.batch, tokens: seq, workers };
         let m = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(c, passes));
         Ok(Report {
             model: self.model.clone(),

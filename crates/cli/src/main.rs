@@ -20,7 +20,7 @@ use hadal_kernels::{Ctx, Device, Isa};
 use hadal_train::Build;
 use output::Output;
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 /// The release and the commit it was built from; a run keeps them.
 const BUILD: Build = Build { version: env!("CARGO_PKG_VERSION"), commit: env!("HADAL_COMMIT") };
@@ -86,7 +86,7 @@ impl Verb {
             Self::Pretrain(_) => ("pretrain", true, true, true),
             Self::Generate(_) => ("generate", true, true, true),
             Self::Logits(_) => ("logits", true, false, true),
-            Self::Inspect(_) => ("inspect", false, false, true),
+            Self::Inspect(_) => ("inspect", true, false, true),
             Self::Convert(_) => ("convert", true, false, false),
             Self::Tokenizer(v) => v.uses(),
             Self::Bench(v) => v.uses(),
@@ -109,10 +109,11 @@ impl Global {
     }
 
     fn ctx(&self) -> anyhow::Result<Ctx> {
+        let device = Device::named(self.device_name(), self.threads)?;
         if let Some(notice) = Isa::notice() {
             eprintln!("{notice}");
         }
-        let device = Device::named(self.device_name(), self.threads)?;
+        self.crowded();
         Ok(self.opened.get_or_init(|| device).ctx())
     }
 
@@ -136,7 +137,20 @@ impl Global {
 
     /// For what computes on the host alone.
     fn host(&self) -> anyhow::Result<Ctx> {
-        Ok(Device::cpu(self.threads)?.ctx())
+        let ctx = Device::cpu(self.threads)?.ctx();
+        self.crowded();
+        Ok(ctx)
+    }
+
+    /// Says, once, that there are more threads than cores: that changes no result, and helps nobody.
+    fn crowded(&self) {
+        static SAID: Once = Once::new();
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        if let Some(threads) = self.threads.filter(|&n| n > cores) {
+            SAID.call_once(|| {
+                eprintln!("--threads {threads}: more than the {cores} cores of this machine, which they share")
+            });
+        }
     }
 }
 

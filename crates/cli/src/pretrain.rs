@@ -7,7 +7,7 @@ use crate::progress::Bytes;
 use crate::{BUILD, Global, interrupt, memory};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
-use hadal_kernels::DType;
+use hadal_kernels::{Ctx, DType};
 use hadal_model::account::{Activations, Passes, TrainingMemory};
 use hadal_model::{Layout, Scope};
 use hadal_train::{Metrics, Observer, Outcome, RUN_FILE, Run, RunFile, Start, TrainError};
@@ -102,7 +102,7 @@ impl Pretrain {
         let run = self.resolve(global)?;
         // A GPU's memory is looked at when the run's size is known to the last token.
         if ctx.device.as_cuda().is_none() {
-            fits(&run)?;
+            fits(&ctx, &run)?;
         }
         let seen = demo::progress::Progress::new(&run.config);
         let mut progress = Progress { out: *out, bar: None, bytes: Bytes::default(), seen };
@@ -231,10 +231,12 @@ pub fn assignment(text: &str) -> anyhow::Result<(&str, Value)> {
 }
 
 /// Refuses a run that this machine's memory can never hold.
-fn fits(run: &Run) -> anyhow::Result<()> {
+fn fits(ctx: &Ctx, run: &Run) -> anyhow::Result<()> {
     let (model, c) = (&run.model, &run.config);
     let layout = Layout::new(model, Scope::whole(model));
-    let passes = Passes { precision: c.precision, recompute: c.recompute, sequences: c.micro_batch, tokens: c.seq };
+    let (precision, recompute) = (c.precision, c.recompute);
+    let (sequences, tokens, workers) = (c.micro_batch, c.seq, ctx.host().workers());
+    let passes = Passes { precision, recompute, sequences, tokens, workers };
     let training = TrainingMemory::of(&layout, c.precision, DType::F32, Activations::of(model, passes));
     let average = if c.ema_decay > 0.0 { training.masters } else { 0 };
     // What a checkpoint is written from beside training.

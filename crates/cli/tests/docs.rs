@@ -32,10 +32,12 @@ fn files(dir: &Path, prefix: &str, out: &mut Vec<String>) {
 }
 
 fn documents() -> Vec<PathBuf> {
-    let top = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "goldens/README.md"];
+    let top = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "goldens/README.md", "fuzz/README.md"];
     let mut all: Vec<PathBuf> = top.iter().map(|name| root().join(name)).collect();
-    let docs = std::fs::read_dir(root().join("docs")).unwrap().map(|e| e.unwrap().path());
-    all.extend(docs.filter(|p| p.extension().is_some_and(|e| e == "md")));
+    for folder in ["docs", "docs/kernels"] {
+        let docs = std::fs::read_dir(root().join(folder)).unwrap().map(|e| e.unwrap().path());
+        all.extend(docs.filter(|p| p.extension().is_some_and(|e| e == "md")));
+    }
     all
 }
 

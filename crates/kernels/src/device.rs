@@ -6,7 +6,7 @@ use crate::cuda::Pending;
 use crate::cuda::{Cuda, Event, GpuError};
 use crate::memory::Memory;
 use crate::ops::rope::Turns;
-use crate::{AlignedVec, Buf, DType, Isa, Profile, View};
+use crate::{AlignedVec, Buf, DType, Isa, Level, Profile, View};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -64,6 +64,15 @@ pub struct Cpu {
     memory: Arc<Memory>,
     pub(crate) profile: OnceLock<Profile>,
     pub(crate) turns: Turns,
+}
+
+/// The host's cores as far as it depends on them what operations take for themselves beside their arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workers {
+    /// The vector instructions that they use.
+    pub level: Level,
+    /// How many there are.
+    pub threads: usize,
 }
 
 impl Device {
@@ -147,6 +156,17 @@ impl Cpu {
     /// The vector instructions that ops are to use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// What says how much scratch ops take.
+    pub fn workers(&self) -> Workers {
+        Workers { level: self.isa.level(), threads: self.threads }
+    }
+
+    /// The most memory that was in use at once since it was last released.
+    #[cfg(test)]
+    pub(crate) fn peak(&self) -> usize {
+        self.memory.peak()
     }
 
     /// `len` elements of whatever value, for an operation's own sums: see [`Ctx::empty`].

@@ -75,6 +75,24 @@ fn found() -> Found {
     *FOUND.get_or_init(detect)
 }
 
+impl Found {
+    /// Of vectors up to `vectors` and of AMX. `fast` says whether vdpbf16ps is worth its use.
+    #[cfg(target_arch = "x86_64")]
+    fn of(vectors: Level, amx: tiles::Permission, fast: bool) -> Self {
+        let (has, best) = match (amx, vectors) {
+            (tiles::Permission::Granted, _) => (Level::Amx, Level::Amx),
+            (_, Level::Avx512Bf16) if !fast => (vectors, Level::Avx512),
+            _ => (vectors, vectors),
+        };
+        Self { has, best, refused: amx == tiles::Permission::Refused }
+    }
+
+    fn notice(self) -> Option<String> {
+        let best = self.best.name();
+        self.refused.then(|| format!("this CPU has AMX, but the kernel refuses its use; going on with {best}"))
+    }
+}
+
 impl Isa {
     /// The level, if this CPU has it.
     pub fn new(level: Level) -> Option<Self> {
@@ -99,11 +117,8 @@ impl Isa {
 
     /// What a user should know about the choice, if anything: that the kernel keeps AMX from this process.
     pub fn notice() -> Option<String> {
-        let f = found();
-        let has = f.best.name();
         // Who names a level does not ask what else there might have been.
-        let chosen = std::env::var_os("HADAL_ISA").is_some();
-        (f.refused && !chosen).then(|| format!("this CPU has AMX, but the kernel refuses its use; going on with {has}"))
+        if std::env::var_os("HADAL_ISA").is_some() { None } else { found().notice() }
     }
 
     fn named(name: &str) -> Result<Self, DeviceError> {
@@ -162,12 +177,7 @@ fn detect() -> Found {
         (false, ..) => Level::Portable,
     };
     let amx = if vectors == Level::Avx512Bf16 { tiles::permission() } else { tiles::Permission::NoAmx };
-    let (has, best) = match (amx, vectors) {
-        (tiles::Permission::Granted, _) => (Level::Amx, Level::Amx),
-        (_, Level::Avx512Bf16) if !lanes::x86::is_amd() => (vectors, Level::Avx512),
-        _ => (vectors, vectors),
-    };
-    Found { has, best, refused: amx == tiles::Permission::Refused }
+    Found::of(vectors, amx, lanes::x86::is_amd())
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -256,6 +266,24 @@ mod tests {
             cpu.isa().run(Which(&mut found));
             assert_eq!(found, Some(isa.level().min(Level::Avx512Bf16)));
         }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn amx_that_is_refused_is_done_without() {
+        use super::tiles::Permission;
+        let of = |amx, fast| Found::of(Level::Avx512Bf16, amx, fast);
+        for (fast, best) in [(true, Level::Avx512Bf16), (false, Level::Avx512)] {
+            let refused = of(Permission::Refused, fast);
+            assert_eq!((refused.has, refused.best), (Level::Avx512Bf16, best));
+            let expected = format!("this CPU has AMX, but the kernel refuses its use; going on with {}", best.name());
+            assert_eq!(refused.notice(), Some(expected));
+            assert_eq!((of(Permission::NoAmx, fast).best, of(Permission::NoAmx, fast).notice()), (best, None));
+            let granted = of(Permission::Granted, fast);
+            assert_eq!((granted.has, granted.best, granted.notice()), (Level::Amx, Level::Amx, None));
+        }
+        // Without AVX-512 BF16 nobody asks for AMX.
+        assert_eq!(Found::of(Level::Avx2, Permission::NoAmx, false).best, Level::Avx2);
     }
 
     #[test]

@@ -20,7 +20,7 @@ mod sizes;
 mod testing;
 
 pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
-pub use device::{Cpu, Ctx, Device, DeviceError, Download, Mark};
+pub use device::{Cpu, Ctx, Device, DeviceError, Download, Mark, Workers};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
 pub use profile::{Op, Profile, Spent};

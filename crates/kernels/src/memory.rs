@@ -153,6 +153,11 @@ impl Memory {
         s.peak = s.used;
     }
 
+    #[cfg(test)]
+    pub(crate) fn peak(&self) -> usize {
+        self.lock().peak
+    }
+
     /// What can panic under the lock, a size that no address space has, leaves counts behind that are too large, no block.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())

@@ -73,6 +73,16 @@ pub fn gpu_memory(like: Option<&Cuda>, host: &Arc<Cpu>, size: &StepSize) -> GpuM
 /// Bytes that are left to kernels and libraries.
 const BESIDE: usize = 512 << 20;
 
+/// The most that fits of `limit`, if fewer fit where more do.
+fn most(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut fitting, mut beyond) = (0, limit + 1);
+    while beyond - fitting > 1 {
+        let middle = fitting + (beyond - fitting) / 2;
+        if fits(middle) { fitting = middle } else { beyond = middle }
+    }
+    fitting
+}
+
 /// Tokens that nobody reads.
 fn sequence(tokens: usize) -> Sequence {
     Sequence { tokens: vec![0; tokens], targets: vec![0; tokens] }
@@ -90,12 +100,10 @@ pub fn reserve(ctx: &Ctx, size: &StepSize) -> Result<(), String> {
     }
     let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
     let all = StepSize { recompute: Recompute::All, ..size.clone() };
-    let fewer = (1..size.sequences).rev().map(|sequences| StepSize { sequences, ..all.clone() });
-    let fits = std::iter::once(all.clone()).chain(fewer).find(|s| needed(s) <= free);
-    let advice = fits.map_or_else(
-        || "nothing of this model fits: a smaller one, or a shorter sequence".to_string(),
-        |s| format!("what fits: recompute = \"all\" with {} sequences of {} at a time", s.sequences, s.tokens),
-    );
+    let advice = match most(size.sequences, |sequences| needed(&StepSize { sequences, ..all.clone() }) <= free) {
+        0 => "nothing of this model fits: a smaller one, or a shorter sequence".to_string(),
+        n => format!("what fits: recompute = \"all\" with {n} sequences of {} at a time", size.tokens),
+    };
     Err(format!(
         "{} ({:.1} GiB free): training takes {:.1} GiB with {} sequences of {} at a time and recompute = \"{}\"; {advice}",
         cuda.name(),
@@ -105,4 +113,18 @@ pub fn reserve(ctx: &Ctx, size: &StepSize) -> Result<(), String> {
         size.tokens,
         size.recompute.name()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::most;
+
+    #[test]
+    fn the_most_that_fits_is_found() {
+        for limit in 1..20 {
+            for fitting in 0..=limit {
+                assert_eq!(most(limit, |n| n <= fitting), fitting);
+            }
+        }
+    }
 }

@@ -122,13 +122,12 @@ impl Train {
         let precision = precision(&self.dtype)?;
         // What the process holds before the model is built: nothing of what follows is to hide in it.
         let before = resident::now();
-        let on_gpu = ctx.device.as_cuda().is_some();
         let job = match (&self.from, &self.preset) {
             (Some(dir), _) => {
                 ensure!(global.seed.is_none(), "--seed has no effect with --from");
-                self.read(dir, precision, out, on_gpu)?
+                self.read(ctx, dir, precision, out)?
             }
-            (None, Some(preset)) => self.make(preset, precision, global.seed.unwrap_or(0), on_gpu)?,
+            (None, Some(preset)) => self.make(ctx, preset, precision, global.seed.unwrap_or(0))?,
             (None, None) => bail!("--preset: expected the name of a preset, found none"),
         };
         job.reserve(ctx, precision)?;
@@ -148,7 +147,7 @@ impl Train {
     }
 
     /// From a preset's name.
-    fn make(&self, preset: &str, precision: Precision, seed: u64, on_gpu: bool) -> anyhow::Result<Job> {
+    fn make(&self, ctx: &Ctx, preset: &str, precision: Precision, seed: u64) -> anyhow::Result<Job> {
         let (name, config) = self.model(preset)?;
         let steps = self.steps.unwrap_or(20);
         let settings = Settings {
@@ -162,9 +161,7 @@ impl Train {
             ..Settings::default()
         };
         let resolved = TrainConfig::resolve(settings, &config)?;
-        if !on_gpu {
-            fits(&config, precision, steps, resolved.batch, resolved.seq)?;
-        }
+        fits(ctx, &config, precision, [steps, resolved.batch, resolved.seq])?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
         Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
     }
@@ -192,7 +189,7 @@ impl Train {
     }
 
     /// From a directory that [`Job::export`] wrote.
-    fn read(&self, dir: &Path, precision: Precision, out: &Output, on_gpu: bool) -> anyhow::Result<Job> {
+    fn read(&self, ctx: &Ctx, dir: &Path, precision: Precision, out: &Output) -> anyhow::Result<Job> {
         let config = open::config(dir, out)?;
         let path = dir.join(CONSTANTS);
         let cannot = || format!("{}: expected what hadal bench train --export writes", path.display());
@@ -209,9 +206,7 @@ impl Train {
             "--steps {steps}: expected 1 to {found}, as many as {} has",
             path.display()
         );
-        if !on_gpu {
-            fits(&config, precision, steps, tokens.batch, tokens.seq)?;
-        }
+        fits(ctx, &config, precision, [steps, tokens.batch, tokens.seq])?;
         Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
     }
 }
@@ -219,10 +214,14 @@ impl Train {
 /// Bytes that a token takes while the corpus is cut into windows: of text, and as an id that was and one that is kept.
 const BYTES_A_TOKEN: usize = 14;
 
-/// An error if this machine's memory cannot hold the model in training and its tokens.
-fn fits(config: &ModelConfig, precision: Precision, steps: usize, batch: usize, seq: usize) -> anyhow::Result<()> {
+/// An error if this machine's memory cannot hold the model in training and its tokens; a GPU's is looked at by itself.
+fn fits(ctx: &Ctx, config: &ModelConfig, precision: Precision, sizes: [usize; 3]) -> anyhow::Result<()> {
+    if ctx.device.as_cuda().is_some() {
+        return Ok(());
+    }
+    let ([steps, batch, seq], workers) = (sizes, ctx.host().workers());
     let layout = Layout::new(config, Scope::whole(config));
-    let passes = Passes { precision, recompute: Recompute::default(), sequences: batch, tokens: seq };
+    let passes = Passes { precision, recompute: Recompute::default(), sequences: batch, tokens: seq, workers };
     let memory = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(config, passes));
     let tokens = [batch, seq + 1, BYTES_A_TOKEN].iter().fold(steps, |all, &n| all.saturating_mul(n));
     memory::fits("the model in training and its tokens", memory.total().saturating_add(tokens))

@@ -2,10 +2,11 @@
 
 use crate::support::{Place, hadal, refused, succeeds, trained};
 use hadal_kernels::cuda::Cuda;
+use hadal_kernels::{Isa, Level};
 
 /// Whether this machine has no GPU, as its messages assume; if it has one, that they were not tested is reported.
 #[track_caller]
-fn no_gpu() -> bool {
+pub fn no_gpu() -> bool {
     let absent = Cuda::count().unwrap() == 0;
     if !absent {
         use std::io::Write;
@@ -51,6 +52,50 @@ fn without_a_driver_it_is_named_and_what_to_do() {
     assert!(!place.path("z.safetensors").exists());
     // A GPU of a number cannot be spoken of.
     refused(&["inspect", "nano", "--device", "cuda:0"], parts);
+}
+
+/// What the variable `HADAL_ISA` names has to be a level, and one that this CPU has.
+#[test]
+fn levels_that_are_not_there_are_refused() {
+    let model = trained().join("step-000003");
+    let said = |level: &str, args: &[&str]| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_hadal")).args(args).env("HADAL_ISA", level).output();
+        let out = out.unwrap();
+        assert_eq!(out.status.code(), Some(1), "{level}");
+        String::from_utf8(out.stderr).unwrap()
+    };
+    let verbs: [&[&str]; 4] = [
+        &["generate", model.to_str().unwrap(), "The river"],
+        &["inspect", "nano"],
+        &["bench", "gemm"],
+        &["pretrain", "--preset", "nano", "--out", "never-made"],
+    ];
+    for args in verbs {
+        for level in ["avx1024", "AVX2", ""] {
+            let expected = format!("error: HADAL_ISA={level}: expected portable, avx2, avx512, avx512bf16 or amx\n");
+            assert_eq!(said(level, args), expected);
+        }
+        for level in Level::ALL.into_iter().filter(|&l| Isa::new(l).is_none()) {
+            let (found, name) = (said(level.name(), args), level.name());
+            assert!(found.starts_with(&format!("error: HADAL_ISA={name}: this CPU has no more than ")), "{found}");
+            assert_eq!(found.lines().count(), 1, "{found}");
+        }
+    }
+    assert!(!std::path::Path::new("never-made").exists());
+}
+
+/// More threads than cores are told, once, and change nothing.
+#[test]
+fn threads_above_the_cores_are_told() {
+    let model = trained().join("step-000003");
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let (model, threads) = (model.to_str().unwrap(), (cores + 1).to_string());
+    let ran = hadal(&["generate", model, "The river", "--max-tokens", "3", "--threads", &threads]);
+    let expected = format!("--threads {threads}: more than the {cores} cores of this machine, which they share");
+    let said: Vec<&str> = ran.stderr.lines().filter(|l| !l.starts_with('[')).collect();
+    assert_eq!((ran.code, said), (Some(0), vec![&expected[..]]));
+    let same = succeeds(&["generate", model, "The river", "--max-tokens", "3", "--threads", "1"]);
+    assert_eq!(ran.stdout, same.stdout);
 }
 
 /// Builds `fake_driver.rs` as the driver's library.

@@ -1,7 +1,9 @@
-//! A GPU that fails in the midst of a run, by a driver that is not real: what is said, and what is left.
+//! A GPU that fails in the midst of a run, that lacks memory, libraries or a place for compiled kernels, by a driver that
+//! is not real: what is said, and what is left.
 
-use crate::device::fake_driver;
+use crate::device::{fake_driver, no_gpu};
 use crate::support::{Place, Ran, succeeds};
+use std::collections::BTreeSet;
 use std::process::Command;
 
 /// A place with a GPU of compute capability 8.0.
@@ -16,13 +18,18 @@ fn place() -> Place {
 
 /// Runs `hadal` there, where `fails` says what fails.
 fn hadal(place: &Place, args: &[String], fails: &str, sync: bool) -> Ran {
+    let sync = if sync { "1" } else { "0" };
+    hadal_with(place, args, &[("FAKE_CUDA_FAILS", fails), ("HADAL_CUDA_SYNC", sync)])
+}
+
+/// Runs `hadal` there, with these variables.
+fn hadal_with(place: &Place, args: &[String], variables: &[(&str, &str)]) -> Ran {
     let out = Command::new(env!("CARGO_BIN_EXE_hadal"))
         .args(args)
         .env("LD_LIBRARY_PATH", place.arg(""))
         .env("HADAL_CACHE", place.arg("cache"))
         .env("FAKE_CUDA", "13000 1 8 0 0")
-        .env("FAKE_CUDA_FAILS", fails)
-        .env("HADAL_CUDA_SYNC", if sync { "1" } else { "0" })
+        .envs(variables.iter().copied())
         .output()
         .unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
@@ -71,4 +78,79 @@ fn a_failure_names_the_launch_if_each_is_waited_for() {
     let ran = hadal(&place, &args("other"), "kernel 30", true);
     let one = failure(&ran);
     assert!(one.matches(", grid [").count() == 1 && one.ends_with(']') && one.contains("16["), "{one}");
+}
+
+/// Arguments of a run on the GPU that ends well.
+fn short(place: &Place, out: &str) -> Vec<String> {
+    place.pretrain(out, &["--device", "cuda", "--steps", "2", "--no-demo"])
+}
+
+/// What a run says that ends well, without its progress.
+#[track_caller]
+fn said(ran: &Ran) -> Vec<&str> {
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran.stderr.lines().filter(|l| !l.starts_with('[')).collect()
+}
+
+#[test]
+fn a_step_that_does_not_fit_is_refused_with_what_would() {
+    let place = place();
+    // The GPU has 16 GiB.
+    let refused = |more: &[&str]| {
+        let ran = hadal_with(&place, &place.pretrain("out", &[&["--device", "cuda"], more].concat()), &[]);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        ran.stderr.lines().find_map(|l| l.strip_prefix("error: ")).unwrap_or_else(|| panic!("{ran:?}")).to_string()
+    };
+    let line = refused(&["--batch", "900000"]);
+    let begins = "Fake 1000 (15.5 GiB free): training takes ";
+    assert!(line.contains(begins) && line.contains("GiB with 900000 sequences of 32 at a time"), "{line}");
+    let fits = line.split_once("; what fits: recompute = \"all\" with ").expect(&line).1;
+    let sequences: usize = fits.split_once(" sequences of 32 at a time").expect(&line).0.parse().unwrap();
+    assert!((300_000..900_000).contains(&sequences), "{line}");
+    assert!(!place.path("out/latest").exists());
+}
+
+/// Without cuBLASLt, or with one that is of no use, training takes hadal's own kernels, and says so.
+#[test]
+fn without_cublaslt_training_goes_on() {
+    let place = place();
+    let notice = "hadal's own kernels do its products, which takes longer";
+    let ran = hadal_with(&place, &short(&place, "refused"), &[]);
+    let expected = format!("cuBLASLt does not start (CUBLAS_STATUS_NOT_INITIALIZED): {notice}");
+    assert_eq!(said(&ran), [expected]);
+    if !no_gpu() {
+        return;
+    }
+    std::fs::remove_file(place.path("libcublasLt.so")).unwrap();
+    let ran = hadal_with(&place, &short(&place, "missing"), &[]);
+    let [line] = said(&ran)[..] else { panic!("{}", ran.stderr) };
+    assert!(line.starts_with("cuBLASLt is missing: libcublasLt.so ") && line.contains("LD_LIBRARY_PATH"), "{line}");
+    assert!(line.ends_with(notice), "{line}");
+}
+
+/// A place for compiled kernels that cannot be made or is damaged costs their compilation, and the first is said, once.
+#[test]
+fn a_bad_cache_of_kernels_is_no_obstacle() {
+    let place = place();
+    place.write("file", "");
+    let lines = |cache: &str, out: &str| {
+        let ran = hadal_with(&place, &short(&place, out), &[("HADAL_CACHE", &place.arg(cache))]);
+        let of_cache = |l: &&&str| !l.starts_with("cuBLASLt");
+        said(&ran).iter().filter(of_cache).map(|l| l.to_string()).collect::<Vec<_>>()
+    };
+    let [line] = &lines("file", "a")[..] else { panic!("one line") };
+    assert!(line.starts_with("compiled kernels are not kept for the next run: ") && line.contains("file"), "{line}");
+    assert!(lines("cache", "b").is_empty());
+    let kernels = || {
+        let all = std::fs::read_dir(place.path("cache/kernels")).unwrap().map(|f| f.unwrap().path());
+        all.map(|path| (std::fs::read(&path).unwrap(), path)).collect::<BTreeSet<_>>()
+    };
+    let whole = kernels();
+    assert!(whole.len() > 5, "{whole:?}");
+    for (i, (bytes, path)) in whole.iter().enumerate() {
+        let damaged = [&b""[..], &bytes[..bytes.len() - 1], &[bytes, &b"?"[..]].concat()][i % 3].to_vec();
+        std::fs::write(path, damaged).unwrap();
+    }
+    assert!(lines("cache", "c").is_empty());
+    assert_eq!(kernels(), whole, "mended");
 }

@@ -116,7 +116,7 @@ fn wrong_arguments_are_one_line() {
 #[test]
 fn options_without_effect_are_refused() {
     let model = trained().to_str().unwrap();
-    refused(&["inspect", "nano", "--threads", "2"], &["--threads has no effect on hadal inspect"]);
+    refused(&["bench", "gemm", "--list", "--threads", "2"], &["--threads has no effect on hadal bench gemm"]);
     refused(&["inspect", "nano", "--seed", "2"], &["--seed has no effect on hadal inspect"]);
     refused(
         &["logits", model, "--tokens", "1", "--out", "x", "--seed", "2"],

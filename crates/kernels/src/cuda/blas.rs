@@ -66,7 +66,15 @@ impl std::fmt::Display for Product {
 #[derive(Default)]
 pub(super) struct Blas {
     handle: OnceLock<Option<Handle>>,
+    notice: OnceLock<String>,
     plans: Mutex<HashMap<Product, Option<Arc<Plan>>>>,
+}
+
+impl Blas {
+    /// Why the library is not used, if it is not.
+    pub fn notice(&self) -> Option<String> {
+        self.notice.get().cloned()
+    }
 }
 
 struct Handle(sys::cublasLtHandle_t);
@@ -75,6 +83,24 @@ struct Handle(sys::cublasLtHandle_t);
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
+
+impl Handle {
+    /// For the current context; an error says why there is none.
+    fn new() -> std::result::Result<Self, String> {
+        // SAFETY: loads the library, whose start-up code is the vendor's.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(
+                "cuBLASLt is missing: libcublasLt.so is not on this system's library path; it comes with the CUDA \
+                        toolkit or as the package nvidia-cublas, and its folder is named in LD_LIBRARY_PATH"
+                    .into(),
+            );
+        }
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        let made = check(unsafe { sys::cublasLtCreate(&mut raw) });
+        made.map(|()| Self(raw)).map_err(|status| format!("cuBLASLt does not start ({status:?})"))
+    }
+}
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -237,14 +263,11 @@ impl Cuda {
     /// The library's handle; None where it is missing.
     fn blas_handle(&self) -> Option<&Handle> {
         let made = self.blas.handle.get_or_init(|| {
-            // SAFETY: loads the library, whose start-up code is the vendor's.
-            if !unsafe { sys::is_culib_present() } {
-                return None;
+            let made = Handle::new();
+            if let Err(why) = &made {
+                let _ = self.blas.notice.set(format!("{why}: hadal's own kernels do its products, which takes longer"));
             }
-            let mut raw = std::ptr::null_mut();
-            // SAFETY: writes one handle for the current context.
-            check(unsafe { sys::cublasLtCreate(&mut raw) }).ok()?;
-            Some(Handle(raw))
+            made.ok()
         });
         made.as_ref()
     }

@@ -181,10 +181,6 @@ impl Arena {
         MemoryUse { used: self.used, peak: self.peak, reached: self.reached, taken }
     }
 
-    pub fn reset_peak(&mut self) {
-        self.peak = self.used;
-    }
-
     /// Bytes from the beginning of the first piece to `end`, what lies between pieces left out.
     fn reach(&self, end: u64) -> usize {
         self.pieces.iter().map(|(&at, &size)| size.min(end.saturating_sub(at) as usize)).sum()

@@ -268,7 +268,8 @@ impl Cuda {
 
     /// What a user should know about this device, if anything.
     pub fn notice(&self) -> Option<String> {
-        self.kernels.notice()
+        let all: Vec<String> = [self.kernels.notice(), self.blas.notice()].into_iter().flatten().collect();
+        (!all.is_empty()).then(|| all.join("\n"))
     }
 
     /// Whether steps may be recorded: not while somebody wants the time of every operation, or a wait behind each.
@@ -343,11 +344,6 @@ impl Cuda {
     /// What of its memory is held.
     pub fn memory(&self) -> MemoryUse {
         memory::lock(&self.arena).counts()
-    }
-
-    /// Forgets the most that was in use.
-    pub fn reset_peak(&self) {
-        memory::lock(&self.arena).reset_peak();
     }
 
     /// Ends what is going on for want of memory, or for what failed before.

@@ -1,8 +1,13 @@
 //! Activations of a training step on one rank that holds the whole model: what forward keeps, and the most that is held
 //! at any time until the step's last backward. The walk takes and gives back what the stages do, in their order;
-//! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts.
+//! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack for their
+//! time is counted too, as if every expert had as many rows as the others.
 
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};
+use hadal_kernels::Workers;
+use hadal_kernels::ops::gemm::{self, Direction};
+use hadal_kernels::ops::mla_prefill;
+use std::collections::HashMap;
 
 /// Passes over micro-batches of `sequences` of `tokens` each, whose weight gradients run at once.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +20,8 @@ pub struct Passes {
     pub sequences: usize,
     /// Tokens of each.
     pub tokens: usize,
+    /// The cores that compute them.
+    pub workers: Workers,
 }
 
 /// Bytes.
@@ -24,20 +31,22 @@ pub struct Activations {
     pub saved: usize,
     /// What is held beyond that at the fullest moment.
     pub working: usize,
+    /// What the workers hold beside that, each for itself: attention's keys and values.
+    pub workers: usize,
 }
 
 impl Activations {
     /// Counts those of a valid configuration.
     pub fn of(c: &ModelConfig, passes: Passes) -> Self {
-        let mut walk = Walk { c, p: passes, held: 0, peak: 0 };
+        let mut walk = Walk { c, p: passes, held: 0, peak: 0, packed: HashMap::new() };
         walk.forward();
         let saved = walk.held;
         walk.backward();
         debug_assert_eq!(walk.held, 0, "all that was kept is given back");
-        Self { saved, working: walk.peak - saved }
+        Self { saved, working: walk.peak - saved, workers: workers(c, &passes) }
     }
 
-    /// The fullest moment.
+    /// The fullest moment, what workers hold for themselves left out.
     pub fn total(&self) -> usize {
         self.saved + self.working
     }
@@ -53,16 +62,32 @@ const HEAD_ROW: usize = 32;
 /// lse, logp, entropy, d_logp: for each position of each head.
 const HEAD_VECTORS: usize = 4;
 
+fn workers(c: &ModelConfig, p: &Passes) -> usize {
+    let shape = mla_prefill::Shape {
+        heads: c.num_attention_heads,
+        nope: c.qk_nope_head_dim,
+        rope: c.qk_rope_head_dim,
+        v: c.v_head_dim,
+        k_pe_stride: c.cache_width(),
+        scale: c.softmax_scale(),
+    };
+    mla_prefill::scratch(p.workers, p.precision.act(), &shape, p.sequences, p.tokens)
+}
+
 struct Walk<'a> {
     c: &'a ModelConfig,
     p: Passes,
     held: usize,
     peak: usize,
+    /// What a product packs, by its sizes and whether it is the experts': layers repeat.
+    packed: HashMap<(Direction, bool, [usize; 3]), usize>,
 }
 
 /// Bytes of one block's buffers, named as in the stages.
 #[derive(Clone, Copy)]
 struct Block {
+    /// Tokens.
+    n: usize,
     /// `[n, D]`.
     h: usize,
     /// f32 `[n]`.
@@ -76,8 +101,9 @@ struct Block {
     lse: usize,
     /// f32 `[H, n, R]`: heads' shares of dk_pe.
     planes: usize,
-    /// SwiGLU's input of the dense or shared network; its output is half of it.
+    /// SwiGLU's input of the dense or shared network; its output is half of it. And the network's width.
     every: usize,
+    width: usize,
     moe: Option<Moe>,
 }
 
@@ -115,6 +141,50 @@ impl Walk<'_> {
         self.p.precision.act().size()
     }
 
+    /// What a product of n rows with a weight `[out, cols]` packs.
+    fn product(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
+        self.packs(direction, false, [n, out, cols], |_| vec![n]);
+    }
+
+    fn packs(
+        &mut self,
+        direction: Direction,
+        experts: bool,
+        [n, out, cols]: [usize; 3],
+        rows: impl Fn(&ModelConfig) -> Vec<usize>,
+    ) {
+        let (c, p) = (self.c, self.p);
+        let packed = self.packed.entry((direction, experts, [n, out, cols]));
+        let scratch = || gemm::scratch(p.workers, p.precision.act(), direction, &rows(c), (out, cols));
+        let bytes = *packed.or_insert_with(scratch);
+        self.briefly(bytes);
+    }
+
+    /// The gradients of a linear layer's input and of its weight, one after the other.
+    fn gradients(&mut self, n: usize, out: usize, cols: usize) {
+        self.product(Direction::Input, n, out, cols);
+        self.product(Direction::Weight, n, out, cols);
+    }
+
+    /// As [`Walk::product`], of the experts' rows, which lie even.
+    fn experts(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
+        self.packs(direction, true, [n, out, cols], |c| {
+            let (slots, e) = (n * c.num_experts_per_tok, c.n_routed_experts);
+            (0..e).map(|i| (i + 1) * slots / e - i * slots / e).collect()
+        });
+    }
+
+    /// (outputs, inputs) of attention's layers: q_proj or q_b, kv_a, kv_b, o_proj.
+    fn attention(&self) -> [(usize, usize); 4] {
+        let (c, heads) = (self.c, self.c.num_attention_heads);
+        [
+            (heads * c.qk_head_dim(), c.q_lora_rank.unwrap_or(c.hidden_size)),
+            (c.cache_width(), c.hidden_size),
+            (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
+            (c.hidden_size, heads * c.v_head_dim),
+        ]
+    }
+
     fn depth(&self, k: usize) -> usize {
         self.p.sequences * self.p.tokens.saturating_sub(k)
     }
@@ -129,6 +199,7 @@ impl Walk<'_> {
         let width = if moe { c.shared_width() } else { c.intermediate_size };
         let slots = n * c.num_experts_per_tok;
         Block {
+            n,
             h: n * c.hidden_size * act,
             stat: n * WIDE,
             q: n * heads * c.qk_head_dim() * act,
@@ -140,6 +211,7 @@ impl Walk<'_> {
             lse: n * heads * WIDE,
             planes: n * heads * c.qk_rope_head_dim * WIDE,
             every: 2 * n * width * act,
+            width,
             moe: moe.then(|| Moe {
                 scores: n * c.n_routed_experts * WIDE,
                 slots: slots * WIDE,
@@ -171,7 +243,9 @@ impl Walk<'_> {
             // Gathered and embedded rows, then both normed, then their projection.
             self.take(4 * b.h + 2 * b.stat);
             let sum = if self.p.precision == Precision::Bf16 { n * c.hidden_size * WIDE } else { 0 };
-            self.take(sum + b.h);
+            self.take(sum);
+            self.product(Direction::Forward, n, c.hidden_size, c.hidden_size);
+            self.take(b.h);
             self.give(sum);
             if !self.p.recompute.keeps_norms() {
                 self.give(2 * b.h);
@@ -198,7 +272,10 @@ impl Walk<'_> {
         let h = n * self.c.hidden_size * self.act();
         self.take(h + n * WIDE);
         self.take((HEAD_VECTORS - 1) * n * WIDE);
-        self.briefly(n * SLICE.min(self.c.vocab_size) * WIDE + n * HEAD_ROW);
+        let logits = n * SLICE.min(self.c.vocab_size) * WIDE + n * HEAD_ROW;
+        self.take(logits);
+        self.product(Direction::Forward, n, SLICE.min(self.c.vocab_size), self.c.hidden_size);
+        self.give(logits);
         self.take(n * WIDE);
     }
 
@@ -217,9 +294,22 @@ impl Walk<'_> {
 
     /// h is held before; h1 is afterwards, and what attention keeps.
     fn attention_forward(&mut self, b: Block) {
-        let norms = 2 * b.stat + if b.q_latent > 0 { b.stat } else { 0 };
-        self.take(norms + b.h + 2 * b.q_latent + b.q + b.kv_a + b.c_kv + b.kv_up + b.out + b.lse);
-        self.take(b.h);
+        let [q, kv_a, kv_b, o] = self.attention();
+        let forward = |walk: &mut Self, (out, cols)| walk.product(Direction::Forward, b.n, out, cols);
+        self.take(b.h + b.stat);
+        if b.q_latent > 0 {
+            self.take(b.q_latent);
+            forward(self, (q.1, self.c.hidden_size));
+            self.take(b.q_latent + b.stat);
+        }
+        self.take(b.q);
+        forward(self, q);
+        self.take(b.kv_a);
+        forward(self, kv_a);
+        self.take(b.c_kv + b.stat + b.kv_up);
+        forward(self, kv_b);
+        self.take(b.out + b.lse + b.h);
+        forward(self, o);
         if self.stages_keep() {
             return;
         }
@@ -238,9 +328,12 @@ impl Walk<'_> {
             self.take(3 * m.scores + 4 * m.slots + 3 * m.offsets + m.balance + m.rows);
             self.give(m.scores);
         }
+        let (d, c) = (self.c.hidden_size, self.c);
         self.take(b.every);
+        self.product(Direction::Forward, b.n, 2 * b.width, d);
         if let Some(m) = b.moe {
             self.take(m.gate_up);
+            self.experts(Direction::Forward, b.n, 2 * c.moe_intermediate_size, d);
         }
         if !self.stages_keep() {
             self.give(b.h + b.moe.map_or(0, |m| m.rows));
@@ -252,11 +345,14 @@ impl Walk<'_> {
     }
 
     fn outputs_forward(&mut self, b: Block) {
+        let (d, c) = (self.c.hidden_size, self.c);
         let shared = if b.every > 0 { b.h } else { 0 };
         self.take(b.every / 2 + shared);
+        self.product(Direction::Forward, b.n, d, b.width);
         self.give(b.every / 2);
         if let Some(m) = b.moe {
             self.take(m.gate_up / 2 + m.rows);
+            self.experts(Direction::Forward, b.n, d, c.moe_intermediate_size);
             self.give(m.gate_up / 2);
             self.take(b.h);
             self.give(m.rows + shared);
@@ -297,7 +393,12 @@ impl Walk<'_> {
         let sums = if self.p.precision == Precision::Bf16 { n * self.c.hidden_size * WIDE } else { 0 };
         // Gradients of logits are rounded for their products where the other operands are.
         let narrow = if sums > 0 { self.act() } else { 0 };
-        self.briefly(sums + n * SLICE.min(self.c.vocab_size) * (WIDE + narrow) + n * HEAD_ROW);
+        let (slice, d) = (SLICE.min(self.c.vocab_size), self.c.hidden_size);
+        let logits = sums + n * slice * (WIDE + narrow) + n * HEAD_ROW;
+        self.take(logits);
+        self.product(Direction::Forward, n, slice, d);
+        self.gradients(n, slice, d);
+        self.give(logits);
         self.give(h + HEAD_VECTORS * n * WIDE);
         self.take(h);
         self.norm_weight(h);
@@ -312,7 +413,9 @@ impl Walk<'_> {
             if !self.p.recompute.keeps_norms() {
                 self.take(b.h);
             }
-            self.take(2 * b.h);
+            self.take(b.h);
+            self.gradients(b.n, self.c.hidden_size, self.c.hidden_size);
+            self.take(b.h);
             self.give(b.h);
             self.norm_weight(b.h);
             // The gradients, and the norm with its input.
@@ -333,18 +436,24 @@ impl Walk<'_> {
     }
 
     fn feed_forward_backward(&mut self, b: Block) {
+        let (d, width) = (self.c.hidden_size, self.c.moe_intermediate_size);
         if let Some(m) = b.moe {
             self.take(m.rows + m.slots);
         }
         if b.every > 0 {
             self.normed_again(b);
             self.take(b.every / 2);
+            self.gradients(b.n, d, b.width);
             self.give(b.every / 2);
             self.take(b.h);
+            self.gradients(b.n, 2 * b.width, d);
             self.give(b.every);
         }
         if let Some(m) = b.moe {
-            self.take(m.gate_up / 2 + m.slots);
+            self.take(m.gate_up / 2);
+            self.experts(Direction::Input, b.n, d, width);
+            self.take(m.slots);
+            self.experts(Direction::Weight, b.n, d, width);
             self.give(m.gate_up / 2 + m.rows + m.slots);
             // The inputs again, or those that were kept; then their gradient.
             if b.every == 0 {
@@ -353,8 +462,10 @@ impl Walk<'_> {
             if !self.stages_keep() {
                 self.take(m.rows);
             }
+            self.experts(Direction::Weight, b.n, 2 * width, d);
             self.give(m.rows);
             self.take(m.rows);
+            self.experts(Direction::Input, b.n, 2 * width, d);
             self.give(m.gate_up);
             self.take(if b.every > 0 { 0 } else { b.h });
             self.give(m.rows);
@@ -378,25 +489,68 @@ impl Walk<'_> {
 
     fn attention_backward(&mut self, b: Block) {
         let lora = b.q_latent > 0;
+        let [(q, q_in), (kv_a, d), (kv_b, rank), (_, heads)] = self.attention();
         self.take(b.out);
+        self.gradients(b.n, d, heads);
         if !self.stages_keep() {
-            self.take(b.c_kv + b.q_latent + b.kv_up + if lora { b.q } else { 0 });
+            self.take(b.c_kv + b.q_latent + b.kv_up);
+            self.product(Direction::Forward, b.n, kv_b, rank);
+            if lora {
+                self.take(b.q);
+                self.product(Direction::Forward, b.n, q, q_in);
+            }
         }
         self.take(b.q + b.kv_up + b.kv_a);
         self.briefly(b.planes);
         self.give(b.q + b.kv_up + 2 * b.out + b.lse);
         self.take(b.c_kv);
+        self.gradients(b.n, kv_b, rank);
         self.give(b.c_kv + b.kv_up);
         self.give(b.c_kv + b.kv_a + b.stat);
         self.normed_again(b);
         self.take(b.h);
+        self.gradients(b.n, kv_a, d);
         self.give(b.kv_a);
-        if lora {
-            self.take(2 * b.q_latent);
+        if !lora {
+            self.gradients(b.n, q, d);
+        } else {
+            self.take(b.q_latent);
+            self.gradients(b.n, q, q_in);
+            self.take(b.q_latent);
+            self.gradients(b.n, q_in, d);
             self.give(4 * b.q_latent + b.stat);
         }
         self.give(b.q + b.h);
         self.norm_weight(b.h);
         self.give(2 * b.h + b.stat);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hadal_kernels::Level;
+
+    /// On AMX what products pack counts where it adds to the fullest moment, and the workers' keys and values always.
+    #[test]
+    fn packing_is_counted() {
+        let c = ModelConfig::preset("v2-lite").unwrap();
+        let of = |level: Level, precision: Precision, recompute: Recompute| {
+            let workers = Workers { level, threads: 2 };
+            Activations::of(&c, Passes { precision, recompute, sequences: 16, tokens: 2048, workers })
+        };
+        for recompute in Recompute::EACH {
+            let at = |level| of(level, Precision::Bf16, recompute);
+            let (vectors, amx) = (at(Level::Avx512), at(Level::Amx));
+            assert_eq!((vectors.saved, of(Level::Avx2, Precision::Bf16, recompute)), (amx.saved, vectors));
+            // No more than both operands of the largest product of this step, the rows of all experts.
+            let both = 32768 * 6 * (2048 + 2 * 1408) * 2;
+            let more = amx.working - vectors.working;
+            assert!(more > 0 && more <= both, "{recompute}: {more}");
+            // 64 groups of 32 tokens, of each 8 x 6 + 6 x 4 tiles.
+            assert_eq!(amx.workers, 2 * 64 * 72 * 1024);
+            let fp32 = |level| of(level, Precision::Fp32, recompute);
+            assert_eq!(fp32(Level::Amx), fp32(Level::Portable));
+        }
     }
 }

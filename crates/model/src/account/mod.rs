@@ -201,7 +201,7 @@ mod tests {
         let c = preset("nano");
         let layout = Layout::new(&c, Scope::whole(&c));
         let n = layout.len;
-        let activations = Activations { saved: 1000, working: 10 };
+        let activations = Activations { saved: 1000, working: 10, workers: 7 };
         let m = TrainingMemory::of(&layout, Precision::Bf16, DType::F32, activations);
         assert_eq!((m.masters, m.compute, m.moments), (4 * n, 2 * n, 8 * n));
         assert_eq!(m.gradients, 4 * n + 4 * 2 * 4096 * 256);

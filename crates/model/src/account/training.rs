@@ -5,7 +5,7 @@ use crate::{Layout, Precision};
 use hadal_kernels::DType;
 
 /// What a process holds beside a model and its activations: program and libraries, tokens and tokenizer, the workers'
-/// panels. Measured, and of little weight (`runs/memory`).
+/// panels but for what grows with the sequence. Measured, and of little weight (`runs/memory`).
 const PROCESS: usize = 48 << 20;
 
 /// Bytes that training holds on one rank at the fullest moment of a step, by part.
@@ -21,7 +21,7 @@ pub struct TrainingMemory {
     pub moments: usize,
     /// What forward saves for backward, and what is held beyond that.
     pub activations: Activations,
-    /// The process itself.
+    /// The process itself, and what its workers hold each for itself.
     pub process: usize,
 }
 
@@ -36,7 +36,7 @@ impl TrainingMemory {
             gradients: (layout.len + layout.scope.mtp * shared) * f32,
             moments: 2 * layout.len * moments.size(),
             activations,
-            process: PROCESS,
+            process: PROCESS + activations.workers,
         }
     }
 

@@ -546,6 +546,19 @@ fn presets_have_a_training_sequence() {
     assert_eq!(preset_sequence("v9"), None);
 }
 
+/// The tokens that a published preset names lie behind a smaller vocabulary's end.
+#[test]
+fn a_preset_may_get_a_smaller_vocabulary() {
+    for preset in ["v2-lite", "moonlight-16b", "v3"] {
+        let c = toml(&format!("preset = '{preset}'\nvocab_size = 8192")).unwrap();
+        assert_eq!(c.vocab_size, 8192);
+        let there = |id: &u32| *id < 8192;
+        let whole = ModelConfig::preset(preset).unwrap();
+        assert_eq!(c.bos_token_id, whole.bos_token_id.filter(there));
+        assert!(c.eos_token_ids.iter().all(there));
+    }
+}
+
 #[test]
 fn toml_keys_without_effect_are_errors() {
     for (text, message) in [

@@ -144,6 +144,10 @@ fn words(keys: &mut Keys<'_>, c: &mut ModelConfig) -> Result<()> {
 
 fn token_ids(keys: &mut Keys<'_>, c: &mut ModelConfig) -> Result<()> {
     let small = |n: usize, key: &str| u32::try_from(n).map_err(|_| ConfigError::value(key, "a token id", n));
+    // A preset's are those of its own vocabulary; a smaller one may not have them.
+    let vocabulary = c.vocab_size;
+    c.bos_token_id = c.bos_token_id.filter(|&id| (id as usize) < vocabulary);
+    c.eos_token_ids.retain(|&id| (id as usize) < vocabulary);
     let bos = optional(keys, "bos_token_id", c.bos_token_id.map(|id| id as usize))?;
     c.bos_token_id = bos.map(|n| small(n, "bos_token_id")).transpose()?;
     if let Some(v) = keys.raw("eos_token_ids") {

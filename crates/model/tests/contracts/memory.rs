@@ -113,7 +113,10 @@ fn activations_are_predicted() {
             model.recompute = recompute;
             let case = format!("{case}, {sequences} x {tokens}, {recompute}");
             let batch = batch(ctx, config, &vec![tokens; sequences], 1);
-            let predicted = Activations::of(config, Passes { precision, recompute, sequences, tokens });
+            let predicted = Activations::of(
+                config,
+                Passes { precision, recompute, sequences, tokens, workers: ctx.host().workers() },
+            );
             let mut grads = Grads::zeros(ctx, model.layout.clone());
             let mut run = || {
                 let f = pass::forward(ctx, &model, &params, &batch, &loss_weights(config), None);

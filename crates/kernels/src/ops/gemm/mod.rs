@@ -21,7 +21,7 @@ mod tiles;
 
 use crate::panel::Operand;
 use crate::sizes::sizes;
-use crate::{Ctx, Device, View, ViewMut, Weight};
+use crate::{Ctx, DType, Device, Level, View, ViewMut, Weight, Workers};
 
 /// A row-major matrix in a view: element (r, c) at `r * ld + c`.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +62,37 @@ pub struct Gemm<'a> {
     pub c: MatMut<'a>,
     /// Add to C instead of overwriting it.
     pub accumulate: bool,
+}
+
+/// Which product of a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// [`linear`].
+    Forward,
+    /// [`linear_backward_input`].
+    Input,
+    /// [`linear_backward_weight`].
+    Weight,
+}
+
+/// Bytes that a product on the host's cores, with both operands of `dtype`, takes of the device's memory while it runs:
+/// of a weight `[out, cols]` and as many rows as `rows` says, or of a stack of weights and the rows of each.
+pub fn scratch(
+    workers: Workers,
+    dtype: DType,
+    direction: Direction,
+    rows: &[usize],
+    (out, cols): (usize, usize),
+) -> usize {
+    if workers.level != Level::Amx || dtype != DType::Bf16 {
+        return 0;
+    }
+    let product = |&n: &usize| match direction {
+        Direction::Forward => [n, out, cols],
+        Direction::Input => [n, cols, out],
+        Direction::Weight => [out, cols, n],
+    };
+    tiles::shared_bytes(&rows.iter().map(product).collect::<Vec<_>>(), direction != Direction::Weight, workers.threads)
 }
 
 /// C (+)= op(A) op(B). See the module's contract.

@@ -390,3 +390,55 @@ fn the_largest_tiles() {
         }
     }
 }
+
+/// What a product takes of the device's memory is what `scratch` says: of shapes with several tiles of rows and with one,
+/// on any number of threads.
+#[test]
+fn scratch_is_what_is_taken() {
+    for ctx in isas().into_iter().flat_map(thread_counts) {
+        let workers = ctx.host().workers();
+        let mut most = 0;
+        for (n, rows, cols) in [(2000, 96, 70), (700, 40, 33), (64, 800, 128), (100, 64, 64)] {
+            let (x, w) = (buf(Bf16, &normals(7, n * cols, 1.0)), buf(Bf16, &normals(8, rows * cols, 0.1)));
+            let dy = buf(Bf16, &normals(9, n * rows, 1.0));
+            let weight = Weight { data: w.view(), experts: 1, rows, cols };
+            let (mut y, mut dx) = (ctx.zeros(Bf16, n * rows), ctx.zeros(Bf16, n * cols));
+            let mut dw = ctx.zeros(F32, rows * cols);
+            for direction in [Direction::Forward, Direction::Input, Direction::Weight] {
+                ctx.device.release();
+                let before = ctx.host().peak();
+                match direction {
+                    Direction::Forward => linear(&ctx, x.view(), &weight, y.view_mut()),
+                    Direction::Input => linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false),
+                    Direction::Weight => {
+                        let c = MatMut { data: dw.view_mut(), ld: cols };
+                        linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
+                    }
+                }
+                let said = scratch(workers, Bf16, direction, &[n], (rows, cols));
+                // The device keeps no count of what is smaller than a page.
+                let said = if said < 4096 { 0 } else { said };
+                assert_eq!(ctx.host().peak() - before, said, "{workers:?} {n} x {rows} x {cols} {direction:?}");
+                most = most.max(said);
+            }
+        }
+        assert_eq!(most > 0, workers.level == Level::Amx, "{workers:?}");
+    }
+}
+
+/// DeepSeek-V3's dense layer, and experts with 4,096 rows each: the right operand of each, once.
+#[test]
+fn scratch_of_large_products() {
+    let (workers, v3) = (Workers { level: Level::Amx, threads: 2 }, (18432, 7168));
+    let all = |direction, rows: &[usize], size| scratch(workers, Bf16, direction, rows, size);
+    assert_eq!(all(Direction::Forward, &[4096], v3), 2 * 18432 * 7168);
+    assert_eq!(all(Direction::Input, &[4096], v3), 2 * 18432 * 7168);
+    // The rows' gradients may be packed too.
+    let gradient = all(Direction::Weight, &[4096], v3);
+    assert!([2 * 4096 * 7168, 2 * 4096 * (7168 + 18432)].contains(&gradient), "{gradient}");
+    assert_eq!(all(Direction::Forward, &[4096; 8], (4096, 7168)), 8 * 2 * 4096 * 7168);
+    assert_eq!(all(Direction::Forward, &[100; 8], (4096, 7168)), 0, "one tile of rows for each");
+    assert_eq!(scratch(workers, F32, Direction::Forward, &[4096], v3), 0);
+    let vectors = Workers { level: Level::Avx512Bf16, ..workers };
+    assert_eq!(scratch(vectors, Bf16, Direction::Forward, &[4096], v3), 0);
+}

@@ -12,7 +12,7 @@ use super::cpu::{Output, Pointer, Product, finish, reserve};
 use crate::isa::{TileJob, Tiles, round_row};
 use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
-use crate::{AlignedVec, Cpu, Elem, bf16};
+use crate::{AlignedVec, Cpu, Elem, View, bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -78,11 +78,27 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     });
 }
 
+/// More rows or columns than any model has. Products that are only spoken of may have more; their tasks are not listed.
+const MANY: usize = 1 << 18;
+
+/// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows lie along k or across it.
+pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: bool, threads: usize) -> usize {
+    let none = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
+    let product = |&[m, n, k]: &[usize; 3]| {
+        let (m, n) = (m.min(MANY), n.min(MANY));
+        Product { m, n, k, a: none, b: none, c: 0, ldc: n }
+    };
+    let products: Vec<_> = products.iter().map(product).collect();
+    let (_, panels) = tasks(&products, threads, false);
+    panels.iter().map(Panels::cells).sum::<usize>() * size_of::<u32>()
+}
+
 /// Cuts products into tasks, and says which operands are packed beforehand.
 /// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
 fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
-    let work = |p: &Product<'_>| p.m * p.n * p.k.max(1);
-    let total: usize = products.iter().map(work).sum();
+    // Products that are only spoken of may be of any size.
+    let work = |p: &Product<'_>| p.m.saturating_mul(p.n).saturating_mul(p.k.max(1));
+    let total = products.iter().map(work).fold(0, usize::saturating_add);
     let (mut tasks, mut panels, mut at) = (Vec::new(), Vec::new(), 0);
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
@@ -537,7 +553,6 @@ impl Row for bf16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::View;
 
     /// Tasks partition the output, whatever the shape and the number of workers, and are no larger than scratch should be.
     #[test]

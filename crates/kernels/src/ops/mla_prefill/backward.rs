@@ -111,6 +111,12 @@ impl Sizes {
     }
 }
 
+/// Bytes of what grows with the sequence.
+pub fn bytes_of_keys(s: &Shape, keys: usize) -> usize {
+    let Sizes { dp, wp, keys, .. } = Sizes::new(s, keys);
+    keys * (dp + wp) * size_of::<f32>()
+}
+
 /// The panels and tiles of a task.
 struct Tiles<'a> {
     /// Lanes: queries; k: elements.

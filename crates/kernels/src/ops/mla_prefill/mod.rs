@@ -24,7 +24,7 @@ mod tiles;
 #[cfg(target_arch = "x86_64")]
 use crate::bf16;
 use crate::sizes::sizes;
-use crate::{Ctx, Device, Elem, View, ViewMut, ops::by_dtype};
+use crate::{Ctx, DType, Device, Elem, Level, View, ViewMut, Workers, ops::by_dtype};
 
 /// Sizes shared by forward and backward.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +125,22 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
             by_dtype!(x.q.dtype(), T => backward::backward::<T>(cpu, &Problem::new(shape, &x), b))
         }
     }
+}
+
+/// Bytes that the host's cores take, each for itself, for both directions over `sequences` of `tokens` each: what grows
+/// with the sequence, which backward takes.
+pub fn scratch(workers: Workers, dtype: DType, shape: &Shape, sequences: usize, tokens: usize) -> usize {
+    let tasks = workers.threads.min(sequences * shape.heads);
+    let on_tiles = workers.level == Level::Amx && dtype == DType::Bf16;
+    tasks * if on_tiles { tiles_of_keys(shape, tokens) * TILE_BYTES } else { backward::bytes_of_keys(shape, tokens) }
+}
+
+/// Bytes of a tile.
+const TILE_BYTES: usize = 1024;
+
+/// Tiles that backward on AMX keeps of a sequence's keys.
+fn tiles_of_keys(s: &Shape, keys: usize) -> usize {
+    keys.div_ceil(32) * (8 * (s.nope + s.rope).div_ceil(32) + 6 * s.v.div_ceil(32))
 }
 
 /// The inputs of one call.

@@ -1,7 +1,7 @@
-use super::{Backward, Inputs, Shape, backward, forward, reference};
+use super::{Backward, Inputs, Shape, backward, forward, reference, scratch, tile};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, isas, levels, normals, op_tolerance,
-    thread_counts,
+    assert_close, assert_same_bits, buf, buf_on, ctx, ctx_of, finite_difference, gpu, isas, levels, normals,
+    op_tolerance, thread_counts,
 };
 use crate::{Buf, Ctx, DType, Level};
 use hadal_numerics::Tolerance;
@@ -368,6 +368,33 @@ fn a_wrong_size_is_named() {
     let mut case = Case::new(DType::F32, shape(2, 16, 8, 16), &[(4, 4)]);
     case.kv_up = buf(DType::F32, &[0.0; 7]);
     case.run(&ctx());
+}
+
+/// What a worker takes grows with the sequence as `scratch` says. One head of one sequence is computed by the caller.
+#[test]
+fn scratch_grows_with_the_sequence() {
+    for isa in isas() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let s = shape(1, 40, 20, 33);
+            let ctx = ctx_of(1, isa);
+            let taken = |n: usize| {
+                tile::TAKEN.set(0);
+                Case::new(dtype, s, &[(n, n)]).run(&ctx);
+                (tile::TAKEN.get(), scratch(ctx.host().workers(), dtype, &s, 1, n))
+            };
+            let ((short, short_said), (long, long_said)) = (taken(64), taken(640));
+            assert_eq!(long - short, long_said - short_said, "{:?} {dtype:?}", isa.level());
+            assert!(long_said > 0 && long_said <= long);
+        }
+    }
+    let workers = crate::Workers { level: Level::Amx, threads: 2 };
+    let v3 = shape(128, 128, 64, 128);
+    assert_eq!(
+        scratch(workers, DType::Bf16, &v3, 1, 4096),
+        2 * 128 * 72 * 1024,
+        "tiles of 1 KiB for each of two workers"
+    );
+    assert_eq!(scratch(workers, DType::Bf16, &Shape { heads: 1, ..v3 }, 1, 4096), 128 * 72 * 1024, "one task");
 }
 
 #[test]

@@ -212,6 +212,12 @@ pub fn round_scaled<T: Elem>(from: &[f32], factor: f32, to: &mut [T]) {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Most bytes of scratch that this thread asked for.
+    pub static TAKEN: Cell<usize> = const { Cell::new(0) };
+}
+
 /// Scratch above this size is freed after use instead of kept with its thread.
 const KEEP: usize = 1 << 18;
 
@@ -220,6 +226,8 @@ const KEEP: usize = 1 << 18;
 #[inline(always)]
 pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local!(static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) });
+    #[cfg(test)]
+    TAKEN.set(TAKEN.get().max(len * size_of::<f32>()));
     let mut v = SCRATCH.take();
     if v.len() < len {
         // Dropped first, so that two generations never coexist.
