@@ -15,7 +15,7 @@ use crate::DeviceError;
 use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, fma};
-pub(crate) use moves::{SQUARE, prefetch, transpose, transpose_cells};
+pub(crate) use moves::{SQUARE, interleave, prefetch, transpose, transpose_cells};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
 
 /// A level of vector instructions. Each includes those before it.

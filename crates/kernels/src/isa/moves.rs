@@ -3,6 +3,7 @@
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::Level;
+use crate::bf16;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub(crate) const SQUARE: usize = 16;
@@ -54,6 +55,33 @@ pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u3
     for i in 0..SQUARE * SQUARE {
         // SAFETY: the caller's promise.
         unsafe { *dst.add(i) = src.add(i % SQUARE * stride).cast::<u32>().add(i / SQUARE).read_unaligned() }
+    }
+}
+
+/// Writes a word for each element of `high`, which becomes its high half; the low half is that of `low`, or zero. Loops
+/// over arrays of elements are taken apart into scalars before they could become vectors.
+#[inline(always)]
+pub(crate) fn interleave<const N: usize>(isa: Isa, low: Option<&[bf16; N]>, high: &[bf16; N], to: &mut [u32; N]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() >= Level::Avx512 && N == 16 {
+        // SAFETY: an Isa is a level that this CPU has; all arrays have 16 elements.
+        return unsafe { x86::interleave16(low.map(|x| x.as_ptr().cast()), high.as_ptr().cast(), to.as_mut_ptr()) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() >= Level::Avx2 && N.is_multiple_of(8) {
+        for i in (0..N).step_by(8) {
+            // SAFETY: as above, of eight elements from a place that has as many left.
+            unsafe {
+                let low = low.map(|x| x.as_ptr().add(i).cast());
+                x86::interleave8(low, high.as_ptr().add(i).cast(), to.as_mut_ptr().add(i));
+            }
+        }
+        return;
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = isa;
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = u32::from(high[i].to_bits()) << 16 | low.map_or(0, |x| u32::from(x[i].to_bits()));
     }
 }
 
@@ -109,6 +137,40 @@ mod x86 {
         }
     }
 
+    /// 16 words out of halves.
+    ///
+    /// # Safety
+    /// 32 bytes can be read at `high` and, if it is there, at `low`, and 64 be written at `to`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn interleave16(low: Option<*const u16>, high: *const u16, to: *mut u32) {
+        // SAFETY: the caller's promise.
+        let half = |x: *const u16| unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.cast())) };
+        let mut words = _mm512_slli_epi32::<16>(half(high));
+        if let Some(low) = low {
+            words = _mm512_or_si512(words, half(low));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), words) }
+    }
+
+    /// As [`interleave16`], of 8.
+    ///
+    /// # Safety
+    /// 16 bytes can be read at `high` and, if it is there, at `low`, and 32 be written at `to`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn interleave8(low: Option<*const u16>, high: *const u16, to: *mut u32) {
+        // SAFETY: the caller's promise.
+        let half = |x: *const u16| unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.cast())) };
+        let mut words = _mm256_slli_epi32::<16>(half(high));
+        if let Some(low) = low {
+            words = _mm256_or_si256(words, half(low));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(to.cast(), words) }
+    }
+
     /// As [`transpose`], of 8 rows and columns.
     ///
     /// # Safety
@@ -161,6 +223,20 @@ mod tests {
                 let at = from + i % SQUARE * stride + i / SQUARE * 4;
                 assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");
             }
+        }
+    }
+
+    #[test]
+    fn interleaves_halves() {
+        let half = |i: usize| bf16::from_bits((i * 40503 % 65521) as u16);
+        let (low, high): ([bf16; 16], [bf16; 16]) = (std::array::from_fn(half), std::array::from_fn(|i| half(i + 16)));
+        for isa in isas() {
+            let mut words = [0; 16];
+            interleave(isa, Some(&low), &high, &mut words);
+            let expected = |i: usize| u32::from(low[i].to_bits()) | u32::from(high[i].to_bits()) << 16;
+            assert_eq!(words, std::array::from_fn(expected), "{isa:?}");
+            interleave(isa, None, &high, &mut words);
+            assert_eq!(words, std::array::from_fn(|i| u32::from(high[i].to_bits()) << 16), "{isa:?}");
         }
     }
 
