@@ -16,7 +16,8 @@ use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, fma};
 pub(crate) use moves::{
-    SQUARE, prefetch, prefetch_line, prefetch_line_to_write, round_row, transpose, transpose_cells, transpose_halves,
+    SQUARE, interleave, prefetch, prefetch_line, prefetch_line_to_write, round_row, transpose, transpose_cells,
+    transpose_halves,
 };
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
 

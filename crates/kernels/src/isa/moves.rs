@@ -122,6 +122,33 @@ pub(crate) fn prefetch_line_to_write(at: *const u8) {
     let _ = at;
 }
 
+/// Writes a word for each element of `high`, which becomes its high half; the low half is that of `low`, or zero. Loops
+/// over arrays of elements are taken apart into scalars before they could become vectors.
+#[inline(always)]
+pub(crate) fn interleave<const N: usize>(isa: Isa, low: Option<&[bf16; N]>, high: &[bf16; N], to: &mut [u32; N]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() >= Level::Avx512 && N == 16 {
+        // SAFETY: an Isa is a level that this CPU has; all arrays have 16 elements.
+        return unsafe { x86::interleave16(low.map(|x| x.as_ptr().cast()), high.as_ptr().cast(), to.as_mut_ptr()) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() >= Level::Avx2 && N.is_multiple_of(8) {
+        for i in (0..N).step_by(8) {
+            // SAFETY: as above, of eight elements from a place that has as many left.
+            unsafe {
+                let low = low.map(|x| x.as_ptr().add(i).cast());
+                x86::interleave8(low, high.as_ptr().add(i).cast(), to.as_mut_ptr().add(i));
+            }
+        }
+        return;
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = isa;
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = u32::from(high[i].to_bits()) << 16 | low.map_or(0, |x| u32::from(x[i].to_bits()));
+    }
+}
+
 /// Asks for `x` to be in the cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
@@ -230,6 +257,40 @@ mod x86 {
         }
     }
 
+    /// 16 words out of halves.
+    ///
+    /// # Safety
+    /// 32 bytes can be read at `high` and, if it is there, at `low`, and 64 be written at `to`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn interleave16(low: Option<*const u16>, high: *const u16, to: *mut u32) {
+        // SAFETY: the caller's promise.
+        let half = |x: *const u16| unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.cast())) };
+        let mut words = _mm512_slli_epi32::<16>(half(high));
+        if let Some(low) = low {
+            words = _mm512_or_si512(words, half(low));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), words) }
+    }
+
+    /// As [`interleave16`], of 8.
+    ///
+    /// # Safety
+    /// 16 bytes can be read at `high` and, if it is there, at `low`, and 32 be written at `to`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn interleave8(low: Option<*const u16>, high: *const u16, to: *mut u32) {
+        // SAFETY: the caller's promise.
+        let half = |x: *const u16| unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.cast())) };
+        let mut words = _mm256_slli_epi32::<16>(half(high));
+        if let Some(low) = low {
+            words = _mm256_or_si256(words, half(low));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(to.cast(), words) }
+    }
+
     /// As [`transpose`], of 8 rows and columns.
     ///
     /// # Safety
@@ -321,6 +382,20 @@ mod tests {
         // SAFETY: as above.
         unsafe { round_row(&[-f32::MIN_POSITIVE / 4.0; 2 * SQUARE], &mut to) };
         assert_eq!(to, [bf16::NEG_ZERO; 2 * SQUARE]);
+    }
+
+    #[test]
+    fn interleaves_halves() {
+        let half = |i: usize| bf16::from_bits((i * 40503 % 65521) as u16);
+        let (low, high): ([bf16; 16], [bf16; 16]) = (std::array::from_fn(half), std::array::from_fn(|i| half(i + 16)));
+        for isa in isas() {
+            let mut words = [0; 16];
+            interleave(isa, Some(&low), &high, &mut words);
+            let expected = |i: usize| u32::from(low[i].to_bits()) | u32::from(high[i].to_bits()) << 16;
+            assert_eq!(words, std::array::from_fn(expected), "{isa:?}");
+            interleave(isa, None, &high, &mut words);
+            assert_eq!(words, std::array::from_fn(|i| u32::from(high[i].to_bits()) << 16), "{isa:?}");
+        }
     }
 
     #[test]

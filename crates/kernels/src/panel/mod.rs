@@ -3,7 +3,7 @@
 //! A panel is a part of an operand, laid out as the kernels read it. It consists of cells of 32 bits: an f32 (widened
 //! if need be), or two bf16 at consecutive k, the first in the low half. Zeros fill up the cells that k does not fill.
 //! Of one operand the kernels read *lanes*, vectors over the outer index at each cell, in groups: `[group][cell][lane]`.
-//! Of the other they read *rows*, `[row][ROW_CELLS]`, one cell at a time. Products of bf16 on AMX do without panels: they
+//! Of the other they read *rows*, one cell at a time: `[row][ROW_CELLS]`, or as [`Rows`] says. Products of bf16 on AMX do without panels: they
 //! have blocks of tiles (`blocks`).
 
 pub(crate) mod blocks;
@@ -12,8 +12,8 @@ mod pack;
 
 use crate::View;
 use crate::isa::{Isa, Level, SQUARE};
-pub(crate) use kernel::{Multiply, WIDEST_GROUP, group_width};
-pub(crate) use pack::{lanes, rows};
+pub(crate) use kernel::{Multiply, Rows, WIDEST_GROUP, block_rows, block_width, group_width};
+pub(crate) use pack::{lanes, row_blocks, rows};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,7 @@
 //! Making panels of operands.
 
-use super::{CELLS, Cell, Operand, Part, ROW_CELLS};
-use crate::isa::{Isa, SQUARE, prefetch, transpose, vectorised};
+use super::{CELLS, Cell, Operand, Part, ROW_CELLS, block_width};
+use crate::isa::{Isa, SQUARE, interleave, prefetch, transpose, vectorised};
 use crate::ops::by_dtype;
 use crate::{DType, Elem, bf16};
 use std::marker::PhantomData;
@@ -15,6 +15,11 @@ trait Source {
     fn along(from: &[Self::T], cells: &mut [u32]);
     /// One cell for each outer index from the elements at its steps of k; `next` is empty where there is no second.
     fn across(first: &[Self::T], next: &[Self::T], cells: &mut [u32]);
+    /// As `across`, of a number that is known.
+    #[inline(always)]
+    fn fixed<const N: usize>(_: Isa, first: &[Self::T; N], next: &[Self::T; N], cells: &mut [u32; N]) {
+        Self::across(first, next, cells);
+    }
 }
 
 struct Single<T>(PhantomData<T>);
@@ -32,6 +37,16 @@ impl<T: Elem> Source for Single<T> {
     #[inline(always)]
     fn across(first: &[T], _: &[T], cells: &mut [u32]) {
         Self::along(first, cells);
+    }
+    #[inline(always)]
+    fn fixed<const N: usize>(isa: Isa, first: &[T; N], _: &[T; N], cells: &mut [u32; N]) {
+        // Which of both is known when it is compiled.
+        match bytemuck::try_cast_slice(first) {
+            Ok(first) if T::DTYPE == DType::Bf16 => {
+                interleave(isa, None, first.first_chunk().expect("as many elements as bf16"), cells);
+            }
+            _ => Self::along(first, cells),
+        }
     }
 }
 
@@ -58,6 +73,10 @@ impl Source for Pair {
         } else {
             cells.iter_mut().zip(first.iter().zip(next)).for_each(|(c, (x, y))| *c = pair(*x, *y));
         }
+    }
+    #[inline(always)]
+    fn fixed<const N: usize>(isa: Isa, first: &[bf16; N], next: &[bf16; N], cells: &mut [u32; N]) {
+        interleave(isa, Some(first), next, cells);
     }
 }
 
@@ -98,13 +117,20 @@ macro_rules! by_source {
     };
 }
 
-/// Writes the groups of lanes `dst[group][cell][width]`; lanes beyond the part's count are zeros.
-pub fn lanes(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, width: usize, dst: &mut [u32]) {
+/// Writes the groups of lanes `dst[group][cells][width]`, which begin `stride` words apart; lanes beyond the part's count
+/// are zeros.
+pub fn lanes(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, (width, stride): (usize, usize), dst: &mut [u32]) {
     if op.k_contiguous {
-        by_source!(op, cell, lanes_turned(isa, op, p, width, dst));
+        by_source!(op, cell, lanes_turned(isa, op, p, width, stride, dst));
     } else {
-        by_source!(op, cell, lanes_straight(isa, op, p, width, dst));
+        by_source!(op, cell, lanes_straight(isa, op, p, width, stride, dst));
     }
+}
+
+/// Writes blocks of `rows` rows, `dst[block][cell][row]`, each cell's in a line of [`block_width`], of an operand that k runs across.
+pub fn row_blocks(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, rows: usize, dst: &mut [u32]) {
+    assert!(!op.k_contiguous && rows <= SQUARE);
+    by_source!(op, cell, blocks_straight(isa, op, p, rows, dst));
 }
 
 /// Writes the rows `dst[row][ROW_CELLS]`. May leave anything after the last row within the 16 that its square has.
@@ -123,22 +149,83 @@ fn step<'a, T>(src: &'a [T], ld: usize, p: &Part, k: usize, first: usize, count:
     if k < p.kc { &src[(p.k0 + k) * ld + p.first + first..][..count] } else { &[] }
 }
 
+/// The cells of up to `N` outer indices at a step of k; zeros where there is no such index.
+#[inline(always)]
+fn across<S: Source, const N: usize>(isa: Isa, first: &[S::T], next: &[S::T], to: &mut [u32; N]) {
+    // With a cell of one step there is no next.
+    let whole = if S::DEPTH > 1 { next.first_chunk() } else { first.first_chunk() };
+    match (first.first_chunk(), whole) {
+        (Some(first), Some(next)) => S::fixed::<N>(isa, first, next, to),
+        _ => {
+            let count = first.len().min(N);
+            S::across(&first[..count], &next[..count.min(next.len())], &mut to[..count]);
+            to[count..].fill(0);
+        }
+    }
+}
+
+/// Cells that are packed of all lanes or rows before the next: few enough that what is read stays in the first-level cache,
+/// and so many that what is written lies together.
+const TOGETHER: usize = 8;
+
+/// The elements of the two steps of k at a cell, the second none where a cell has one step.
+#[inline(always)]
+fn steps<'a, S: Source>(src: &'a [S::T], ld: usize, p: &Part, c: usize) -> [&'a [S::T]; 2] {
+    let k = c * S::DEPTH;
+    [step(src, ld, p, k, 0, p.count), if S::DEPTH > 1 { step(src, ld, p, k + 1, 0, p.count) } else { &[] }]
+}
+
+/// Asks for the steps of the next cells.
+#[inline(always)]
+fn ask<S: Source>(src: &[S::T], ld: usize, p: &Part, from: usize) {
+    for k in from * S::DEPTH..((from + TOGETHER) * S::DEPTH).min(p.kc) {
+        prefetch(step(src, ld, p, k, 0, p.count));
+    }
+}
+
+#[inline(always)]
+fn from<T>(x: &[T], first: usize) -> &[T] {
+    x.get(first..).unwrap_or(&[])
+}
+
 vectorised! {
-    fn lanes_straight<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, dst: &mut [u32]) {
+    fn lanes_straight<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, stride: usize, dst: &mut [u32]) {
         let src = S::T::of(op.data);
-        for (g, group) in dst.chunks_exact_mut(p.cells * width).take(p.count.div_ceil(width)).enumerate() {
-            let first = g * width;
-            let count = width.min(p.count - first);
-            for (i, line) in group.chunks_exact_mut(width).enumerate() {
-                let (line, rest) = line.split_at_mut(count);
-                let k = i * S::DEPTH;
-                if k < p.kc {
-                    let next = if S::DEPTH > 1 { step(src, op.ld, &p, k + 1, first, count) } else { &[] };
-                    S::across(step(src, op.ld, &p, k, first, count), next, line);
-                } else {
-                    line.fill(0);
+        for c0 in (0..p.cells).step_by(TOGETHER) {
+            ask::<S>(src, op.ld, &p, c0 + TOGETHER);
+            for l in (0..p.count.next_multiple_of(width)).step_by(SQUARE) {
+                let group = &mut dst[l / width * stride + l % width..];
+                for c in c0..p.cells.min(c0 + TOGETHER) {
+                    let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, l));
+                    let to = group[c * width..].first_chunk_mut().expect("room for whole groups");
+                    across::<S, SQUARE>(isa, first, next, to);
                 }
-                rest.fill(0);
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// What is beyond the rows in a line is whatever there is.
+    fn blocks_straight<S: Source>(isa: Isa, op: Operand<'_>, p: Part, rows: usize, dst: &mut [u32]) {
+        let src = S::T::of(op.data);
+        let width = block_width(rows);
+        for c0 in (0..p.cells).step_by(TOGETHER) {
+            ask::<S>(src, op.ld, &p, c0 + TOGETHER);
+            for (b, block) in dst.chunks_mut(p.cells * width).take(p.count.div_ceil(rows)).enumerate() {
+                for c in c0..p.cells.min(c0 + TOGETHER) {
+                    let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, b * rows));
+                    let to = &mut block[c * width..][..width];
+                    if let Ok(to) = <&mut [u32; 16]>::try_from(&mut *to) {
+                        across::<S, 16>(isa, first, next, to);
+                    } else if let Ok(to) = <&mut [u32; 8]>::try_from(&mut *to) {
+                        across::<S, 8>(isa, first, next, to);
+                    } else {
+                        for (i, to) in to.iter_mut().enumerate() {
+                            across::<S, 1>(isa, from(first, i), from(next, i), std::array::from_mut(to));
+                        }
+                    }
+                }
             }
         }
     }
@@ -151,7 +238,7 @@ vectorised! {
     /// As `lanes_straight`, of an operand whose lanes lie `ld` apart. Sixteen lanes at a time are first copied whole to
     /// lines a little apart: read square by square, lanes whose distance is a power of two would evict one another from
     /// the cache.
-    fn lanes_turned<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, dst: &mut [u32]) {
+    fn lanes_turned<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, stride: usize, dst: &mut [u32]) {
         let src = S::T::of(op.data);
         let mut stage = [0u32; SQUARE * STAGED];
         for l0 in (0..p.count.next_multiple_of(width)).step_by(SQUARE) {
@@ -165,7 +252,7 @@ vectorised! {
                 }
                 line[held..p.cells].fill(0);
             }
-            let group = &mut dst[l0 / width * width * p.cells + l0 % width..];
+            let group = &mut dst[l0 / width * stride + l0 % width..];
             for c in (0..p.cells).step_by(SQUARE) {
                 transpose(isa, &stage[c..], STAGED, &mut group[c * width..], width, SQUARE.min(p.cells - c));
             }

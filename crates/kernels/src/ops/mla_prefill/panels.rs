@@ -6,7 +6,7 @@
 use super::tile::TILE;
 use super::{Problem, Shape};
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
-use crate::panel::{self, Cell, Multiply, Operand, Part, ROW_CELLS, WIDEST_GROUP, group_width};
+use crate::panel::{self, Cell, Multiply, Operand, Part, ROW_CELLS, Rows, WIDEST_GROUP, group_width};
 use crate::{Cpu, DType, Elem, View};
 
 /// What cells hold, and how wide groups of lanes are.
@@ -46,7 +46,7 @@ impl Panels {
         for (k0, kc) in self.cell.pieces(k) {
             let cells = self.cell.cells(kc);
             let part = Part { first: 0, count, k0, kc, cells };
-            panel::lanes(self.isa, op, part, self.cell, self.group, &mut dst[at..]);
+            panel::lanes(self.isa, op, part, self.cell, (self.group, self.group * cells), &mut dst[at..]);
             at += cells * width;
         }
     }
@@ -75,6 +75,7 @@ impl Panels {
                 lanes: &lanes[at..],
                 width,
                 rows: &rows[i * room(count) * ROW_CELLS..],
+                form: Rows::Single,
                 count,
                 cells,
                 sums,
