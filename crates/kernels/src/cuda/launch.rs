@@ -91,12 +91,13 @@ pub(crate) struct Grid {
     threads: u32,
     shared: u32,
     cluster: u32,
+    early: bool,
 }
 
 impl Grid {
     /// Blocks in three dimensions, threads in one.
     pub fn new(blocks: [u32; 3], threads: u32) -> Self {
-        Self { blocks, threads, shared: 0, cluster: 1 }
+        Self { blocks, threads, shared: 0, cluster: 1, early: false }
     }
 
     /// Bytes of dynamic shared memory.
@@ -108,6 +109,12 @@ impl Grid {
     #[allow(dead_code, reason = "kernels of one block a cluster are the common case")]
     pub fn cluster(self, blocks: u32) -> Self {
         Self { cluster: blocks, ..self }
+    }
+
+    /// The kernel may begin before the launch before it has ended, as it waits itself (`wait_for_previous` in
+    /// `sm90.cuh`) before it touches memory that others write or read. From compute capability 9.0.
+    pub fn early(self) -> Self {
+        Self { early: true, ..self }
     }
 }
 
@@ -268,12 +275,20 @@ impl Cuda {
         self.allow_shared(kernel, grid.shared);
         let mut pointers: Vec<*mut std::ffi::c_void> =
             args.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast()).collect();
-        // SAFETY: a structure of numbers and handles, for which zeros are valid.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attribute.value.clusterDim.x = grid.cluster;
-        attribute.value.clusterDim.y = 1;
-        attribute.value.clusterDim.z = 1;
+        // SAFETY: structures of numbers and handles, for which zeros are valid.
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut given = 0;
+        if grid.cluster > 1 {
+            attributes[given].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: grid.cluster, y: 1, z: 1 };
+            attributes[given].value.clusterDim = size;
+            given += 1;
+        }
+        if grid.early {
+            attributes[given].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[given].value.programmaticStreamSerializationAllowed = 1;
+            given += 1;
+        }
         let [x, y, z] = grid.blocks;
         let config = sys::CUlaunchConfig {
             gridDimX: x,
@@ -284,8 +299,8 @@ impl Cuda {
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
             hStream: self.stream.raw(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(grid.cluster > 1),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: given as u32,
         };
         // SAFETY: every argument is at least as large as the kernel's parameter and lives through the call, which
         // copies it; what the kernel does with memory is the contract above.

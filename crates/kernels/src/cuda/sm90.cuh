@@ -73,6 +73,12 @@ DEV void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// A launch that may begin before the one before it has ended (`Grid::early`): all of a kernel's threads wait before they
+// touch memory that others write or read; without such a launch that does nothing. A kernel may let the next one begin
+// when each of its blocks has said so or left.
+DEV void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEV void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Registers per thread of the calling warpgroup, a multiple of 8 in 24..256. The kernel needs
 // __launch_bounds__(threads, 1), and each role must be one branch of a single if/else.
 template <int count> DEV void regs_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
@@ -320,3 +326,29 @@ struct FloatPiece {
             }
     }
 };
+
+// A place in a ring of `stages` slots of `bytes` each, with the parity of its round. TMA fills a slot, which is done when
+// its barrier in `full` is; it may be filled again when that in `empty` is.
+template <int stages, int bytes> struct RingSlot {
+    u32 ring, full, empty;
+    int index;
+    u32 phase;
+
+    DEV u32 data() const { return ring + index * bytes; }
+    DEV u32 filled() const { return full + 8 * index; }
+    DEV u32 emptied() const { return empty + 8 * index; }
+    DEV void next() {
+        if (++index == stages) index = 0, phase ^= 1;
+    }
+    DEV void skip(int count) {
+        int sum = index + count, rounds = sum / stages;
+        index = sum - rounds * stages, phase ^= rounds & 1;
+    }
+};
+
+// By one lane of each warp that multiplies (a lane for each of the cluster's `blocks`): it has read the slot.
+template <int blocks> DEV void ring_release(u32 emptied) {
+    int lane = threadIdx.x % WARP;
+    if (blocks == 1 && lane == 0) mbar_arrive(emptied);
+    if (blocks > 1 && lane < blocks) mbar_arrive_at(emptied, lane);
+}

@@ -38,11 +38,12 @@ pub(in crate::cuda) fn gemm(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
 
 pub(in crate::cuda) fn gemm_grouped(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
     let mut out = Vec::new();
-    // More rows than a tile, none, one; the buffers have room for more than there are.
-    let lengths = [130, 0, 71, 1];
-    let (offsets, capacity) = (cumulative(ctx, &lengths), 210);
-    let e = lengths.len();
-    for (rows, cols) in [(136, 72), (21, 35)] {
+    // More rows than a tile, none, one; so many that Hopper's weight gradient cuts them into chunks. The buffers have room
+    // for more than there are.
+    let few: &[i32] = &[130, 0, 71, 1];
+    for (lengths, rows, cols) in [(few, 136, 72), (few, 21, 35), (&[3, 1100, 0], 24, 16)] {
+        let (offsets, e) = (cumulative(ctx, lengths), lengths.len());
+        let capacity = lengths.iter().sum::<i32>() as usize + 8;
         let (x, dy) = (numbers(ctx, dtype, 1, capacity * cols), numbers(ctx, dtype, 2, capacity * rows));
         let w = numbers(ctx, dtype, 3, e * rows * cols);
         let w = Weight::stacked(w.view(), e, rows, cols);

@@ -1,6 +1,6 @@
 // Hopper matrix product, BF16 in, f32 sums: C (+)= op(A) op(B), over one product or one per expert. One block per SM
 // stays and walks the tiles of all experts; what each expert has is read from `offsets` in device memory. A warpgroup
-// loads (one thread of it issues TMA into a ring of STAGES, and says with which slot which tile begins), the others
+// loads (one warp of it issues TMA into a ring of STAGES, and says with which slot which tile begins), the others
 // multiply (wgmma) and write the results through shared memory: those that are only rounded by plain stores, which a
 // warp makes on its own, else by TMA.
 //
@@ -40,8 +40,14 @@ static const int LATE = 2;                                         // steps befo
 static const int EARLY_BYTES = 32768;                              // of B that a block brings into L2 before all else
 
 struct Tile {
-    int expert, row, col, offset, size;
+    int expert, row, col, offset, size, rows;  // `rows` of it exist, the tile's last ones may not
     bool live;
+
+    // What the first lane has, in all lanes, as the compiler can tell.
+    DEV Tile told() const {
+        auto x = [](int y) { return __shfl_sync(ALL_LANES, y, 0); };
+        return {x(expert), x(row), x(col), x(offset), x(size), x(rows), x(live) != 0};
+    }
 };
 
 struct Shared {
@@ -51,6 +57,12 @@ struct Shared {
     Tile tiles[STAGES];  // the one that begins with a slot; of size 0 behind the last
     int tables[2];       // offsets[experts + 1], then starts[experts] and order[experts] of the schedule
 };
+
+// x / d, rounded down, for quotients below 2^22 of numbers that are not negative.
+DEV int divide(int x, int d) {
+    int q = int(__fdividef(float(x), float(d))), rest = x - q * d;
+    return q + (rest >= d) - (rest < 0);
+}
 
 // The experts that have rows, in two lists, one behind the other: first those with several tiles of rows ("long"), with
 // the number of tiles before each; then those with one, the ones with at most half its rows last. Multiplying bounds
@@ -136,30 +148,41 @@ struct Schedule {
         if (!live) local--;
         int band = local / (BAND * nt), inside = local - band * BAND * nt, height = min(BAND, mt - band * BAND);
         int col = inside / height;
-        return {expert, (band * BAND + inside - col * height) * BM, col * BN, offset, size, live};
+        int row = (band * BAND + inside - col * height) * BM;
+        return {expert, row, col * BN, offset, size, min((TA ? m : size) - row, BM), live};
     }
 };
 
-// A place in the ring, with the parity of its round.
-struct Slot {
-    u32 ring, full, empty;
-    int index;
-    u32 phase;
-
-    DEV u32 data() const { return ring + index * STAGE_BYTES; }
-    DEV u32 filled() const { return full + 8 * index; }
-    DEV u32 emptied() const { return empty + 8 * index; }
-    DEV void next() {
-        if (++index == STAGES) index = 0, phase ^= 1;
+// Where no block has more than one tile: this block's, without tables. By one warp, a lane of which knows the offset of
+// an expert (`known[0]`; the first lane also that behind the last expert of 32). Tiles have 64 rows if there are blocks
+// enough for that. Returns the number of all tiles; 0 where there are none, or more than blocks.
+DEV int one_each(const int (&known)[KNOWN], int experts, int n, Tile& tile) {
+    if (!GROUPED || CLUSTER > 1 || experts > WARP) return 0;
+    int lane = threadIdx.x, nt = (n + BN - 1) / BN, room = divide(gridDim.x, nt), height = BM;
+    int right = __shfl_down_sync(ALL_LANES, known[0], 1), last = __shfl_sync(ALL_LANES, known[1], 0);
+    int size = lane < experts ? (lane == WARP - 1 ? last : right) - known[0] : 0;
+    int tiles = (size + BM - 1) / BM, halves = (size + 63) / 64;
+    bool half = BM > 64 && __reduce_add_sync(ALL_LANES, halves) <= room;
+    if (half) height = 64, tiles = halves;
+    int sum = tiles;
+#pragma unroll
+    for (int d = 1; d < WARP; d *= 2) {
+        int left = __shfl_up_sync(ALL_LANES, sum, d);
+        if (lane >= d) sum += left;
     }
-};
-
-// By one lane of each warp that multiplies (a lane for each block of the cluster): it has read the slot.
-DEV void release(u32 barrier) {
-    int lane = threadIdx.x % WARP;
-    if (CLUSTER == 1 && lane == 0) mbar_arrive(barrier);
-    if (CLUSTER > 1 && lane < CLUSTER) mbar_arrive_at(barrier, lane);
+    int all = __shfl_sync(ALL_LANES, sum, WARP - 1);
+    if (all > room) return 0;
+    int block = blockIdx.x, expert = __popc(__ballot_sync(ALL_LANES, sum * nt <= block)) % WARP;
+    auto of = [&](int x) { return __shfl_sync(ALL_LANES, x, expert); };
+    // An expert's tiles row by row if they are low, else column by column, which is what was faster.
+    int local = max(block - of(sum - tiles) * nt, 0), mt = max(of(tiles), 1);
+    int major = divide(local, half ? nt : mt), minor = local - major * (half ? nt : mt);
+    int row = (half ? major : minor) * height, col = (half ? minor : major) * BN, rows = of(size);
+    tile = {expert, row, col, of(known[0]), rows, min(rows - row, height), true};
+    return all * nt;
 }
+
+typedef RingSlot<STAGES, STAGE_BYTES> Slot;
 
 // A piece of C in shared memory, of which a thread has x (`wgmma`'s layout); `lines` are its warp's 16 rows.
 struct Piece : FloatPiece {
@@ -213,8 +236,9 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
     int thread = threadIdx.x, group = thread / 128;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 
+    wait_for_previous();
     // Asked for first, as all loads wait for it.
-    int known[KNOWN];
+    int known[KNOWN] = {};
     if (thread < WARP) {
 #pragma unroll
         for (int i = 0; i < KNOWN; i++) {
@@ -223,7 +247,8 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         }
     }
     if (thread == THREADS - WARP) {
-        tma_prefetch(&map_a), tma_prefetch(&map_b), tma_prefetch(&map_c);
+        tma_prefetch(&map_a), tma_prefetch(&map_b);
+        if (!PLAIN) tma_prefetch(&map_c);
         for (int i = 0; i < STAGES; i++) {
             mbar_init(slot.full + 8 * i, 1);
             mbar_init(slot.empty + 8 * i, 4 * GROUPS * CLUSTER);
@@ -243,31 +268,39 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         Schedule schedule = {s.tables, starts, reinterpret_cast<u16*>(starts + experts), m, n, experts};
         int units = gridDim.x / CLUSTER;
         if (thread < WARP) {
+            Tile only;
+            int few = one_each(known, experts, n, only);
+            if (!few) {
 #pragma unroll
-            for (int i = 0; i < KNOWN; i++)
-                if (thread + i * WARP <= experts) s.tables[thread + i * WARP] = known[i];
-            for (int e = thread + KNOWN * WARP; e <= experts; e += WARP) s.tables[e] = segments[e];
-            __syncwarp();
-            schedule.count(units);
-        }
-        if (thread == 0) {
-            int next, total = schedule.total;
+                for (int i = 0; i < KNOWN; i++)
+                    if (thread + i * WARP <= experts) s.tables[thread + i * WARP] = known[i];
+                for (int e = thread + KNOWN * WARP; e <= experts; e += WARP) s.tables[e] = segments[e];
+                __syncwarp();
+                schedule.count(units);
+            }
+            // The whole warp goes through the tiles and one lane issues. What the compiler knows to be the same in all
+            // lanes is in uniform registers, which TMA takes its operands from; else it loops over the lanes.
+            auto same = [](int x) { return __shfl_sync(ALL_LANES, x, 0); };
+            bool one = elect_one();
+            int next, total = same(few ? few : schedule.total);
             for (int unit = blockIdx.x / CLUSTER; unit < total; unit = next) {
                 next = unit + units;
-                bool tail;
-                int t = schedule.first(unit, tail);
-                Tile tile = schedule.at(tail, t), own = tile;
+                bool tail = false;
+                int t = few ? 0 : schedule.first(unit, tail);
+                Tile tile = few ? only : schedule.at(tail, t), own = tile;
                 // Blocks of a cluster whose tiles have the same expert and columns load a half of B each, for both.
                 bool together = false;
                 if (CLUSTER > 1) {
                     Tile other = schedule.at(tail, t + 1);
                     together = other.live && other.expert == tile.expert && other.col == tile.col;
+                    together = same(together);
                     if (rank) own = other;
                 }
+                own = own.told();
                 int depth = TA ? own.size : k, window = cap - own.size, end = own.offset + own.size;
-                int rows = (TA ? m : own.size) - own.row, cols = n - own.col;
+                int rows = own.rows, cols = n - own.col;
                 // What the ring holds in place of boxes outside reaches only results that are not stored.
-                int boxes_a = (min(rows, BM) + A_BOX - 1) / A_BOX, boxes_b = (min(cols, BN) + B_BOX - 1) / B_BOX;
+                int boxes_a = (rows + A_BOX - 1) / A_BOX, boxes_b = (min(cols, BN) + B_BOX - 1) / B_BOX;
                 u32 bytes = (boxes_a * A_BOX + boxes_b * B_BOX) * 128;
                 bool whole = boxes_a == A_BOXES && boxes_b == B_BOXES;
                 int late = max((depth + BK - 1) / BK - LATE, 0) * BK;
@@ -293,16 +326,20 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
                     }
                 };
                 mbar_wait(slot.emptied(), slot.phase ^ 1);
-                s.tiles[slot.index] = own;
+                if (one) s.tiles[slot.index] = own;
                 for (int at = 0; at < depth; at += BK) {
                     mbar_wait(slot.emptied(), slot.phase ^ 1);
-                    mbar_expect(slot.filled(), bytes);
-                    if (whole) load(at, true);
-                    else load(at, false);
+                    if (one) {
+                        mbar_expect(slot.filled(), bytes);
+                        if (whole) load(at, true);
+                        else load(at, false);
+                    }
+                    __syncwarp();
                     slot.next();
                     // As late as hides the way to memory, so that who is ahead takes more. Each unit asks once, which
                     // takes the counter round to 0.
-                    if (CLUSTER == 1 && total > units && at == late) next = units + counter_next(counter, total - 1);
+                    if (CLUSTER == 1 && total > units && at == late && thread == 0)
+                        next = units + counter_next(counter, total - 1);
                 }
                 for (int c = 0; c < OLD_STAGES; c++) {
                     mbar_wait(slot.emptied(), slot.phase ^ 1);
@@ -314,18 +351,22 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
                     };
                     int row, col, pieces = 0;
                     for (int j = 0; j < OLD_PIECES; j++) pieces += place(j, row, col);
-                    mbar_expect(slot.filled(), pieces * PIECE_BYTES);
+                    if (one) mbar_expect(slot.filled(), pieces * PIECE_BYTES);
                     for (int j = 0; j < OLD_PIECES; j++) {
-                        if (!place(j, row, col)) continue;
+                        if (!one || !place(j, row, col)) continue;
                         int y = own.row + row + (TA ? 0 : window), z = TA ? own.expert : end;
                         tma_load(slot.data() + j * PIECE_BYTES, &map_c, slot.filled(), own.col + col, y, z);
                     }
+                    __syncwarp();
                     slot.next();
                 }
+                next = same(next);
             }
             mbar_wait(slot.emptied(), slot.phase ^ 1);
-            s.tiles[slot.index].size = 0;
-            mbar_arrive(slot.filled());
+            if (one) {
+                s.tiles[slot.index].size = 0;
+                mbar_arrive(slot.filled());
+            }
         }
         __syncwarp();
     } else {
@@ -338,15 +379,18 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         int buffer = 0;
         while (true) {
             mbar_wait(slot.filled(), slot.phase);
-            Tile tile = s.tiles[slot.index];
+            // Read by the lane that releases the slot, so that no other is late.
+            Tile tile;
+            if (lane == 0) tile = s.tiles[slot.index];
+            tile = tile.told();
             if (tile.size == 0) break;
-            int depth = TA ? tile.size : k, rows = (TA ? m : tile.size) - tile.row;
+            int depth = TA ? tile.size : k, rows = tile.rows;
             u32 before = 0;
             // Nothing to multiply for a warpgroup without rows.
             bool idle = piece_row(w) >= rows;
             for (int at = 0; idle && at < depth; at += BK) {
                 mbar_wait(slot.filled(), slot.phase);
-                release(slot.emptied());
+                ring_release<CLUSTER>(slot.emptied());
                 slot.next();
             }
             for (int at = 0; !idle && at < depth; at += BK) {
@@ -361,14 +405,14 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
                 wgmma_commit();
                 if (at > 0) {
                     wgmma_wait<1>();
-                    release(before);
+                    ring_release<CLUSTER>(before);
                 }
                 before = slot.emptied();
                 slot.next();
             }
             wgmma_wait<0>();
             wgmma_pin(acc);
-            if (!idle) release(before);
+            if (!idle) ring_release<CLUSTER>(before);
 
 #pragma unroll
             for (int c = 0; c < OLD_STAGES; c++) {
@@ -382,7 +426,7 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
                 }
                 fence_async();
                 __syncwarp();
-                release(slot.emptied());
+                ring_release<CLUSTER>(slot.emptied());
                 slot.next();
             }
             if (!tile.live || idle) continue;

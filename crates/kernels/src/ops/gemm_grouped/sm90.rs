@@ -118,7 +118,7 @@ impl Tile {
     fn shared(&self, experts: usize) -> u32 {
         let ring = self.stages * (self.bm + self.bn) * 128;
         let tables = (experts + 1) * 4 + experts * 6 + 16;
-        (ring + self.groups() * self.buffers * 8192 + self.stages * 40 + tables) as u32
+        (ring + self.groups() * self.buffers * 8192 + self.stages * 44 + tables) as u32
     }
 }
 
@@ -173,7 +173,8 @@ impl Product<'_> {
         let blocks = (cuda.sms() as usize / tile.cluster * tile.cluster) as u32;
         let grid = Grid::new([blocks, 1, 1], 128 * (1 + tile.groups() as u32))
             .shared(tile.shared(self.experts))
-            .cluster(tile.cluster as u32);
+            .cluster(tile.cluster as u32)
+            .early();
         let offsets = self.offsets.map_or(0, |o| o.ptr());
         let counter = cuda.counters(1);
         cuda.launch(

@@ -1,10 +1,10 @@
 // The experts' weight gradients on Hopper: dW_e[m, n] (+)= dy_e^T x_e, BF16 in, f32 sums. dy is [rows, m], x is
 // [rows, n]; expert e has the rows offsets[e] .. offsets[e + 1], read on the device.
 //
-// Blocks stay, two make a cluster, and take items one after another from a counter in device memory. An item is a pair
-// of tiles of one expert, one below the other, over a chunk of its rows; the pair shares the loads of x. In a block two
-// warps load by TMA into a ring of STAGES; two warpgroups take the block's items in turns and hold a whole tile's sums
-// each, so that one stores its results beneath the other's products.
+// Blocks stay, alone or as clusters, and take items one after another from a counter in device memory. An item is a
+// tile for each block of a cluster, one below the other, of one expert over a chunk of its rows; the cluster shares the
+// loads of x. In a block two warps load by TMA into a ring of STAGES; two warpgroups take the block's items in turns and
+// hold a whole tile's sums each, so that one stores its results beneath the other's products.
 //
 // Items come in an order of falling size, experts with the most rows first, so that all blocks end together. Experts
 // with a large share of all rows are cut into chunks of rows: the last chunk's warpgroup adds what the others left in
@@ -12,9 +12,9 @@
 // bits; who takes which item does not matter. An item waits only for items that were taken before it.
 //
 // Compile-time: ADD (dW += product; the old dW comes through the ring, after the operands; experts without rows are
-// left alone, else they get zeros), tile BM x BN, STAGES, CLUSTER, BAND (pairs of tiles of m walked together, for reuse in
-// L2), SPLIT (no item is more than one in so many of a cluster's even share of all work), PARTS (tiles that `parts` may
-// have for each block of a cluster), BUFFERS (pieces of dW that a warpgroup may have under way to memory), EVICT (dW is
+// left alone, else they get zeros), tile BM x BN, STAGES, CLUSTER, BAND (items of m walked together, for reuse in L2),
+// SPLIT (no item is more than one in so many of a cluster's even share of all work), PARTS (tiles that `parts` may have
+// for each block of a cluster), BUFFERS (pieces of dW that a warpgroup may have under way to memory), EVICT (dW is
 // not to stay in L2), MIN_CHUNK (steps that a chunk has at least).
 //
 // The maps of dy and x are three-dimensional windows: coordinate (col, cap - size + row, offset + size), base moved
@@ -42,7 +42,6 @@ struct Shared {
     u8 out[2][BUFFERS][BOX_BYTES];
     u64 full[STAGES], empty[STAGES], known[KNOWN];
     u32 item[KNOWN];
-    int chunk;
     int tables[1];  // offsets [experts + 1]; first item [experts + 1] and number of the expert with the most rows, ...
 };
 
@@ -61,6 +60,8 @@ DEV int divide(int x, int d) {
     return q + (rest >= d) - (rest < 0);
 }
 
+DEV int chunks_of(int steps, int chunk) { return steps > chunk ? divide(steps + chunk - 1, chunk) : 1; }
+
 struct Schedule {
     const int *offsets, *first, *order;
     int mt, nt, narrow, chunk, place;
@@ -70,12 +71,17 @@ struct Schedule {
         while (t >= first[place + 1]) place++;
         Item i;
         i.expert = order[place], i.offset = offsets[i.expert], i.size = offsets[i.expert + 1] - i.offset;
-        int steps = (i.size + BK - 1) / BK, chunks = max(divide(steps + chunk - 1, chunk), 1), tiles = mt * nt;
-        int local = t - first[place], q = divide(local, tiles), tile = local - q * tiles;
-        i.begin = divide(steps * q, chunks), i.end = divide(steps * (q + 1), chunks);
+        int steps = (i.size + BK - 1) / BK, chunks = chunks_of(steps, chunk), tiles = mt * nt;
+        int local = t - first[place], q = 0, tile = local;
+        i.begin = 0, i.end = steps;
+        if (chunks > 1) {
+            q = divide(local, tiles), tile = local - q * tiles;
+            i.begin = divide(steps * q, chunks), i.end = divide(steps * (q + 1), chunks);
+        }
         // All experts before have rows: each has one place fewer than items for every tile.
         i.part = t - place * tiles, i.parts = q, i.tiles = tiles, i.last = q == chunks - 1;
-        int band = divide(tile, BAND * nt), inside = tile - band * BAND * nt, height = min(BAND, mt - band * BAND);
+        int band = mt > BAND ? divide(tile, BAND * nt) : 0, inside = tile - band * BAND * nt;
+        int height = min(BAND, mt - band * BAND);
         int col = divide(inside, height), wide = nt - narrow;
         i.row = (band * BAND + inside - col * height) * CLUSTER * BM;
         i.col = min(col, wide) * BN + max(col - wide, 0) * NARROW, i.width = col < wide ? BN : NARROW;
@@ -83,81 +89,64 @@ struct Schedule {
     }
 };
 
-// Fills the tables: who has the most rows, steps of a chunk, first items. By all threads.
-DEV void plan(Shared& s, const int* segments, int* offsets, int* first, int* order, int experts, int tiles) {
-    for (int e = threadIdx.x; e <= experts; e += THREADS) offsets[e] = segments[e];
+// The experts' steps, by each warp for itself; steps of a chunk follow from them.
+DEV int chunk_steps(const int* segments, int experts, int tiles) {
+    int sum = 0;
+#pragma unroll 4
+    for (int e = threadIdx.x % WARP; e < experts; e += WARP) sum += (segments[e + 1] - segments[e] + BK - 1) / BK;
+    sum = __reduce_add_sync(ALL_LANES, sum);
+    // Rounded up by more than the division's error.
+    return max(int(float(sum) * tiles / (gridDim.x / CLUSTER * SPLIT)) + 1, MIN_CHUNK);
+}
+
+// Fills the tables: who has the most rows, first items. By all threads, one for an expert.
+DEV void plan(int begin, int size, int chunk, int* offsets, int* first, int* order, int experts, int tiles) {
+    int e = threadIdx.x, steps = (size + BK - 1) / BK, rank = 0, before = 0;
+    int items = steps > 0 || !ADD ? chunks_of(steps, chunk) * tiles : 0;
+    if (e < experts) offsets[e] = begin, first[e] = items;
+    if (e == experts - 1) offsets[experts] = begin + size;
     __syncthreads();
-    for (int e = threadIdx.x; e < experts; e += THREADS) {
-        int size = offsets[e + 1] - offsets[e], rank = 0, left = offsets[0];
+    if (e < experts) {
+        int left = offsets[0];
+#pragma unroll 8
         for (int f = 0; f < experts; f++) {
             int right = offsets[f + 1], other = right - left;
-            rank += other > size || other == size && f < e;
+            bool ahead = other > size || other == size && f < e;
+            rank += ahead, before += ahead ? first[f] : 0;
             left = right;
         }
-        order[rank] = e;
     }
     __syncthreads();
-    if (threadIdx.x < WARP) {
-        int lane = threadIdx.x, sum = 0;
-        auto steps = [&](int r) {
-            int e = order[r];
-            return (offsets[e + 1] - offsets[e] + BK - 1) / BK;
-        };
-        for (int r = lane; r < experts; r += WARP) sum += steps(r);
-        for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, d);
-        // Rounded up by more than the division's error.
-        int chunk = max(int(float(sum) * tiles / (gridDim.x / CLUSTER * SPLIT)) + 1, MIN_CHUNK), before = 0;
-        for (int r = lane; r - lane < experts; r += WARP) {
-            int count = r < experts ? steps(r) : 0;
-            int items = r < experts && (count > 0 || !ADD) ? max((count + chunk - 1) / chunk, 1) * tiles : 0;
-            for (int d = 1; d < WARP; d *= 2) {
-                int left = __shfl_up_sync(ALL_LANES, items, d);
-                if (lane >= d) items += left;
-            }
-            if (r < experts) first[r + 1] = before + items;
-            before += __shfl_sync(ALL_LANES, items, WARP - 1);
-        }
-        if (lane == 0) first[0] = 0, s.chunk = chunk;
-    }
+    if (e < experts) order[rank] = e, first[rank] = before;
+    if (e < experts && rank == experts - 1) first[experts] = before + items;
+    __syncthreads();
 }
 
-// A place in the ring, with the parity of its round.
-struct Slot {
-    u32 ring, full, empty;
-    int index;
-    u32 phase;
-
-    DEV u32 data() const { return ring + index * STAGE_BYTES; }
-    DEV u32 filled() const { return full + 8 * index; }
-    DEV u32 emptied() const { return empty + 8 * index; }
-    DEV void next() {
-        if (++index == STAGES) index = 0, phase ^= 1;
-    }
-    DEV void skip(int count) {
-        int sum = index + count, rounds = sum / STAGES;
-        index = sum - rounds * STAGES, phase ^= rounds & 1;
-    }
-};
-
-// By one lane of each warp that multiplies (a lane for each block of the cluster): it has read the slot.
-DEV void release(u32 barrier) {
-    int lane = threadIdx.x % WARP;
-    if (CLUSTER == 1 && lane == 0) mbar_arrive(barrier);
-    if (CLUSTER > 1 && lane < CLUSTER) mbar_arrive_at(barrier, lane);
-}
+typedef RingSlot<STAGES, STAGE_BYTES> Slot;
 
 // All threads of the cluster meet. It orders nothing but their barriers' initialisation.
-DEV void meet() {
-    if (CLUSTER > 1)
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+DEV void meet_arrive() {
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+DEV void meet_wait() {
+    if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Writes a number into the shared memory of block `rank` of the cluster and counts its bytes on that block's barrier.
-DEV void send(u32 at, u32 value, u32 bar, u32 rank) {
-    asm volatile(
-        "{\n.reg .b32 to, done;\nmapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 done, %2, %3;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [done];\n}" ::"r"(at), "r"(value),
-        "r"(bar), "r"(rank) : "memory");
+// Tells all blocks of the cluster item `value`, each by its own barrier. With several it is the bytes that complete a
+// phase, which a block has to expect.
+DEV void send(u32 at, u32 value, u32 bar) {
+    if (CLUSTER == 1) {
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+        mbar_arrive(bar);
+    }
+    for (u32 rank = 0; CLUSTER > 1 && rank < CLUSTER; rank++)
+        asm volatile(
+            "{\n.reg .b32 to, done;\nmapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 done, %2, %3;\n"
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [done];\n}" ::"r"(at), "r"(value),
+            "r"(bar), "r"(rank) : "memory");
+}
+DEV void expect_item(u32 bar) {
+    if (CLUSTER > 1) mbar_expect(bar, 4);
 }
 
 DEV u32 read_acquired(const u32* p) {
@@ -210,7 +199,7 @@ template <int width> DEV u32 products(float (&acc)[WM][BN / 2], Slot& slot, u64 
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
-            release(before);
+            ring_release<CLUSTER>(before);
         }
         before = slot.emptied();
         slot.next();
@@ -237,25 +226,33 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
     int mt = (m + CLUSTER * BM - 1) / (CLUSTER * BM), nt = (n + BN - 1) / BN;
     int narrow = BN > NARROW ? min((nt * BN - n) / 64, nt) : 0;
 
-    u32 next = 0;
     if (thread == 0) {
-        tma_prefetch(&map_a), tma_prefetch(&map_b), tma_prefetch(&map_c);
         for (int i = 0; i < STAGES; i++) {
-            // Both loading warps arrive at every slot, also where one has nothing to load: else one might miss that a slot
-            // was emptied, filled and emptied again, of which its parity tells nothing.
+            // Both loading warps arrive at every slot, also where one has nothing to load: else one might miss that a
+            // slot was emptied, filled and emptied again, of which its parity tells nothing.
             mbar_init(slot.full + 8 * i, 2);
             mbar_init(slot.empty + 8 * i, 4 * CLUSTER);
         }
         for (int i = 0; i < KNOWN; i++) mbar_init(known + 8 * i, 1);
         mbar_init_fence();
-        for (int i = 0; i < KNOWN; i++) mbar_expect(known + 8 * i, 4);
+        for (int i = 0; i < KNOWN; i++) expect_item(known + 8 * i);
     }
-    if (thread < WARP && rank == 0 && elect_one()) next = take(taken);
-    plan(s, segments, offsets, first, order, experts, mt * nt);
-    __syncthreads();
-    meet();
+    if (thread == WARP) tma_prefetch(&map_a), tma_prefetch(&map_b), tma_prefetch(&map_c);
+    wait_for_previous();
+    bool leads = thread < WARP && rank == 0, one = elect_one();
+    u32 next = 0;
+    if (leads && one) next = take(taken);
+    int begin = 0, size = 0;
+    if (thread < experts) begin = segments[thread], size = segments[thread + 1] - begin;
+    __syncwarp();
+    meet_arrive();
+    int chunk = chunk_steps(segments, experts, mt * nt);
+    if (CLUSTER == 1) __syncthreads();
+    meet_wait();
+    if (leads && one) send(smem(s.item), next, known);
+    plan(begin, size, chunk, offsets, first, order, experts, mt * nt);
     int total = first[experts];
-    Schedule schedule = {offsets, first, order, mt, nt, narrow, s.chunk, 0};
+    Schedule schedule = {offsets, first, order, mt, nt, narrow, chunk, 0};
 
     // The same in all lanes, as the compiler can tell: what follows from it stays in uniform registers. Loads of values
     // that might differ between lanes are issued by a loop over the lanes, which took most of a step.
@@ -264,17 +261,16 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         regs_down<40>();
         // One warp loads dy, one x; the first of the cluster also takes the items.
         if (warp < 2) {
-            bool leads = warp == 0 && rank == 0, one = elect_one();
+            leads = warp == 0 && rank == 0;
             int source = __ffs(__ballot_sync(ALL_LANES, one)) - 1;
             for (int i = 0;; i++) {
                 int entry = i % KNOWN;
-                if (leads && one)
-                    for (int r = 0; r < CLUSTER; r++) send(smem(s.item + entry), next, known + 8 * entry, r);
+                if (leads && one && i > 0) send(smem(s.item + entry), next, known + 8 * entry);
                 if (warp == 0 && i >= KNOWN / 2) {
                     // The entry half a round ago was read by all; it counts the next number's bytes.
                     int old = i - KNOWN / 2;
                     mbar_wait(known + 8 * (old % KNOWN), old / KNOWN & 1);
-                    if (one) mbar_expect(known + 8 * (old % KNOWN), 4);
+                    if (one) expect_item(known + 8 * (old % KNOWN));
                 }
                 if (!leads) {
                     mbar_wait(known + 8 * entry, i / KNOWN & 1);
@@ -337,6 +333,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                     slot.next();
                 }
             }
+            let_next_begin();
             // Nobody takes any more once all clusters have come here.
             if (leads && one && atomicAdd(finished, 1) == gridDim.x / CLUSTER - 1) {
                 *finished = 0;
@@ -371,7 +368,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
             wgmma_wait<0>();
 #pragma unroll
             for (int j = 0; j < WM; j++) wgmma_pin(acc[j]);
-            release(before);
+            ring_release<CLUSTER>(before);
             if (!ADD && item.size == 0) {
 #pragma unroll
                 for (int j = 0; j < WM * BN / 2; j++) acc[0][j] = 0;
@@ -400,7 +397,7 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                         FloatPiece{lines + j * BOX_BYTES, lane}.add_to(acc[0] + (c * OLD_PIECES + j) * 16);
                 fence_async();
                 __syncwarp();
-                release(slot.emptied());
+                ring_release<CLUSTER>(slot.emptied());
                 slot.next();
             }
             if (OLD_STAGES > 0) bar_arrive(3 + (w ^ 1), 256);
@@ -449,5 +446,6 @@ sm90_weight(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         __syncwarp();
     }
     // No block leaves while another may still signal its barriers.
-    meet();
+    meet_arrive();
+    meet_wait();
 }

@@ -7,8 +7,6 @@ use crate::{DType, View, ViewMut};
 
 static SOURCE: Source = source!(sm90, "sm90_weight.cu");
 
-/// Blocks that share the loads of x.
-const CLUSTER: usize = 2;
 /// The kernel's steps of 64 rows that a chunk of an expert's rows has at least.
 const MIN_CHUNK: usize = 16;
 /// Shared memory that a block may have.
@@ -25,16 +23,18 @@ struct Tile {
     band: usize,
     split: usize,
     evict: bool,
+    /// Blocks that share the loads of x.
+    cluster: usize,
 }
 
-const LARGE: Tile = Tile { bm: 128, bn: 192, buffers: 2, band: 4, split: 2, evict: true };
-const SMALL: Tile = Tile { bm: 128, bn: 128, buffers: 2, band: 8, split: 1, evict: false };
+const LARGE: Tile = Tile { bm: 128, bn: 192, buffers: 2, band: 4, split: 2, evict: true, cluster: 2 };
+const SMALL: Tile = Tile { bm: 128, bn: 128, buffers: 2, band: 8, split: 1, evict: false, cluster: 1 };
 
 impl Tile {
     /// The large one loads less for each product. The small one leaves less idle at the end, where there are few tiles.
     /// The choice is the same for adding and for overwriting, as experts may be cut otherwise with the other.
-    fn of(experts: usize, r: usize, cols: usize, clusters: usize) -> Self {
-        if experts * LARGE.pairs(r, cols) < 8 * clusters { SMALL } else { LARGE }
+    fn of(experts: usize, r: usize, cols: usize, sms: usize) -> Self {
+        if experts * LARGE.shares(r, cols) < 8 * (sms / LARGE.cluster) { SMALL } else { LARGE }
     }
 
     /// Stages of the ring, and the shared memory with everything beside it.
@@ -46,9 +46,9 @@ impl Tile {
         (stages, (stages * stage + beside) as u32)
     }
 
-    /// Pairs of tiles in a matrix.
-    fn pairs(&self, r: usize, cols: usize) -> usize {
-        r.div_ceil(self.bm * CLUSTER) * cols.div_ceil(self.bn)
+    /// What a cluster takes at once, a tile for each block, is so many times in a matrix.
+    fn shares(&self, r: usize, cols: usize) -> usize {
+        r.div_ceil(self.bm * self.cluster) * cols.div_ceil(self.bn)
     }
 }
 
@@ -72,12 +72,8 @@ pub fn backward_weight(
     dw: ViewMut<'_>,
     accumulate: bool,
 ) {
-    let tile = Tile::of(offsets.len() - 1, r, cols, clusters(cuda));
+    let tile = Tile::of(offsets.len() - 1, r, cols, cuda.sms() as usize);
     run_by(&tile, cuda, [x, dy, offsets], (r, cols), dw, accumulate);
-}
-
-fn clusters(cuda: &Cuda) -> usize {
-    cuda.sms() as usize / CLUSTER
 }
 
 fn run_by(
@@ -93,19 +89,19 @@ fn run_by(
         return;
     }
     assert!(experts <= MAX_EXPERTS, "{experts} experts");
-    let clusters = clusters(cuda);
+    let clusters = cuda.sms() as usize / tile.cluster;
     // Chunks but an expert's last leave their sums in memory. A chunk has more than its part of a cluster's share of all
     // steps, and no fewer than MIN_CHUNK.
     let parts = clusters * tile.split + 1;
-    let kept = parts.min(tile.pairs(r, cols) * (cap / (64 * MIN_CHUNK))).max(1);
-    let sums = cuda.empty(DType::F32, kept * CLUSTER * tile.bm * tile.bn);
+    let kept = parts.min(tile.shares(r, cols) * (cap / (64 * MIN_CHUNK))).max(1);
+    let sums = cuda.empty(DType::F32, kept * tile.cluster * tile.bm * tile.bn);
     let (stages, shared) = tile.ring(experts);
     let defines = [
         ("ADD", Int(accumulate.into())),
         ("BM", Int(tile.bm as i64)),
         ("BN", Int(tile.bn as i64)),
         ("STAGES", Int(stages as i64)),
-        ("CLUSTER", Int(CLUSTER as i64)),
+        ("CLUSTER", Int(tile.cluster as i64)),
         ("BAND", Int(tile.band as i64)),
         ("SPLIT", Int(tile.split as i64)),
         ("MIN_CHUNK", Int(MIN_CHUNK as i64)),
@@ -117,8 +113,8 @@ fn run_by(
     let (a, b, c) = (rows(dy, cap, r), rows(x, cap, cols), rows(dw.as_view(), r, cols));
     let (map_a, map_b, map_c) = (a.window(cuda, 64), b.window(cuda, 64), c.stack(cuda, experts, 64));
     // With offsets on the device the number of items is not known here; idle blocks leave at once.
-    let blocks = (clusters * CLUSTER) as u32;
-    let grid = Grid::new([blocks, 1, 1], 384).shared(shared).cluster(CLUSTER as u32);
+    let blocks = (clusters * tile.cluster) as u32;
+    let grid = Grid::new([blocks, 1, 1], 384).shared(shared).cluster(tile.cluster as u32).early();
     cuda.launch(
         &kernel,
         grid,
@@ -128,7 +124,7 @@ fn run_by(
             map_c,
             offsets.ptr(),
             sums.view().ptr(),
-            cuda.counters(2 + parts * CLUSTER),
+            cuda.counters(2 + parts * tile.cluster),
             experts as i32,
             r as i32,
             cols as i32,
