@@ -112,7 +112,8 @@ impl Grid {
     }
 
     /// The kernel may begin before the launch before it has ended, as it waits itself (`wait_for_previous` in
-    /// `sm90.cuh`) before it touches memory that others write or read. From compute capability 9.0.
+    /// `sm90.cuh`) before it touches memory that others write or read. A copy or a filling of memory before it ends
+    /// first. From compute capability 9.0.
     pub fn early(self) -> Self {
         Self { early: true, ..self }
     }

@@ -36,8 +36,8 @@ pub(crate) unsafe trait Tiles {
     unsafe fn dot<const C: u8, const A: u8, const B: u8>();
 }
 
-/// Work on tiles, beside which AVX-512 with BF16 may be used. What uses it must carry the target features, or be `#[inline(always)]`
-/// all the way down from `run`.
+/// Work on tiles, beside which AVX-512 with BF16 may be used. What uses it must carry the target features, or be
+/// `#[inline(always)]` all the way down from `run`.
 pub(crate) trait TileJob {
     /// Does it.
     fn run<T: Tiles>(self);

@@ -111,7 +111,7 @@ pub(crate) unsafe fn block<T: Tiles>(
 }
 
 /// Packs rows `outer` (32 at most) of the left operand at one step, `k` (32 at most); the rows and k that are missing are
-/// zeros.
+/// zeros. Called within work on tiles alone, whose CPUs have AVX-512.
 #[inline(always)]
 pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
     if op.k_contiguous {
@@ -119,7 +119,8 @@ pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>,
     } else if outer.len() == BLOCK && k.len() == BLOCK {
         let part = &op.data.bf16()[k.start * op.ld + outer.start..(k.end - 1) * op.ld + outer.end];
         let (at, stride, to) = (part.as_ptr(), 2 * op.ld, to.as_mut_ptr().cast());
-        // SAFETY: the part has 32 rows of 32 elements, `ld` apart, as has the copy; two tiles are written.
+        // SAFETY: the part has 32 rows of 32 elements, `ld` apart, as has the copy; two tiles are written. Where there are
+        // tiles, or they are played, there is AVX-512.
         unsafe {
             if stride.is_multiple_of(CROWDED) {
                 let copy: [[bf16; BLOCK]; BLOCK] = std::array::from_fn(|k| *at.add(k * op.ld).cast());

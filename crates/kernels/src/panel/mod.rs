@@ -3,8 +3,8 @@
 //! A panel is a part of an operand, laid out as the kernels read it. It consists of cells of 32 bits: an f32 (widened
 //! if need be), or two bf16 at consecutive k, the first in the low half. Zeros fill up the cells that k does not fill.
 //! Of one operand the kernels read *lanes*, vectors over the outer index at each cell, in groups: `[group][cell][lane]`.
-//! Of the other they read *rows*, one cell at a time: `[row][ROW_CELLS]`, or as [`Rows`] says. Products of bf16 on AMX do without panels: they
-//! have blocks of tiles (`blocks`).
+//! Of the other they read *rows*, one cell at a time: `[row][ROW_CELLS]`, or as [`Rows`] says. Products of bf16 on AMX do
+//! without panels: they have blocks of tiles (`blocks`).
 
 pub(crate) mod blocks;
 mod kernel;

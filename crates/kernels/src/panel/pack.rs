@@ -127,7 +127,8 @@ pub fn lanes(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, (width, stride): (u
     }
 }
 
-/// Writes blocks of `rows` rows, `dst[block][cell][row]`, each cell's in a line of [`block_width`], of an operand that k runs across.
+/// Writes blocks of `rows` rows, `dst[block][cell][row]`, each cell's in a line of [`block_width`], of an operand that k
+/// runs across.
 pub fn row_blocks(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, rows: usize, dst: &mut [u32]) {
     assert!(!op.k_contiguous && rows <= SQUARE);
     by_source!(op, cell, blocks_straight(isa, op, p, rows, dst));

@@ -380,7 +380,7 @@ sm90_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         while (true) {
             mbar_wait(slot.filled(), slot.phase);
             // Read by the lane that releases the slot, so that no other is late.
-            Tile tile;
+            Tile tile = {};
             if (lane == 0) tile = s.tiles[slot.index];
             tile = tile.told();
             if (tile.size == 0) break;

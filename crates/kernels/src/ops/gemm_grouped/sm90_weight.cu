@@ -46,7 +46,7 @@ struct Shared {
 };
 
 struct Item {
-    int expert, row, col, width, offset, size;  // row: of the pair
+    int expert, row, col, width, offset, size;  // row: of the cluster's first tile
     int begin, end;                             // steps of the expert's rows
     int part, parts, tiles;  // its place in `parts`; so many chunks come before, each `tiles` places below the next
     bool last;
