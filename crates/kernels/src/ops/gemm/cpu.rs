@@ -278,10 +278,11 @@ fn shares<'a>(
     mut room: &'a mut [u32],
 ) -> Vec<Share<'a>> {
     let group = group_width(level);
-    let mut shares = Vec::new();
+    let mut shares: Vec<Share<'_>> = Vec::new();
     for Columns { product, cols, .. } in columns.iter().filter(|c| c.shared.is_some()) {
         let product = &products[*product];
         let width = if product.b.k_contiguous { SHARE } else { cols.len() };
+        let before = shares.len();
         for Piece { k0, kc, cells, .. } in product.pieces(product.cell(level)) {
             let apart = apart(cells, group);
             for first in cols.clone().step_by(width) {
@@ -291,6 +292,8 @@ fn shares<'a>(
                 shares.push(Share { product, part, apart, to: Mutex::new(to) });
             }
         }
+        // Whoever has packed a piece goes on with the next of the same columns, which has been asked for.
+        shares[before..].sort_by_key(|share| (share.part.first, share.part.k0));
     }
     shares
 }
