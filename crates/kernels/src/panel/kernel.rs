@@ -11,8 +11,8 @@ use crate::isa::{Isa, Job, Lanes, Level};
 pub(crate) const WIDEST_GROUP: usize = 32;
 
 /// Lanes of a group: what the widest block of the level takes.
-pub(crate) fn group_width(isa: Isa) -> usize {
-    if isa.level() >= Level::Avx512 { WIDEST_GROUP } else { WIDEST_GROUP / 2 }
+pub(crate) fn group_width(level: Level) -> usize {
+    if level >= Level::Avx512 { WIDEST_GROUP } else { WIDEST_GROUP / 2 }
 }
 
 /// Rows that the level computes at once.

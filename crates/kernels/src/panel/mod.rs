@@ -11,7 +11,7 @@ mod kernel;
 mod pack;
 
 use crate::View;
-use crate::isa::{Isa, Level, SQUARE};
+use crate::isa::{Level, SQUARE};
 pub(crate) use kernel::{Multiply, Rows, WIDEST_GROUP, block_rows, block_width, group_width};
 pub(crate) use pack::{lanes, row_blocks, rows};
 
@@ -50,8 +50,8 @@ pub(crate) enum Cell {
 
 impl Cell {
     /// The fastest that the level's vectors multiply, for operands of bf16 or for others.
-    pub fn of(isa: Isa, bf16: bool) -> Self {
-        if bf16 && isa.level() >= Level::Avx512Bf16 { Self::Pair } else { Self::Single }
+    pub fn of(level: Level, bf16: bool) -> Self {
+        if bf16 && level >= Level::Avx512Bf16 { Self::Pair } else { Self::Single }
     }
 
     /// Steps of k in a cell.
@@ -69,7 +69,7 @@ impl Cell {
 
     /// Cuts k into pieces of a panel's length at most: (first, length), of about equal length so that none is a mere
     /// rest.
-    pub fn pieces(self, k: usize) -> impl Iterator<Item = (usize, usize)> {
+    pub fn pieces(self, k: usize) -> impl ExactSizeIterator<Item = (usize, usize)> {
         let depth = self.depth();
         let cells = k.div_ceil(depth);
         let step = cells.div_ceil(cells.div_ceil(CELLS).max(1)).max(1).next_multiple_of(SQUARE) * depth;

@@ -1,7 +1,7 @@
 //! Activations of a training step on one rank that holds the whole model: what forward keeps, and the most that is held
 //! at any time until the step's last backward. The walk takes and gives back what the stages do, in their order;
 //! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack for their
-//! time is counted too, as if every expert had as many rows as the others.
+//! time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
 
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};
 use hadal_kernels::Workers;
@@ -531,26 +531,47 @@ mod tests {
     use super::*;
     use hadal_kernels::Level;
 
-    /// On AMX what products pack counts where it adds to the fullest moment, and the workers' keys and values always.
+    /// What products pack counts where it adds to the fullest moment, and the workers' keys and values always.
     #[test]
     fn packing_is_counted() {
         let c = ModelConfig::preset("v2-lite").unwrap();
-        let of = |level: Level, precision: Precision, recompute: Recompute| {
+        for (level, recompute) in Level::ALL.into_iter().flat_map(|level| Recompute::EACH.map(|r| (level, r))) {
+            let passes = |level, precision| {
+                let workers = Workers { level, threads: 2 };
+                Passes { precision, recompute, sequences: 16, tokens: 2048, workers }
+            };
+            let of = |level, precision| Activations::of(&c, passes(level, precision));
+            for precision in [Precision::Bf16, Precision::Fp32] {
+                let walk = |packed| {
+                    let mut walk = Walk { c: &c, p: passes(level, precision), held: 0, peak: 0, packed };
+                    walk.forward();
+                    walk.backward();
+                    walk
+                };
+                let all = walk(HashMap::new());
+                assert_eq!(all.peak, of(level, precision).total());
+                let none = walk(all.packed.keys().map(|&product| (product, 0)).collect());
+                // No more than both operands of the largest product of this step, the rows of all experts; on vectors 16 MiB,
+                // or 512 columns of a weight gradient, whose groups of lanes are a little longer than they.
+                let tiles = (level, precision) == (Level::Amx, Precision::Bf16);
+                let most = if tiles { 32768 * 6 * (2048 + 2 * 1408) * 2 } else { 32768 * 512 * 4 * 102 / 100 };
+                let (more, largest) = (all.peak - none.peak, all.packed.values().max());
+                assert!(more > 0 && more <= most, "{level:?}, {precision:?}, {recompute}: {more}");
+                assert!(largest.is_some_and(|&largest| more <= largest && largest <= most), "{largest:?}");
+            }
+            let bf16 = of(level, Precision::Bf16);
+            assert_eq!(bf16.saved, of(Level::Portable, Precision::Bf16).saved);
+            if level == Level::Amx {
+                // 64 groups of 32 tokens, of each 8 x 6 + 6 x 4 tiles.
+                assert_eq!(bf16.workers, 2 * 64 * 72 * 1024);
+            }
+        }
+        let at = |level, precision| {
             let workers = Workers { level, threads: 2 };
+            let recompute = Recompute::EACH[0];
             Activations::of(&c, Passes { precision, recompute, sequences: 16, tokens: 2048, workers })
         };
-        for recompute in Recompute::EACH {
-            let at = |level| of(level, Precision::Bf16, recompute);
-            let (vectors, amx) = (at(Level::Avx512), at(Level::Amx));
-            assert_eq!((vectors.saved, of(Level::Avx2, Precision::Bf16, recompute)), (amx.saved, vectors));
-            // No more than both operands of the largest product of this step, the rows of all experts.
-            let both = 32768 * 6 * (2048 + 2 * 1408) * 2;
-            let more = amx.working - vectors.working;
-            assert!(more > 0 && more <= both, "{recompute}: {more}");
-            // 64 groups of 32 tokens, of each 8 x 6 + 6 x 4 tiles.
-            assert_eq!(amx.workers, 2 * 64 * 72 * 1024);
-            let fp32 = |level| of(level, Precision::Fp32, recompute);
-            assert_eq!(fp32(Level::Amx), fp32(Level::Portable));
-        }
+        assert_eq!(at(Level::Amx, Precision::Fp32), at(Level::Avx512, Precision::Fp32));
+        assert_eq!(at(Level::Avx2, Precision::Bf16), at(Level::Portable, Precision::Bf16));
     }
 }

@@ -8,10 +8,11 @@ use super::tiles;
 use crate::buffer::Pod;
 use crate::isa::{Isa, Level, SQUARE, vectorised};
 use crate::panel::{self, CELLS, Cell, Multiply, Operand, Part, ROW_CELLS, Rows, block_rows, block_width, group_width};
-use crate::{AlignedVec, Cpu, DType, Elem, ViewMut, bf16};
+use crate::{AlignedVec, Cpu, DType, Elem, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// One product of a list: `C[m, n]` (+)= `A[m, k]` `B[k, n]`, with C at an offset of the output shared by the list.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +47,8 @@ const LEAST_COLUMNS: usize = 64;
 const TASKS: [usize; 2] = [2, 4];
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 18;
-/// Words of columns that are packed before any of them is used: what this takes adds to the memory of a step.
+/// Words of columns that are packed before any of them is used, unless one part of them alone has more: what this takes adds
+/// to the memory of a step.
 const SHARED: usize = 1 << 22;
 /// Groups of columns that a task packs together for itself: one that goes on to the products from the first-level cache, or
 /// where k runs across them so many that what is read lies together.
@@ -63,10 +65,17 @@ struct Piece {
     before: usize,
 }
 
-/// Words from one group of shared columns to the next: a line more than they fill, because groups a power of two apart
+/// Words from one group of packed columns to the next: a line more than they fill, because groups a power of two apart
 /// would evict one another while they are written side by side.
-fn group_stride(pieces: &[Piece], group: usize) -> usize {
-    pieces.last().map_or(0, |last| last.before + last.cells) * group + SQUARE
+fn apart(cells: usize, group: usize) -> usize {
+    cells * group + SQUARE
+}
+
+impl Piece {
+    /// Where piece `i` of a panel of so many groups begins: all groups of the pieces before lie ahead of it.
+    fn at(&self, i: usize, groups: usize, group: usize) -> usize {
+        groups * (self.before * group + i * SQUARE)
+    }
 }
 
 impl Product<'_> {
@@ -74,12 +83,20 @@ impl Product<'_> {
         self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16
     }
 
-    fn cell(&self, isa: Isa) -> Cell {
-        Cell::of(isa, self.is_bf16())
+    fn cell(&self, level: Level) -> Cell {
+        Cell::of(level, self.is_bf16())
     }
 
+    /// Products that are only spoken of may be of any size.
     fn work(&self) -> usize {
-        self.m * self.n * self.k.max(1)
+        self.m.saturating_mul(self.n).saturating_mul(self.k.max(1))
+    }
+
+    /// Words of so many columns, packed over all of k: as many as their pieces have, one after the other.
+    fn panel_words(&self, columns: usize, level: Level) -> usize {
+        let (cell, group) = (self.cell(level), group_width(level));
+        let words = cell.cells(self.k).saturating_mul(group).saturating_add(cell.pieces(self.k).len() * SQUARE);
+        columns.div_ceil(group).saturating_mul(words)
     }
 
     fn pieces(&self, cell: Cell) -> Vec<Piece> {
@@ -111,7 +128,7 @@ impl Product<'_> {
 }
 
 /// Cuts `len` into about so many equal parts of whole multiples.
-fn parts(len: usize, parts: usize, multiple: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     let step = len.div_ceil(parts).next_multiple_of(multiple);
     (0..len).step_by(step).map(move |i| i..len.min(i + step))
 }
@@ -125,20 +142,29 @@ struct Task {
     shared: Option<usize>,
 }
 
-/// Columns of a product that are packed for several tasks: `[group][cells of all pieces][lane]`, groups
-/// [`group_stride`] apart.
-struct Panel {
+/// Some columns of a product: one task for each part of the rows.
+struct Columns {
     product: usize,
     cols: Range<usize>,
-    at: usize,
+    /// Parts of the rows.
+    rows: usize,
+    /// Where they lie if they are packed for several tasks: `[piece][group][cells][lane]`, groups [`apart`].
+    shared: Option<usize>,
 }
 
-/// What is computed before anything else is packed.
-#[derive(Default)]
-struct Round {
-    tasks: Vec<Task>,
-    panels: Vec<Panel>,
-    words: usize,
+impl Columns {
+    fn tasks(&self, products: &[Product<'_>]) -> impl Iterator<Item = Task> {
+        row_parts(&products[self.product], self.rows).map(|rows| Task {
+            product: self.product,
+            rows,
+            cols: self.cols.clone(),
+            shared: self.shared,
+        })
+    }
+}
+
+fn row_parts(p: &Product<'_>, count: usize) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+    parts(p.m, count, 12)
 }
 
 /// Computes all products. Their outputs follow one another in `out`, in the order of the list.
@@ -158,18 +184,22 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         return tiles::run(cpu, products, &out, accumulate);
     }
     let isa = cpu.isa();
-    let rounds = rounds(isa, cpu.threads(), products, accumulate);
-    let mut shared = cpu.empty::<u32>(rounds.iter().map(|r| r.words).max().unwrap_or(0));
-    for Round { tasks, panels, .. } in &rounds {
-        let room = Room(shared.as_mut_ptr());
-        let shares: Vec<_> = panels.iter().flat_map(|panel| shares(isa, &products[panel.product], panel)).collect();
+    let mut rounds: Vec<Vec<Columns>> = Vec::new();
+    let words = cut(isa.level(), cpu.threads(), products, accumulate, |round, columns| {
+        rounds.resize_with(round + 1, Vec::new);
+        rounds[round].push(columns);
+    });
+    let mut shared = cpu.empty::<u32>(words);
+    for columns in &rounds {
+        let shares = shares(isa.level(), products, columns, &mut shared);
         cpu.for_each(shares.len(), |i| {
-            let Share { product: p, cols, piece, at, len, stride } = &shares[i];
-            // SAFETY: the room was sized for all panels of the round, and each share has its own place in one.
-            let to = unsafe { room.at(*at, *len) };
-            let part = Part { first: cols.start, count: cols.len(), k0: piece.k0, kc: piece.kc, cells: piece.cells };
-            panel::lanes(isa, p.b, part, p.cell(isa), (group_width(isa), *stride), to);
+            let Share { product: p, part, apart, to } = &shares[i];
+            // Nobody else asks for it: the lock only says so to the compiler.
+            let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+            panel::lanes(isa, p.b, *part, p.cell(isa.level()), (group_width(isa.level()), *apart), &mut to);
         });
+        drop(shares);
+        let tasks: Vec<_> = columns.iter().flat_map(|c| c.tasks(products)).collect();
         cpu.for_each(tasks.len(), |i| {
             let t = &tasks[i];
             SCRATCH.with_borrow_mut(|s| tile(isa, &products[t.product], t, &shared, s, &out, accumulate));
@@ -177,78 +207,95 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     }
 }
 
-/// Cuts products into tasks, and says which columns are packed beforehand.
+/// More rows or columns than any model has. Products that are only spoken of may have more, which are not cut one by one.
+const MANY: usize = 1 << 18;
+
+/// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]` on vectors, both operands of `dtype`,
+/// the rows' k along or across them.
+pub(super) fn shared_bytes(
+    level: Level,
+    threads: usize,
+    products: &[[usize; 3]],
+    dtype: DType,
+    k_contiguous: bool,
+) -> usize {
+    let data = if dtype == DType::Bf16 { View::Bf16(&[]) } else { View::F32(&[]) };
+    let none = Operand { data, ld: 0, k_contiguous };
+    let product = |&[m, n, k]: &[usize; 3]| {
+        let (m, n) = (m.min(MANY), n.min(MANY));
+        Product { m, n, k, a: none, b: none, c: 0, ldc: n }
+    };
+    let products: Vec<_> = products.iter().map(product).collect();
+    cut(level, threads, &products, false, |_, _| {}).saturating_mul(size_of::<u32>())
+}
+
+/// Cuts products into columns of tasks, which `take` gets with their round: what is computed before anything else is packed.
+/// Returns how many words a round packs beforehand at most.
 /// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
-fn rounds(isa: Isa, threads: usize, products: &[Product<'_>], accumulate: bool) -> Vec<Round> {
-    let total: usize = products.iter().map(Product::work).sum();
-    let mut rounds = vec![Round::default()];
+fn cut(
+    level: Level,
+    threads: usize,
+    products: &[Product<'_>],
+    accumulate: bool,
+    mut take: impl FnMut(usize, Columns),
+) -> usize {
+    let total = products.iter().map(Product::work).fold(0, usize::saturating_add);
+    let (mut round, mut packed, mut most) = (0, 0, 0);
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
-        let pieces = p.pieces(p.cell(isa));
-        let stride = group_stride(&pieces, group_width(isa));
         let tasks = threads * TASKS[usize::from(p.a.k_contiguous)];
-        let (rows, columns) = p.grid(pieces.len(), (total / tasks).max(LEAST_WORK));
-        let rows = parts(p.m, rows, 12);
+        let (rows, columns) = p.grid(p.cell(level).pieces(p.k).len(), (total / tasks).max(LEAST_WORK));
+        let shares = row_parts(p, rows).len() > 1 && p.k > 0;
         for cols in parts(p.n, columns, 32) {
-            let words = cols.len().div_ceil(group_width(isa)) * stride;
-            let shares = rows.clone().count() > 1;
-            if shares && rounds[rounds.len() - 1].words > SHARED.saturating_sub(words) {
-                rounds.push(Round::default());
+            let words = if shares { p.panel_words(cols.len(), level) } else { 0 };
+            if shares && packed > SHARED.saturating_sub(words) {
+                (round, packed) = (round + 1, 0);
             }
-            let last = rounds.len() - 1;
-            let round = &mut rounds[last];
-            let shared = shares.then_some(round.words);
-            if shares {
-                round.panels.push(Panel { product, cols: cols.clone(), at: round.words });
-                round.words += words;
-            }
-            round.tasks.extend(rows.clone().map(|rows| Task { product, rows, cols: cols.clone(), shared }));
+            take(round, Columns { product, cols, rows, shared: shares.then_some(packed) });
+            packed += words;
+            most = most.max(packed);
         }
     }
-    rounds
+    most
 }
 
-/// A part of a panel that is packed at once.
+/// A part of some columns that is packed at once, and its place.
 struct Share<'a> {
     product: &'a Product<'a>,
-    cols: Range<usize>,
-    piece: Piece,
-    at: usize,
-    len: usize,
-    stride: usize,
+    part: Part,
+    /// Words from one group to the next.
+    apart: usize,
+    to: Mutex<&'a mut [u32]>,
 }
 
-/// By piece, and where k runs along the columns, whose order in memory is the other, by some columns.
-fn shares<'a>(isa: Isa, product: &'a Product<'a>, panel: &Panel) -> Vec<Share<'a>> {
-    let (group, pieces) = (group_width(isa), product.pieces(product.cell(isa)));
-    let stride = group_stride(&pieces, group);
-    let width = if product.b.k_contiguous { SHARE } else { panel.cols.len().next_multiple_of(group) };
-    let mut shares = Vec::new();
-    for (i, first) in panel.cols.clone().step_by(width).enumerate() {
-        let cols = first..panel.cols.end.min(first + width);
-        for &piece in &pieces {
-            let at = panel.at + i * width / group * stride + piece.before * group;
-            let len = (cols.len().div_ceil(group) - 1) * stride + piece.cells * group;
-            shares.push(Share { product, cols: cols.clone(), piece, at, len, stride });
+/// By piece, and where k runs along the columns, whose order in memory is the other, by some columns. Shares follow one
+/// another in `room`.
+fn shares<'a>(
+    level: Level,
+    products: &'a [Product<'a>],
+    columns: &[Columns],
+    mut room: &'a mut [u32],
+) -> Vec<Share<'a>> {
+    let group = group_width(level);
+    let mut shares: Vec<Share<'_>> = Vec::new();
+    for Columns { product, cols, .. } in columns.iter().filter(|c| c.shared.is_some()) {
+        let product = &products[*product];
+        let width = if product.b.k_contiguous { SHARE } else { cols.len() };
+        let before = shares.len();
+        for Piece { k0, kc, cells, .. } in product.pieces(product.cell(level)) {
+            let apart = apart(cells, group);
+            for first in cols.clone().step_by(width) {
+                let part = Part { first, count: width.min(cols.end - first), k0, kc, cells };
+                let words = part.count.div_ceil(group) * apart;
+                let to = room.split_off_mut(..words).expect("room for all columns of the round");
+                shares.push(Share { product, part, apart, to: Mutex::new(to) });
+            }
         }
+        // Whoever has packed a piece goes on with the next of the same columns, which has been asked for.
+        shares[before..].sort_by_key(|share| (share.part.first, share.part.k0));
     }
     shares
-}
-
-struct Room(*mut u32);
-
-// SAFETY: whoever writes through it promises to be the only one at its place.
-unsafe impl Sync for Room {}
-
-impl Room {
-    /// # Safety
-    /// There are `len` words from `at`, and nobody else uses those that will be written.
-    #[allow(clippy::mut_from_ref, reason = "the caller promises that it is the only one")]
-    unsafe fn at(&self, at: usize, len: usize) -> &mut [u32] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
-    }
 }
 
 /// A worker's panels and sums.
@@ -275,21 +322,18 @@ pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
 /// A tile, a span of k at a time: rows are packed once for all columns, then strips of one group of columns are summed,
 /// whose lanes stay in the first-level cache while all rows pass by.
 fn tile(isa: Isa, p: &Product<'_>, t: &Task, shared: &[u32], s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
-    let (cell, group, block) = (p.cell(isa), group_width(isa), block_rows(isa));
+    let (cell, group, block) = (p.cell(isa.level()), group_width(isa.level()), block_rows(isa));
     let (count, pieces) = (t.rows.len(), p.pieces(cell));
-    let stride = group_stride(&pieces, group);
     let form = if p.a.k_contiguous { Rows::Single } else { Rows::Blocks };
     let room = match form {
         Rows::Single => count.next_multiple_of(SQUARE) * ROW_CELLS,
         Rows::Blocks => count.div_ceil(block) * CELLS * block_width(block),
     };
-    let strip = count * group;
-    let strips = if pieces.len() > SPAN { t.cols.len().div_ceil(group) } else { 1 };
+    let (strip, groups) = (count * group, t.cols.len().div_ceil(group));
+    let strips = if pieces.len() > SPAN { groups } else { 1 };
     reserve(&mut s.sums, strips * strip);
     let together = TOGETHER[usize::from(p.b.k_contiguous)];
-    // As in `group_stride`.
-    let apart = |piece: &Piece| piece.cells * group + SQUARE;
-    let room_of_lanes = together * (CELLS * group + SQUARE);
+    let room_of_lanes = together * apart(CELLS, group);
     reserve(&mut s.lanes, if t.shared.is_none() { pieces.len().min(SPAN) * room_of_lanes } else { 0 });
     reserve(&mut s.rows, pieces.len().min(SPAN) * room);
     if pieces.is_empty() {
@@ -316,16 +360,16 @@ fn tile(isa: Isa, p: &Product<'_>, t: &Task, shared: &[u32], s: &mut Scratch, ou
             let cols = first..t.cols.end.min(first + group);
             let sums = &mut s.sums[g % strips * strip..][..strip];
             for (j, (piece, rows)) in span.iter().zip(s.rows.chunks_exact(room)).enumerate() {
+                let apart = apart(piece.cells, group);
                 let lanes = match t.shared {
-                    Some(at) => &shared[at + g * stride + piece.before * group..],
+                    Some(at) => &shared[at + piece.at(i * SPAN + j, groups, group) + g * apart..],
                     None => {
                         let panel = &mut s.lanes[j * room_of_lanes..];
                         if g % together == 0 {
                             let cols = first..t.cols.end.min(first + together * group);
-                            let to = (group, apart(piece));
-                            panel::lanes(isa, p.b, part(&cols, piece), cell, to, panel);
+                            panel::lanes(isa, p.b, part(&cols, piece), cell, (group, apart), panel);
                         }
-                        &panel[g % together * apart(piece)..]
+                        &panel[g % together * apart..]
                     }
                 };
                 let add = i + j > 0;

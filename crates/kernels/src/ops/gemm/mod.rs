@@ -84,15 +84,18 @@ pub fn scratch(
     rows: &[usize],
     (out, cols): (usize, usize),
 ) -> usize {
-    if workers.level != Level::Amx || dtype != DType::Bf16 {
-        return 0;
-    }
     let product = |&n: &usize| match direction {
         Direction::Forward => [n, out, cols],
         Direction::Input => [n, cols, out],
         Direction::Weight => [out, cols, n],
     };
-    tiles::shared_bytes(&rows.iter().map(product).collect::<Vec<_>>(), direction != Direction::Weight, workers.threads)
+    let products: Vec<_> = rows.iter().map(product).collect();
+    let (Workers { level, threads }, along) = (workers, direction != Direction::Weight);
+    if level == Level::Amx && dtype == DType::Bf16 {
+        tiles::shared_bytes(&products, along, threads)
+    } else {
+        cpu::shared_bytes(level, threads, &products, dtype, along)
+    }
 }
 
 /// C (+)= op(A) op(B). See the module's contract.

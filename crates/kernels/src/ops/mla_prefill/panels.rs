@@ -24,7 +24,8 @@ pub fn room(n: usize) -> usize {
 
 impl Panels {
     pub fn new(cpu: &Cpu, dtype: DType) -> Self {
-        Self { isa: cpu.isa(), cell: Cell::of(cpu.isa(), dtype == DType::Bf16), group: group_width(cpu.isa()) }
+        let level = cpu.isa().level();
+        Self { isa: cpu.isa(), cell: Cell::of(level, dtype == DType::Bf16), group: group_width(level) }
     }
 
     /// Words of the lanes of `width` outer indices (whole groups) over k.
