@@ -73,7 +73,7 @@ for part in "${parts[@]}"; do
   case $part in
     kernels | engine | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
     # One device at a time, as a run has it.
-    train) ./bin/train --test-threads 1 ;;
+    train) ./bin/train --test-threads 1 --show-output ;;
     cache) cache ;;
     memcheck | racecheck) sanitize "$part" ;;
     *) echo "no part $part" && false ;;

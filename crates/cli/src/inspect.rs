@@ -142,6 +142,7 @@ impl Inspect {
             average: false,
         };
         let gpu = ctx.device.as_cuda();
+        let parameters = Parameters::of(config);
         let m = plan::gpu_memory(gpu.map(|cuda| &**cuda), ctx.host(), &size);
         let name = gpu.map_or("an NVIDIA H200 (there is no GPU here)".to_string(), |cuda| cuda.name().to_string());
         Ok(Some(GpuReport {
@@ -151,7 +152,8 @@ impl Inspect {
             moments: m.moments,
             step: m.step,
             total: m.total,
-            bytes_per_parameter: (m.weights + m.gradients + m.moments) as f64 / Parameters::of(config).total as f64,
+            bytes_per_parameter: (m.weights + m.gradients + m.moments) as f64
+                / (parameters.total + parameters.biases + parameters.mtp) as f64,
         }))
     }
 

@@ -277,7 +277,9 @@ impl Job {
             ensure!(loss.is_finite(), "step {}: expected a finite loss, found {loss}", step + 1);
             losses.push(loss);
         }
-        let most = forgotten.and_then(|()| resident::most()).zip(before);
+        // What a GPU takes is not resident; it is told of steps that are not timed by op.
+        let on_host = ctx.device.as_cuda().is_none();
+        let most = forgotten.and_then(|()| resident::most()).zip(before).filter(|_| on_host);
         let peak = most.map(|(most, before)| most.saturating_sub(before + state));
         let by_op = by_op.map(|b| b.medians());
         Ok(self.row(ctx, &seconds, Training::new(&losses, peak, state, by_op)))

@@ -17,7 +17,10 @@ const MAGIC: &[u8; 8] = b"hadalcu1";
 pub(super) enum CompileError {
     #[error("compiling the kernels of {name} by NVRTC: {why}")]
     Call { name: String, why: String },
-    #[error("NVRTC {} does not compile the kernels of {name}: {log}", version())]
+    #[error(
+        "NVRTC {} does not compile the kernels of {name} (a GPU newer than it wants a newer CUDA): {log}",
+        version()
+    )]
     Source { name: String, log: String },
 }
 

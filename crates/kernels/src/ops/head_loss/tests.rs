@@ -1,7 +1,7 @@
 use super::{Backward, Inputs, Outputs, backward, cpu::SLICE, cuda::SLICE as WIDE, forward, reference, target_weights};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, isas, levels, normals, op_tolerance,
-    thread_counts,
+    assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, isas, levels, normals, older_gpu,
+    op_tolerance, thread_counts,
 };
 use crate::{Buf, Ctx, DType, Weight};
 use hadal_numerics::{Purpose, Rng, Tolerance};
@@ -163,7 +163,7 @@ fn reference_gradients_agree_with_finite_differences() {
 
 #[test]
 fn agrees_with_the_reference() {
-    for ctx in levels() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
         let tol = Tolerance::F32_OP;
         each_case(&ctx, |dtype, c| {
             let (hidden, weight) = (widen(&c.hidden), widen(&c.weight));

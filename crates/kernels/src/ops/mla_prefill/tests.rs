@@ -1,6 +1,6 @@
 use super::{Backward, Inputs, Shape, backward, forward, reference, scratch, tile};
 use crate::testing::{
-    assert_close, assert_same_bits, buf, buf_on, ctx, ctx_of, finite_difference, gpu, isas, levels, normals,
+    assert_close, assert_same_bits, buf, buf_on, ctx, ctx_of, finite_difference, gpu, isas, levels, normals, older_gpu,
     op_tolerance, thread_counts,
 };
 use crate::{Buf, Ctx, DType, Level};
@@ -180,7 +180,7 @@ fn reference_backward_is_the_derivative() {
 
 #[test]
 fn agrees_with_the_reference() {
-    for ctx in levels() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
         let batches: [&[(usize, usize)]; 4] = [
             &[],
             &[(0, 0), (1, 1), (5, 5), (0, 3), (2, 0)],
