@@ -3,6 +3,7 @@
 //! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack for their
 //! time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
 
+use crate::stages::attention;
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};
 use hadal_kernels::Workers;
 use hadal_kernels::ops::gemm::{self, Direction};
@@ -63,15 +64,7 @@ const HEAD_ROW: usize = 32;
 const HEAD_VECTORS: usize = 4;
 
 fn workers(c: &ModelConfig, p: &Passes) -> usize {
-    let shape = mla_prefill::Shape {
-        heads: c.num_attention_heads,
-        nope: c.qk_nope_head_dim,
-        rope: c.qk_rope_head_dim,
-        v: c.v_head_dim,
-        k_pe_stride: c.cache_width(),
-        scale: c.softmax_scale(),
-    };
-    mla_prefill::scratch(p.workers, p.precision.act(), &shape, p.sequences, p.tokens)
+    mla_prefill::scratch(p.workers, p.precision.act(), &attention::shape(c), p.sequences, p.tokens)
 }
 
 struct Walk<'a> {

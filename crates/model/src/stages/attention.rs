@@ -3,7 +3,7 @@
 use super::{Norm, linear, linear_backward};
 use crate::config::LATENT_NORM_EPS;
 use crate::weight_grad::{Shared, WeightGrads};
-use crate::{AttentionIds, BlockIds, Depth, Model, Params};
+use crate::{AttentionIds, BlockIds, Depth, Model, ModelConfig, Params};
 use hadal_kernels::ops::{add, mla_prefill, rope};
 use hadal_kernels::{Buf, Ctx, DType, ViewMut};
 use std::sync::Arc;
@@ -94,8 +94,7 @@ impl Saved {
 }
 
 /// The op's sizes under this model.
-fn shape(model: &Model) -> mla_prefill::Shape {
-    let c = &model.config;
+pub(crate) fn shape(c: &ModelConfig) -> mla_prefill::Shape {
     mla_prefill::Shape {
         heads: c.num_attention_heads,
         nope: c.qk_nope_head_dim,
@@ -202,7 +201,7 @@ pub(crate) fn forward_at(
     let mut out = ctx.empty(h.dtype(), p.n * c.num_attention_heads * c.v_head_dim);
     let mut lse = ctx.empty(DType::F32, p.n * c.num_attention_heads);
     let x = inputs(model, &p.q, &p.kv_a, &kv_up, &places.cu);
-    mla_prefill::forward(ctx, shape(model), x, out.view_mut(), lse.view_mut());
+    mla_prefill::forward(ctx, shape(&model.config), x, out.view_mut(), lse.view_mut());
     let h1 = output(ctx, params, ids, &h, &out, p.n);
     (h1, Saved::new(model, &ids.attention, places, p, kv_up, [out, lse]))
 }
@@ -249,7 +248,7 @@ fn scores_backward(ctx: &Ctx, model: &Model, places: &Places, kv_a: &Buf, s: Sco
         dk_pe: dkv_a.view_mut().slice(tail),
         dk_pe_stride: model.config.cache_width(),
     };
-    mla_prefill::backward(ctx, shape(model), inputs(model, &s.q, kv_a, &s.kv_up, &places.cu), b);
+    mla_prefill::backward(ctx, shape(&model.config), inputs(model, &s.q, kv_a, &s.kv_up, &places.cu), b);
     rotate_queries(ctx, model, &places.positions, dq.view_mut(), true);
     rotate_keys(ctx, model, &places.positions, dkv_a.view_mut(), true);
     [dq, dkv_up, dkv_a]
