@@ -2,6 +2,7 @@
 
 use crate::cuda::Cuda;
 use crate::{Buf, Ctx, DType, Device, Elem, Isa, Level, bf16};
+pub use hadal_numerics::skipped;
 use hadal_numerics::{Purpose, Rng, Tolerance, close};
 
 /// The levels of vector instructions that this CPU has, the narrowest first; a test's run without the others is
@@ -20,17 +21,6 @@ pub fn isas() -> Vec<Isa> {
         isas.extend(Isa::emulated_amx());
     }
     isas
-}
-
-/// Reports on stderr, past the harness that keeps what passing tests print, that the calling test or a part of it did
-/// not run.
-#[track_caller]
-pub fn skipped(reason: &str) {
-    use std::io::Write;
-    let (thread, at) = (std::thread::current(), std::panic::Location::caller());
-    // On a single thread the harness runs tests on its own, which is not named after them.
-    let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);
-    writeln!(std::io::stderr(), "skipped: {test}: {reason}").expect("stderr can be written");
 }
 
 /// A context with `threads` workers on one level.

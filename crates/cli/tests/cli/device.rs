@@ -9,9 +9,7 @@ use hadal_kernels::{Isa, Level};
 pub fn no_gpu() -> bool {
     let absent = Cuda::count().unwrap() == 0;
     if !absent {
-        use std::io::Write;
-        let test = std::thread::current().name().unwrap_or("main").to_string();
-        writeln!(std::io::stderr(), "skipped: {test}: an NVIDIA GPU is here").expect("stderr can be written");
+        hadal_numerics::skipped("an NVIDIA GPU is here");
     }
     absent
 }

@@ -8,10 +8,7 @@ use hadal_kernels::cuda::Cuda;
 #[track_caller]
 fn gpu() -> Option<Ctx> {
     if Cuda::count().unwrap() == 0 {
-        use std::io::Write;
-        let (thread, at) = (std::thread::current(), std::panic::Location::caller());
-        let test = thread.name().filter(|n| *n != "main").map_or_else(|| at.to_string(), str::to_owned);
-        writeln!(std::io::stderr(), "skipped: {test}: no NVIDIA GPU").expect("stderr can be written");
+        hadal_numerics::skipped("no NVIDIA GPU");
         return None;
     }
     let ctx = Device::cuda(0, Some(2)).unwrap().ctx();
