@@ -10,7 +10,7 @@ use hadal_train::plan::{BESIDE, most};
 /// An error if `what` needs more than there is where the context computes.
 pub fn fits_on(ctx: &Ctx, what: &str, needed: usize) -> anyhow::Result<()> {
     match ctx.device.as_cuda() {
-        Some(cuda) => within(what, needed, Some(cuda.free_memory())),
+        Some(cuda) => within(what, needed, Some(cuda.available_memory())),
         None => fits(what, needed),
     }
 }

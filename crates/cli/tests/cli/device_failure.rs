@@ -173,6 +173,16 @@ fn running_out_of_memory_says_what_needs_less() {
     }
 }
 
+/// What a run took of the GPU is what its model is looked at with afterwards, though the driver has nothing left to give.
+#[test]
+fn a_run_is_looked_at_in_the_memory_that_it_took() {
+    let place = place();
+    let args = place.pretrain("out", &["--device", "cuda", "--steps", "2"]);
+    let ran = hadal_with(&place, &args, &[("FAKE_CUDA_OTHERS", "1")]);
+    // That far, as kernels that compute nothing draw no token.
+    assert!(ran.stdout.contains("\nSamples: ") && !ran.stderr.contains("does not fit"), "{ran:?}");
+}
+
 /// Without cuBLASLt, or with one that is of no use, training takes hadal's own kernels, and says so.
 #[test]
 fn without_cublaslt_training_goes_on() {

@@ -2,7 +2,8 @@
 //! driver's name, and of NVRTC's and cuBLASLt's. `FAKE_CUDA` is `VERSION GPUS MAJOR MINOR START`, START being what cuInit
 //! answers. It has memory, which is the host's, and copies at once; kernels compute nothing. `FAKE_CUDA_FAILS` is `KIND N`:
 //! the Nth launch of a kernel, or the Nth `replay` of a graph, fails as a GPU's work does, which is told by the waits
-//! that follow; or the Nth piece of `memory` is not to be had. `FAKE_CUDA_MEMORY` is how many bytes it says it has.
+//! that follow; or the Nth piece of `memory` is not to be had. `FAKE_CUDA_MEMORY` is how many bytes it says it has; where
+//! there is `FAKE_CUDA_OTHERS`, others take what is left of it as soon as a piece is taken.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -136,7 +137,8 @@ extern "C" fn cuDeviceTotalMem_v2(to: *mut usize, _device: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
-    give(free, all_memory()) + give(total, all_memory())
+    let others = std::env::var_os("FAKE_CUDA_OTHERS").is_some() && PIECES.load(SeqCst) > 0;
+    give(free, if others { 0 } else { all_memory() }) + give(total, all_memory())
 }
 
 #[unsafe(no_mangle)]

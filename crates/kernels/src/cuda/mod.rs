@@ -233,6 +233,12 @@ impl Cuda {
         driver::memory_info().map_or(self.total, |(free, _)| free)
     }
 
+    /// As [`Cuda::free_memory`], with what the driver gave already and nothing is in: what a run has left when it is over.
+    pub fn available_memory(&self) -> usize {
+        let held = self.memory();
+        self.free_memory().saturating_add(held.taken - held.used)
+    }
+
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.arch.0 == 9 && !self.plain.load(Ordering::Relaxed)
