@@ -1,9 +1,10 @@
 //! Lines of memory that are asked for before they are needed, a few in each step of a product.
 
 use super::cpu::Pointer;
+use crate::Elem;
 use crate::isa::{prefetch_line, prefetch_line_to_write};
+use crate::ops::by_dtype;
 use crate::panel::Operand;
-use crate::{Elem, bf16};
 use std::ops::Range;
 
 /// Bytes of a cache line.
@@ -32,14 +33,17 @@ impl Lines {
         Self { row, len, apart, rows: if len == 0 { 0 } else { rows }, next: 0, each: lines.div_ceil(steps.max(1)) }
     }
 
-    /// A part of an operand of bf16.
+    /// A part of an operand.
     pub fn of_operand(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, steps: usize) -> Self {
+        fn of<E: Elem>(op: Operand<'_>, rows: &Range<usize>, along: &Range<usize>, steps: usize) -> Lines {
+            let row = E::of(op.data)[rows.start * op.ld + along.start..].as_ptr().cast();
+            Lines::new(row, (rows.len(), op.ld * size_of::<E>()), along.len() * size_of::<E>(), steps)
+        }
         let (rows, along) = if op.k_contiguous { (outer, k) } else { (k, outer) };
         if rows.is_empty() || along.is_empty() {
             return Self::NONE;
         }
-        let row = op.data.bf16()[rows.start * op.ld + along.start..].as_ptr().cast();
-        Self::new(row, (rows.len(), op.ld * size_of::<bf16>()), along.len() * size_of::<bf16>(), steps)
+        by_dtype!(op.data.dtype(), E => of::<E>(op, rows, along, steps))
     }
 
     /// `rows` rows of an output, `apart` elements from one to the next.
@@ -84,7 +88,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::View;
+    use crate::{View, bf16};
     use std::cell::RefCell;
 
     /// Every line once, in the order of the rows, as many in each step as were meant.

@@ -4,7 +4,7 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
-use super::tiles;
+use super::{few, tiles};
 use crate::buffer::Pod;
 use crate::isa::{Isa, Level, SQUARE, vectorised};
 use crate::panel::{self, CELLS, Cell, Multiply, Operand, Part, ROW_CELLS, Rows, block_rows, block_width, group_width};
@@ -83,7 +83,7 @@ impl Product<'_> {
         self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16
     }
 
-    fn cell(&self, level: Level) -> Cell {
+    pub fn cell(&self, level: Level) -> Cell {
         Cell::of(level, self.is_bf16())
     }
 
@@ -128,7 +128,7 @@ impl Product<'_> {
 }
 
 /// Cuts `len` into about so many equal parts of whole multiples.
-fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+pub(super) fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     let step = len.div_ceil(parts).next_multiple_of(multiple);
     (0..len).step_by(step).map(move |i| i..len.min(i + step))
 }
@@ -183,11 +183,14 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         assert!(products.iter().all(Product::is_bf16), "products of several types in one list");
         return tiles::run(cpu, products, &out, accumulate);
     }
+    few::run(cpu, products, &out, accumulate);
     let isa = cpu.isa();
     let mut rounds: Vec<Vec<Columns>> = Vec::new();
     let words = cut(isa.level(), cpu.threads(), products, accumulate, |round, columns| {
-        rounds.resize_with(round + 1, Vec::new);
-        rounds[round].push(columns);
+        if !few::takes(isa.level(), &products[columns.product]) {
+            rounds.resize_with(round + 1, Vec::new);
+            rounds[round].push(columns);
+        }
     });
     let mut shared = cpu.empty::<u32>(words);
     for columns in &rounds {
@@ -440,7 +443,7 @@ pub(super) enum Pointer {
 }
 
 /// Consecutive elements of the output.
-enum Segment<'a> {
+pub(super) enum Segment<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [bf16]),
 }
@@ -477,7 +480,7 @@ impl<'a> Output<'a> {
     ///
     /// # Safety
     /// Nothing else refers to any of them while the segment lives.
-    unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
+    pub unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
         assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
         // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
         unsafe {

@@ -13,6 +13,7 @@
 mod ahead;
 pub(super) mod cpu;
 pub(super) mod cuda;
+mod few;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
