@@ -2,15 +2,11 @@
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
-use super::Level;
+use super::{LINE, Level};
 use crate::bf16;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub(crate) const SQUARE: usize = 16;
-
-/// Bytes of a cache line.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
 
 /// Writes the transpose of the square at the head of `src` (rows `ld` apart) to the head of `dst` (rows `width` apart),
 /// but only its first `lines` rows.

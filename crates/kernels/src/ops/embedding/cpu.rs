@@ -1,11 +1,11 @@
 //! Forward copies rows. Backward gives each task a block of the table's rows and the positions that point into it, so
 //! that no two tasks add to one row and the order of a row's sum is that of the positions.
 
-use crate::isa::{Isa, vectorised};
+use crate::isa::{Isa, copied_rows, copy_rows, vectorised};
 use crate::ops::add::cpu::convert_piece;
 use crate::{Cpu, Elem, View, ViewMut, Weight};
 
-/// Elements that a task of the forward writes, at least.
+/// Elements that a task of the forward converts, at least.
 const PIECE: usize = 1 << 14;
 /// Table rows per task of the backward.
 const BLOCK: usize = 64;
@@ -19,8 +19,17 @@ fn row(id: i32, rows: usize) -> usize {
 
 pub fn forward<W: Elem, T: Elem>(cpu: &Cpu, ids: &[i32], table: &Weight<'_>, y: ViewMut<'_>) {
     let (d, w) = (table.cols, W::of(table.data));
+    let y = T::of_mut(y);
+    if W::DTYPE == T::DTYPE {
+        let all = y.len();
+        let rows = copied_rows::<T>(d, all);
+        return cpu.chunks_mut(y, rows * d.max(1), |i, y| {
+            let source = |j: usize| ids.get(i * rows + j).map(|&id| &w[row(id, table.rows) * d..]);
+            copy_rows(cpu.isa(), y, d, all, |j| source(j).map(bytemuck::cast_slice));
+        });
+    }
     let rows = PIECE.div_ceil(d.max(1));
-    cpu.chunks_mut(T::of_mut(y), rows * d.max(1), |i, y| {
+    cpu.chunks_mut(y, rows * d.max(1), |i, y| {
         for (y, &id) in y.chunks_exact_mut(d).zip(&ids[i * rows..]) {
             convert_piece(cpu.isa(), &w[row(id, table.rows) * d..][..d], y);
         }

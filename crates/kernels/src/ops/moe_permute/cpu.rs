@@ -2,11 +2,13 @@
 //! counting sort over N * K small integers that costs less than handing it out.
 
 use super::Combine;
-use crate::isa::{Isa, vectorised};
+use crate::isa::{Isa, LINE, ask, copied_rows, copy_rows, vectorised};
 use crate::{Cpu, Elem};
 
 /// Elements of one task, about.
 const BLOCK: usize = 16_384;
+/// Rows of so many bytes are asked for before their turn; longer ones the CPU fetches ahead on its own.
+const SHORT: usize = 1024;
 /// Columns summed at a time.
 const TILE: usize = 64;
 
@@ -39,11 +41,11 @@ pub fn plan(indices: &[i32], offsets: &mut [i32], row_of_slot: &mut [i32], slot_
 
 /// `rows[r]` = `x[slot_of_row[r] / K]`.
 pub fn permute<T: Elem>(cpu: &Cpu, x: &[T], dim: usize, top_k: usize, slot_of_row: &[i32], rows: &mut [T]) {
-    let block = block_rows(dim);
+    let all = rows.len();
+    let block = copied_rows::<T>(dim, all);
     cpu.chunks_mut(rows, block * dim, |b, rows| {
-        for (row, &slot) in rows.chunks_exact_mut(dim).zip(&slot_of_row[b * block..]) {
-            row.copy_from_slice(&x[slot as usize / top_k * dim..][..dim]);
-        }
+        let slot = |i: usize| slot_of_row.get(b * block + i);
+        copy_rows(cpu.isa(), rows, dim, all, |i| slot(i).map(|&slot| &x[slot as usize / top_k * dim..]));
     });
 }
 
@@ -60,8 +62,8 @@ pub fn permute_backward<T: Elem>(
     let block = block_rows(dim);
     cpu.chunks_mut(dx, block * dim, |b, dx| {
         for (r, dx) in dx.chunks_exact_mut(dim).enumerate() {
-            let slots = (b * block + r) * top_k..(b * block + r + 1) * top_k;
-            let s = Sum { rows: d_rows, row_of_slot: &row_of_slot[slots], weights: None, base: None, extra: None };
+            let [slots, next] = slots_of(row_of_slot, top_k, b * block + r);
+            let s = Sum { rows: d_rows, row_of_slot: slots, weights: None, base: None, extra: None, next };
             sum_rows(cpu.isa(), s, accumulate, dx);
         }
     });
@@ -76,17 +78,24 @@ pub fn combine<T: Elem>(cpu: &Cpu, a: Combine<'_>) {
     cpu.chunks_mut(T::of_mut(a.y), block * dim, |b, y| {
         for (r, y) in y.chunks_exact_mut(dim).enumerate() {
             let n = b * block + r;
-            let slots = n * top_k..(n + 1) * top_k;
+            let [slots, next] = slots_of(row_of_slot, top_k, n);
             let s = Sum {
                 rows,
-                row_of_slot: &row_of_slot[slots.clone()],
-                weights: Some(&weights[slots]),
+                row_of_slot: slots,
+                weights: Some(&weights[n * top_k..][..top_k]),
                 base: base.map(|x| &x[n * dim..][..dim]),
                 extra: extra.map(|x| &x[n * dim..][..dim]),
+                next,
             };
             sum_rows(cpu.isa(), s, false, y);
         }
     });
+}
+
+/// The rows of the n-th token and of the one after it, if there is one.
+fn slots_of(row_of_slot: &[i32], top_k: usize, n: usize) -> [&[i32]; 2] {
+    let (slots, rest) = row_of_slot[n * top_k..].split_at(top_k);
+    [slots, &rest[..top_k.min(rest.len())]]
 }
 
 /// What one token's row is the sum of, in this order: `base`, the rows of its slots times their weights, `extra`.
@@ -96,13 +105,19 @@ struct Sum<'a, T> {
     row_of_slot: &'a [i32],
     weights: Option<&'a [f32]>,
     extra: Option<&'a [T]>,
+    /// The next token's rows, which are asked for meanwhile if they are short.
+    next: &'a [i32],
 }
 
 vectorised! {
     /// out = the sum, to which `accumulate` adds out.
     fn sum_rows<T: Elem>(isa: Isa, s: Sum<'_, T>, accumulate: bool, out: &mut [T]) {
         let whole = out.len() / TILE * TILE;
+        let next = if size_of_val(out) <= SHORT { s.next } else { &[] };
         for at in (0..whole).step_by(TILE) {
+            for next in next.iter().map(|&row| &s.rows[row as usize * out.len() + at..]) {
+                (0..TILE).step_by(LINE / size_of::<T>()).for_each(|i| ask(next.as_ptr().wrapping_add(i).cast()));
+            }
             sum_columns::<T, TILE>(&s, at, accumulate, out);
         }
         for at in whole..out.len() {

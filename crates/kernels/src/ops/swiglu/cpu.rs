@@ -1,5 +1,6 @@
 //! SwiGLU on the cores, in blocks of rows; every element is on its own, so the cut changes no bits.
 
+use super::words as vectors;
 use crate::buffer::{words, words_mut};
 use crate::isa::{Job, Lanes, Level};
 use crate::math::sigmoid_fused;
@@ -17,23 +18,29 @@ pub fn forward<T: Elem>(cpu: &Cpu, gate_up: &[T], width: usize, rows: usize, y: 
     cpu.chunks_mut(&mut y[..live], block * width, |b, y| {
         let inputs = gate_up[b * block * 2 * width..].chunks_exact(2 * width);
         for (y, x) in y.chunks_exact_mut(width).zip(inputs) {
-            cpu.isa().run(ForwardRow { x, y });
+            let done = vectors::forward(cpu.isa(), x, y);
+            if done < width {
+                cpu.isa().run(ForwardRow { x, y, done });
+            }
         }
     });
 }
 
+/// The elements behind those that are done.
 struct ForwardRow<'a, T> {
     x: &'a [T],
     y: &'a mut [T],
+    done: usize,
 }
 
 impl<T: Elem> Job for ForwardRow<'_, T> {
     #[inline(always)]
     fn run<V: Lanes>(self) {
         let (gate, up) = self.x.split_at(self.y.len());
+        let (gate, up, y) = (&gate[self.done..], &up[self.done..], &mut self.y[self.done..]);
         // Two elements at a time take more registers than the narrowest level has.
-        let whole = if V::LEVEL == Level::Portable { 0 } else { self.y.len() / T::PARTS * T::PARTS };
-        let (y, y_tail) = self.y.split_at_mut(whole);
+        let whole = if V::LEVEL == Level::Portable { 0 } else { y.len() / T::PARTS * T::PARTS };
+        let (y, y_tail) = y.split_at_mut(whole);
         let ((gate, gate_tail), (up, up_tail)) = (gate.split_at(whole), up.split_at(whole));
         let (y, gate, up) = (words_mut(y).0, words(gate).0, words(up).0);
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
@@ -69,7 +76,7 @@ pub fn backward<T: Elem>(
     let Some((weights, d_weights)) = weights else {
         return cpu.chunks2_mut((dy, block * width), (gate_up, block * 2 * width), |_, dy, x| {
             for (dy, x) in dy.chunks_exact_mut(width).zip(x.chunks_exact_mut(2 * width)) {
-                cpu.isa().run(BackwardRow { dy, x, weight: 1.0, dot: &mut 0.0 });
+                backward_row(cpu, dy, x, 1.0);
             }
         });
     };
@@ -78,18 +85,29 @@ pub fn backward<T: Elem>(
         let (x, d_weights) = &mut pair[0];
         let rows = dy.chunks_exact_mut(width).zip(x.chunks_exact_mut(2 * width)).zip(d_weights.iter_mut());
         for (((dy, x), d), &weight) in rows.zip(&weights[b * block..]) {
-            cpu.isa().run(BackwardRow { dy, x, weight, dot: d });
+            *d = backward_row(cpu, dy, x, weight);
         }
     });
+}
+
+/// dy . y of a row, and in its place what [`backward`] says.
+fn backward_row<T: Elem>(cpu: &Cpu, dy: &mut [T], x: &mut [T], weight: f32) -> f32 {
+    let (done, dot) = vectors::backward(cpu.isa(), dy, x, weight);
+    let mut rest = 0.0;
+    if done < dy.len() {
+        cpu.isa().run(BackwardRow { dy, x, done, weight, dot: &mut rest });
+    }
+    dot + rest
 }
 
 /// Words computed at once, each with sums of its own for a dot product.
 const WORDS: usize = 16;
 
-/// dy . y goes to `dot`.
+/// The elements behind those that are done; their dy . y goes to `dot`.
 struct BackwardRow<'a, T> {
     dy: &'a mut [T],
     x: &'a mut [T],
+    done: usize,
     weight: f32,
     dot: &'a mut f32,
 }
@@ -99,8 +117,9 @@ impl<T: Elem> Job for BackwardRow<'_, T> {
     fn run<V: Lanes>(self) {
         let weight = self.weight;
         let (gate, up) = self.x.split_at_mut(self.dy.len());
-        let whole = self.dy.len() / (WORDS * T::PARTS) * (WORDS * T::PARTS);
-        let (dy, dy_tail) = self.dy.split_at_mut(whole);
+        let (gate, up, dy) = (&mut gate[self.done..], &mut up[self.done..], &mut self.dy[self.done..]);
+        let whole = dy.len() / (WORDS * T::PARTS) * (WORDS * T::PARTS);
+        let (dy, dy_tail) = dy.split_at_mut(whole);
         let ((gate, gate_tail), (up, up_tail)) = (gate.split_at_mut(whole), up.split_at_mut(whole));
         let blocks = |x| words_mut::<T>(x).0.as_chunks_mut::<WORDS>().0;
         let mut sums = [[0.0f32; WORDS]; 2];

@@ -7,6 +7,7 @@ mod cuda;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use super::by_dtype;
 use crate::sizes::sizes;
