@@ -5,6 +5,11 @@
 //! `P` qk_nope_head_dim, `R` qk_rope_head_dim, `W` v_head_dim, `C` kv_lora_rank, `E` experts, `K` experts per token,
 //! `F` expert width, `V` vocabulary. All matrices are row-major.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "what AVX-512 and AMX alone use is compiled everywhere and called on x86-64")
+)]
+
 mod buffer;
 pub mod cuda;
 mod device;
