@@ -1,9 +1,9 @@
 //! Lines of memory that are asked for before they are needed, a few in each step of a product.
 
-use super::cpu::Pointer;
+use super::{Operand, Pointer};
+use crate::Elem;
 use crate::isa::{prefetch_line, prefetch_line_to_write};
-use crate::panel::Operand;
-use crate::{Elem, bf16};
+use crate::ops::by_dtype;
 use std::ops::Range;
 
 /// Bytes of a cache line.
@@ -11,7 +11,7 @@ const LINE: usize = 64;
 
 /// Rows of bytes, `apart` bytes from one to the next, that are asked for line by line.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     row: *const u8,
     len: usize,
     apart: usize,
@@ -32,14 +32,21 @@ impl Lines {
         Self { row, len, apart, rows: if len == 0 { 0 } else { rows }, next: 0, each: lines.div_ceil(steps.max(1)) }
     }
 
-    /// A part of an operand of bf16.
+    /// A part of an operand.
     pub fn of_operand(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, steps: usize) -> Self {
         let (rows, along) = if op.k_contiguous { (outer, k) } else { (k, outer) };
         if rows.is_empty() || along.is_empty() {
             return Self::NONE;
         }
-        let row = op.data.bf16()[rows.start * op.ld + along.start..].as_ptr().cast();
-        Self::new(row, (rows.len(), op.ld * size_of::<bf16>()), along.len() * size_of::<bf16>(), steps)
+        by_dtype!(op.data.dtype(), T => {
+            let row = T::of(op.data)[rows.start * op.ld + along.start..].as_ptr().cast();
+            Self::new(row, (rows.len(), op.ld * size_of::<T>()), along.len() * size_of::<T>(), steps)
+        })
+    }
+
+    /// Consecutive words.
+    pub fn of_words(words: &[u32], steps: usize) -> Self {
+        Self::new(words.as_ptr().cast(), (1, 0), size_of_val(words), steps)
     }
 
     /// `rows` rows of an output, `apart` elements from one to the next.
@@ -84,7 +91,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::View;
+    use crate::{View, bf16};
     use std::cell::RefCell;
 
     /// Every line once, in the order of the rows, as many in each step as were meant.
