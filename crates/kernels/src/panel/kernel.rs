@@ -209,7 +209,7 @@ impl Multiply<'_> {
                     }
                 }
             }
-            // Rows four at a time from a pointer of their own, and how far each of the four is.
+            // A pointer for every four rows: with one for each they would not fit the registers.
             let mut fours: [*const f32; 3] = std::array::from_fn(|four| rows.wrapping_add(four * 4 * row_step));
             for some in (0..self.cells).step_by(SQUARE) {
                 self.ahead.iter_mut().for_each(Lines::step);

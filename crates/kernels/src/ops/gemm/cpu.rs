@@ -34,9 +34,9 @@ pub struct Product<'a> {
 /// Rows of a tile at most: what is packed of them for a span is to stay in the second-level cache. A multiple of every
 /// level's block.
 const ROWS: usize = 240;
-/// A product of so few rows, whose k runs across them or along them, is not cut along them, so that its columns are packed
-/// by the task that uses them.
-const ROWS_ALONE: [usize; 2] = [512, 480];
+/// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
+/// they are f32 that k runs across, which need no room for themselves.
+const ROWS_ALONE: [usize; 2] = [480, 512];
 /// Columns of a tile at most where its sums wait for the next span, and where they do not.
 const COLUMNS: [usize; 2] = [512, 2048];
 /// Pieces of k that rows are packed for at once.
@@ -115,7 +115,8 @@ impl Product<'_> {
     /// Parts of rows and of columns when a task should do about `work` multiply-adds.
     fn grid(&self, pieces: usize, work: usize) -> (usize, usize) {
         let most = COLUMNS[usize::from(pieces <= SPAN)];
-        let alone = self.m <= ROWS_ALONE[usize::from(self.a.k_contiguous)];
+        let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
+        let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
         let mut rows = if alone { 1 } else { self.m.div_ceil(ROWS) };
         let mut columns = self.n.div_ceil(most);
         while rows * columns < self.work().div_ceil(work) {
