@@ -8,7 +8,7 @@ export HADAL_CACHE=${HADAL_CACHE:-$PWD/cache}
 # Kernels are compiled for every architecture, not only for this machine's.
 export HADAL_TEST_ARCHS=${HADAL_TEST_ARCHS:-all}
 parts=("$@")
-[ ${#parts[@]} = 0 ] && parts=(kernels engine train golden cache memcheck racecheck)
+[ ${#parts[@]} = 0 ] && parts=(kernels engine train golden steps cache memcheck racecheck)
 log=$(mktemp)
 : > report.txt
 say() { echo "$*" | tee -a report.txt; }
@@ -67,6 +67,14 @@ cache() {
   rm -r "$folder"
 }
 
+# What a bench says of a real step: the host waited for none, and all were replayed.
+steps() {
+  local row
+  row=$(./bin/hadal bench train --preset nano --batch 2 --seq 64 --steps 12 --device cuda --json | tail -n 1)
+  echo "row: $row"
+  [[ $row == *'"host_waits":0.0,'*'"graph_replayed":true'* ]] || { echo "broken: expected no waits and all steps replayed" && return 1; }
+}
+
 failed=0
 for part in "${parts[@]}"; do
   begin=$SECONDS
@@ -74,6 +82,7 @@ for part in "${parts[@]}"; do
     kernels | engine | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
     # One device at a time, as a run has it.
     train) ./bin/train --test-threads 1 --show-output ;;
+    steps) steps ;;
     cache) cache ;;
     memcheck | racecheck) sanitize "$part" ;;
     *) echo "no part $part" && false ;;
@@ -82,7 +91,7 @@ for part in "${parts[@]}"; do
   summary=$(grep -aE '^test result: (FAILED|.* [1-9][0-9]* passed)|^[a-z]+check SUMMARY' "$log" | tr '\n' ' ')
   say "$part: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - begin)) s: $summary"
   grep -aoE 'skipped: .*' "$log" | sort -u | sed 's/^/  /' | tee -a report.txt
-  grep -aE '^[A-Za-z0-9]+: loss .* apart$' "$log" | sed 's/^/  /' | tee -a report.txt
+  grep -aE '^(Fp32|Bf16)[^:]*: loss .* apart$|^[a-z]+: [0-9]+ bytes, predicted [0-9]+$|^row: ' "$log" | sed 's/^/  /' | tee -a report.txt
   if [ $status != 0 ]; then
     failed=1
     grep -aE -A4 'panicked|^broken: |^========= (Invalid|Error|ERROR)' "$log" | head -n 80 | cut -c1-400 | sed 's/^/  /' | tee -a report.txt

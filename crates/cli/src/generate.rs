@@ -5,6 +5,7 @@ use crate::{Global, open};
 use anyhow::Context;
 use clap::Args;
 use hadal_data::Tokenizer;
+use hadal_engine::plan::Work;
 use hadal_engine::{CacheOptions, Engine, Finish, Request};
 use hadal_kernels::Ctx;
 use hadal_model::{Model, ModelConfig, Params, Precision, account};
@@ -44,6 +45,8 @@ pub struct Generate {
     bos: bool,
 }
 
+/// What takes less of a GPU's memory.
+const LESS: &str = "a shorter prompt, a smaller --max-tokens or --dtype bf16 needs less";
 /// Tokens written unless said otherwise.
 const MAX_TOKENS: usize = 128;
 
@@ -92,10 +95,16 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Opens a model with room for one sequence of its whole length, or `tokens` if that is less.
-    pub fn open(ctx: &Ctx, path: &Path, precision: Precision, tokens: usize, out: &Output) -> anyhow::Result<Self> {
+    /// Opens a model with room for one sequence: `prompt` tokens, `tokens` with what is written.
+    fn open(
+        ctx: &Ctx,
+        path: &Path,
+        precision: Precision,
+        [prompt, tokens]: [usize; 2],
+        out: &Output,
+    ) -> anyhow::Result<Self> {
         let room = |c: &ModelConfig| tokens.min(c.max_position_embeddings).max(1);
-        let opened = open::model(ctx, path, precision, |c| open::cache_bytes(c, precision, room(c)), out)?;
+        let opened = open::model(ctx, path, precision, |c| Work::Write { prompt, tokens: room(c) }, out)?;
         let tokenizer = open::tokenizer(path, &opened.model.config)?;
         let room = room(&opened.model.config);
         Ok(Self::new(ctx, opened.model.into(), opened.params.into(), tokenizer.into(), room))
@@ -157,7 +166,7 @@ impl Writer {
 impl Generate {
     /// Streams the continuation.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = global.inference()?;
+        let ctx = global.inference(LESS)?;
         let precision = hadal_train::precision(&self.dtype)?;
         let dir = open::resolve(&self.model)?;
         // Warnings come when the model is opened.
@@ -180,7 +189,8 @@ impl Generate {
         };
         // Before weights are read and a cache is made.
         sampling.request(ids.clone(), &config).validate(&config).with_context(|| self.model.display().to_string())?;
-        let mut writer = Writer::open(&ctx, &dir, precision, ids.len().saturating_add(max_tokens), out)?;
+        let tokens = [ids.len(), ids.len().saturating_add(max_tokens)];
+        let mut writer = Writer::open(&ctx, &dir, precision, tokens, out)?;
         let generated = writer.write(&ctx, &self.prompt, ids, sampling, |text| out.text(text));
         let generated = generated.with_context(|| self.model.display().to_string())?;
         out.text("\n");

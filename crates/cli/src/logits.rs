@@ -4,6 +4,7 @@ use crate::output::Output;
 use crate::{Global, open};
 use anyhow::Context;
 use clap::Args;
+use hadal_engine::plan::Work;
 use hadal_engine::{CacheOptions, Engine, logits_uncached};
 use hadal_model::ModelConfig;
 use safetensors::tensor::{Dtype, TensorView};
@@ -11,6 +12,9 @@ use std::path::PathBuf;
 
 /// Tokens that go through the cache at once.
 const CHUNK: usize = 256;
+
+/// What takes less of a GPU's memory.
+const LESS: &str = "fewer --tokens or --dtype bf16 need less";
 
 /// Options of `logits`.
 #[derive(Args)]
@@ -37,7 +41,7 @@ pub struct Logits {
 impl Logits {
     /// Writes the file.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let ctx = global.inference()?;
+        let ctx = global.inference(LESS)?;
         // Before the work, not after it.
         let parent = self.out.parent().filter(|p| !p.as_os_str().is_empty());
         if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
@@ -45,13 +49,12 @@ impl Logits {
         }
         let precision = hadal_train::precision(&self.dtype)?;
         let tokens = self.tokens()?;
-        let room = |c: &ModelConfig| {
-            // The logits, as bytes, and as the file's bytes.
-            let logits = tokens.len().saturating_mul(c.vocab_size * 3 * size_of::<f32>());
-            let cached = if self.no_cache { 0 } else { tokens.len().min(c.max_position_embeddings) };
-            open::cache_bytes(c, precision, cached).saturating_add(logits)
+        let work = |c: &ModelConfig| {
+            // More are refused.
+            let tokens = tokens.len().min(c.max_position_embeddings);
+            if self.no_cache { Work::Uncached { tokens } } else { Work::Logits { tokens, chunk: CHUNK } }
         };
-        let opened = open::model(&ctx, &self.model, precision, room, out)?;
+        let opened = open::model(&ctx, &self.model, precision, work, out)?;
         let vocab = opened.model.config.vocab_size;
         let logits = if self.no_cache {
             logits_uncached(&ctx, &opened.model, &opened.params, &tokens)

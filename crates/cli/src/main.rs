@@ -122,11 +122,13 @@ impl Global {
         self.opened.get()?.as_cuda()?.notice()
     }
 
-    /// As [`Global::ctx`], for inference: a token's numbers are the same whatever else is computed beside it.
-    fn inference(&self) -> anyhow::Result<Ctx> {
+    /// As [`Global::ctx`], for inference: a token's numbers are the same whatever else is computed beside it. `less` is
+    /// what takes less of a GPU's memory.
+    fn inference(&self, less: &'static str) -> anyhow::Result<Ctx> {
         let ctx = self.ctx()?;
         if let Some(cuda) = ctx.device.as_cuda() {
             cuda.set_invariant(true);
+            cuda.advise(less);
         }
         Ok(ctx)
     }

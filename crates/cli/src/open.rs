@@ -4,8 +4,9 @@ use crate::memory;
 use crate::output::Output;
 use anyhow::Context;
 use hadal_data::Tokenizer;
+use hadal_engine::plan::Work;
 use hadal_kernels::Ctx;
-use hadal_model::{Checkpoint, Model, ModelConfig, Params, Precision, account};
+use hadal_model::{Checkpoint, Layout, Model, ModelConfig, Params, Precision, Scope, account};
 use std::path::{Path, PathBuf};
 
 /// A model ready for inference.
@@ -47,19 +48,20 @@ pub fn config(dir: &Path, out: &Output) -> anyhow::Result<ModelConfig> {
     Ok(config)
 }
 
-/// Opens the model in `path` for inference, without MTP layers, if its weights and the `room` bytes that the work will
-/// take beside them fit this machine.
+/// Opens the model in `path` for inference, without MTP layers, if its weights and `work` with them fit the memory of
+/// where it computes.
 pub fn model(
     ctx: &Ctx,
     path: &Path,
     precision: Precision,
-    room: impl FnOnce(&ModelConfig) -> usize,
+    work: impl FnOnce(&ModelConfig) -> Work,
     out: &Output,
 ) -> anyhow::Result<Opened> {
-    opened(ctx, path, precision, Model::without_mtp, room, out)
+    let fits = |config: &ModelConfig| memory::inference(ctx, config, precision, work(config));
+    opened(ctx, path, precision, Model::without_mtp, fits, out)
 }
 
-/// As [`model`], with the MTP layers that the files hold.
+/// As [`model`], with the MTP layers that the files hold, and `room` bytes for what is computed.
 pub fn with_mtp(
     ctx: &Ctx,
     path: &Path,
@@ -67,7 +69,11 @@ pub fn with_mtp(
     room: impl FnOnce(&ModelConfig) -> usize,
     out: &Output,
 ) -> anyhow::Result<Opened> {
-    opened(ctx, path, precision, Model::whole, room, out)
+    let fits = |config: &ModelConfig| {
+        let weights = Params::inference_bytes(&Layout::new(config, Scope::whole(config)), precision);
+        memory::fits_on(ctx, memory::WHAT, weights.saturating_add(room(config)))
+    };
+    opened(ctx, path, precision, Model::whole, fits, out)
 }
 
 fn opened(
@@ -75,7 +81,7 @@ fn opened(
     path: &Path,
     precision: Precision,
     part: fn(&Ctx, ModelConfig) -> Model,
-    room: impl FnOnce(&ModelConfig) -> usize,
+    fits: impl FnOnce(&ModelConfig) -> anyhow::Result<()>,
     out: &Output,
 ) -> anyhow::Result<Opened> {
     let dir = resolve(path)?;
@@ -83,9 +89,8 @@ fn opened(
     let checkpoint = Checkpoint::open(&dir)?;
     // Files hold MTP layers or not, whatever the field says.
     config.num_nextn_predict_layers = checkpoint.mtp_layers(&config);
+    fits(&config).with_context(|| path.display().to_string())?;
     let model = part(ctx, config);
-    let needed = Params::inference_bytes(&model.layout, precision).saturating_add(room(&model.config));
-    memory::fits_on(ctx, "the model with what it computes", needed).with_context(|| path.display().to_string())?;
     let (params, warnings) = checkpoint.load_for_inference(ctx, &model.config, model.layout.clone(), precision)?;
     warnings.iter().for_each(|w| out.warn(w));
     Ok(Opened { model, params })

@@ -185,12 +185,12 @@ impl Engine {
         let (drawn, last) = self.caught_up(&plan);
         let logits = self.last_logits(ctx, &hidden, &last);
         // Of logits, which are as wide as the vocabulary, nothing leaves the device.
-        let mut finite = ctx.empty(DType::I32, drawn.len());
-        sample::finite(ctx, logits.view(), finite.view_mut());
+        let finite = self.finite(ctx, &logits, drawn.len());
         if let Some(bad) = ctx.download(finite.view()).i32().iter().position(|&f| f == 0) {
             return Err(self.give_up(&drawn, bad));
         }
-        let (tokens, logp) = self.draw(ctx, &logits, &drawn);
+        let how: Vec<sample::Params> = drawn.iter().map(|&i| self.sequences[i].sampling()).collect();
+        let (tokens, logp) = self.draw(ctx, &logits, &how);
         let (tokens, logp) = (ctx.download(tokens.view()), ctx.download(logp.view()));
         let answers = drawn.iter().zip(tokens.i32()).zip(logp.f32());
         // A drawn token is an id, never negative.
@@ -296,13 +296,48 @@ impl Engine {
         heads::logits(ctx, &self.model, &self.params, &picked)
     }
 
-    /// The next token of each sequence of `drawn` and its log-probability, from its row of the logits.
-    fn draw(&self, ctx: &Ctx, logits: &Buf, drawn: &[usize]) -> (Buf, Buf) {
-        let n = drawn.len();
+    /// Of each of the n rows of the logits 0 if a number in it is not finite.
+    fn finite(&self, ctx: &Ctx, logits: &Buf, n: usize) -> Buf {
+        let mut finite = ctx.empty(DType::I32, n);
+        sample::finite(ctx, logits.view(), finite.view_mut());
+        finite
+    }
+
+    /// The next token of each row of the logits, drawn as `how` says, and its log-probability.
+    fn draw(&self, ctx: &Ctx, logits: &Buf, how: &[sample::Params]) -> (Buf, Buf) {
+        let n = how.len();
         let (mut tokens, mut logp) = (ctx.zeros(DType::I32, n), ctx.zeros(DType::F32, n));
-        let how: Vec<sample::Params> = drawn.iter().map(|&i| self.sequences[i].sampling()).collect();
-        sample::sample(ctx, logits.view(), &how, tokens.view_mut(), logp.view_mut());
+        sample::sample(ctx, logits.view(), how, tokens.view_mut(), logp.view_mut());
         (tokens, logp)
+    }
+
+    /// Takes the memory, on a device that only counts, of the step that computes the last `new` of a sequence's `tokens`
+    /// tokens and draws the next.
+    pub(crate) fn rehearse_step(&mut self, ctx: &Ctx, tokens: usize, new: usize) {
+        let hidden = self.rehearse_forward(ctx, tokens, new);
+        let logits = self.last_logits(ctx, &hidden, &[new as i32 - 1]);
+        let finite = self.finite(ctx, &logits, 1);
+        drop(ctx.download(finite.view()));
+        // With a limit on the choice, whatever the request: drawing may take memory for that.
+        let how =
+            sample::Params { temperature: 1.0, top_k: 1, top_p: 0.5, seed: 0, request: 0, position: tokens as u64 };
+        drop(self.draw(ctx, &logits, &[how]));
+    }
+
+    /// As [`Engine::rehearse_step`], of the last pass of [`Engine::logits`].
+    pub(crate) fn rehearse_logits(&mut self, ctx: &Ctx, tokens: usize, chunk: usize) {
+        let vocab = self.model.config.vocab_size;
+        let out = ctx.zeros(DType::F32, tokens * vocab);
+        let hidden = self.rehearse_forward(ctx, tokens, tokens.min(chunk));
+        drop((heads::logits(ctx, &self.model, &self.params, &hidden), out));
+    }
+
+    /// Hidden states of the last `new` of `tokens` tokens, the others being in the cache.
+    fn rehearse_forward(&mut self, ctx: &Ctx, tokens: usize, new: usize) -> Arc<Buf> {
+        let blocks = self.pool.allocate(blocks_for(tokens)).expect("an engine that was made for as many");
+        let step = pack(ctx, &[Span { tokens: &vec![0; new], first: tokens - new, blocks: &blocks }]);
+        self.pool.free(blocks);
+        decode::forward(ctx, &self.model, &self.params, &step, &mut self.cache.layers)
     }
 
     /// Takes out sequence `drawn[bad]`; the rest of `drawn` computes its last token again in the next step, to the same

@@ -2,13 +2,14 @@
 //! pure functions of counts. Knows no text and prints nothing.
 //!
 //! Read in this order: `pool` (who holds which block), `scheduler` (which sequences advance), `batch` (one forward pass
-//! out of them), `engine` (the loop), `logits` (the same numbers without a cache).
+//! out of them), `engine` (the loop), `logits` (the same numbers without a cache), `plan` (what all of it takes on a GPU).
 
 mod batch;
 mod cache;
 mod engine;
 mod error;
 mod logits;
+pub mod plan;
 pub mod pool;
 mod request;
 pub mod scheduler;

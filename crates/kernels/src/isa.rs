@@ -14,7 +14,7 @@ mod tiles;
 use crate::DeviceError;
 use std::sync::OnceLock;
 
-pub(crate) use lanes::{Job, Lanes, fma};
+pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
     SQUARE, interleave, prefetch, prefetch_line, prefetch_line_to_write, round_row, transpose, transpose_cells,
     transpose_halves,

@@ -65,7 +65,7 @@ impl Params {
     }
 
     /// All zeros, without masters where they are not what is computed with.
-    pub(crate) fn zeros_for_inference(ctx: &Ctx, layout: Arc<Layout>, precision: Precision) -> Self {
+    pub fn zeros_for_inference(ctx: &Ctx, layout: Arc<Layout>, precision: Precision) -> Self {
         if precision == Precision::Fp32 {
             return Self::zeros(ctx, layout, precision);
         }

@@ -70,11 +70,11 @@ pub fn gpu_memory(like: Option<&Cuda>, host: &Arc<Cpu>, size: &StepSize) -> GpuM
     GpuMemory { weights, gradients, moments, step: peak - state, total }
 }
 
-/// Bytes that are left to kernels and libraries.
-const BESIDE: usize = 512 << 20;
+/// Bytes of a GPU's memory that are left to kernels and libraries.
+pub const BESIDE: usize = 512 << 20;
 
 /// The most that fits of `limit`, if fewer fit where more do.
-fn most(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
+pub fn most(limit: usize, fits: impl Fn(usize) -> bool) -> usize {
     let (mut fitting, mut beyond) = (0, limit + 1);
     while beyond - fitting > 1 {
         let middle = fitting + (beyond - fitting) / 2;

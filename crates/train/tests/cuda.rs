@@ -1,11 +1,11 @@
-//! Training on a GPU beside the same training on CPUs: `nano`, 50 steps. Where there is no GPU, the tests say that they
-//! were skipped.
+//! Training on a GPU beside the same training on CPUs: `nano`, 50 steps; also by the kernels that GPUs before Hopper get.
+//! Where there is no GPU, the tests say that they were skipped.
 
 mod support;
 
 use hadal_kernels::{Ctx, Device};
 use hadal_model::{Model, ModelConfig, Params, Precision, Recompute, Sequence};
-use hadal_train::plan::{StepSize, gpu_memory};
+use hadal_train::plan::{GpuMemory, StepSize, gpu_memory};
 use hadal_train::{
     AdamW, Build, DataSettings, Held, Metrics, Objective, Observer, Run, Settings, Start, StepReport, TrainConfig,
     Trainer, evaluate, pretrain,
@@ -30,8 +30,17 @@ fn nano() -> ModelConfig {
     ModelConfig::preset("nano").unwrap()
 }
 
+/// `nano` with the heads of the published models, for which Hopper has an attention of its own in both directions.
+fn nano_with_published_heads() -> ModelConfig {
+    let (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) = (128, 64, 128);
+    ModelConfig { num_attention_heads: 2, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, ..nano() }
+}
+
 fn trainer(ctx: &Ctx, precision: Precision) -> Trainer {
-    let config = nano();
+    trainer_of(ctx, nano(), precision)
+}
+
+fn trainer_of(ctx: &Ctx, config: ModelConfig, precision: Precision) -> Trainer {
     let model = Model::whole(ctx, config.clone());
     let params = Params::init(ctx, &config, model.layout.clone(), precision, 3);
     Trainer::new(ctx, model, params, ADAMW, OBJECTIVE)
@@ -56,7 +65,11 @@ fn batch(step: usize) -> Vec<Vec<Sequence>> {
 }
 
 fn run(ctx: &Ctx, precision: Precision, steps: usize) -> (Trainer, Vec<StepReport>) {
-    let mut trainer = trainer(ctx, precision);
+    run_of(ctx, nano(), precision, steps)
+}
+
+fn run_of(ctx: &Ctx, config: ModelConfig, precision: Precision, steps: usize) -> (Trainer, Vec<StepReport>) {
+    let mut trainer = trainer_of(ctx, config, precision);
     let reports = (0..steps).map(|step| trainer.step(ctx, &batch(step), rate(step))).collect();
     (trainer, reports)
 }
@@ -85,6 +98,33 @@ fn fifty_steps_in_fp32_are_those_of_the_cpu() {
 #[test]
 fn fifty_steps_in_bf16_are_those_of_the_cpu() {
     parity(Precision::Bf16, 1e-2);
+}
+
+/// The whole model by the kernels of both kinds, the older ones without cuBLASLt too, where each is used for all it can do.
+#[test]
+fn kernels_for_older_gpus_train_as_the_cpu_does() {
+    const FEW: usize = 20;
+    if gpu().is_none() {
+        return;
+    }
+    for (name, config) in [("nano", nano()), ("published heads", nano_with_published_heads())] {
+        for (precision, limit) in [(Precision::Fp32, 1e-3), (Precision::Bf16, 1e-2)] {
+            let on_cpu = run_of(&cpu(), config.clone(), precision, FEW).1;
+            for (kernels, older, own_products) in
+                [("the GPU's", false, false), ("older", true, false), ("older alone", true, true)]
+            {
+                let Some((ctx, cuda)) = gpu() else { return };
+                if older {
+                    cuda.set_plain();
+                }
+                cuda.set_invariant(own_products);
+                let apart = distance(&run_of(&ctx, config.clone(), precision, FEW).1, &on_cpu);
+                println!("{precision:?}, {name}, {kernels} kernels: loss at most {apart:.2e} apart");
+                let what = format!("{precision:?}, {name}, {kernels} kernels");
+                assert!(apart <= limit, "{what}: losses up to {apart:.2e} apart, expected at most {limit:e}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -168,19 +208,32 @@ fn validation_in_between_changes_nothing() {
     }
 }
 
-/// What a step was predicted to hold at its fullest moment is what it holds, within a twentieth and the scratch that the
-/// library of products may or may not want.
+/// What a step was predicted to hold at its fullest moment is what it holds, within a twentieth.
+///
+/// The prediction, which `inspect` prints, is the step itself on a device that only counts, so that both take the same
+/// buffers in the same order, whatever the numbers in them: experts' buffers have the size of all rows, not of those that
+/// come. They differ in one: what cuBLASLt wants as scratch for a product is known only where it is, and the prediction
+/// takes the most that it may want. Of a model of `mini`'s size, 1.9 GB with its state, that is less than a twentieth,
+/// which is looked at without a GPU too.
 #[test]
 fn memory_is_predicted() {
     const SCRATCH: usize = 32 << 20;
-    let (config, sequences, tokens) = (nano(), 8, 512);
-    for recompute in [Recompute::None, Recompute::Paper, Recompute::All] {
+    const ALL: [Recompute; 3] = [Recompute::None, Recompute::Paper, Recompute::All];
+    let (config, sequences, tokens) = (ModelConfig::preset("mini").unwrap(), 8, 512);
+    let (precision, objective, average, micro_batches) = (Precision::Bf16, OBJECTIVE, false, 1);
+    let size = |recompute| {
+        let config = config.clone();
+        StepSize { config, precision, recompute, micro_batches, sequences, tokens, objective, average }
+    };
+    let most = |m: GpuMemory| m.weights + m.gradients + m.moments + m.step;
+    for recompute in ALL {
+        let least = most(gpu_memory(None, cpu().host(), &size(recompute))) - SCRATCH;
+        assert!(SCRATCH <= least / 20, "{}: {least} bytes", recompute.name());
+    }
+    for recompute in ALL {
         let Some((ctx, cuda)) = gpu() else { return };
-        let (precision, objective, average) = (Precision::Bf16, OBJECTIVE, false);
-        let micro_batches = 1;
-        let of = config.clone();
-        let size = StepSize { config: of, precision, recompute, micro_batches, sequences, tokens, objective, average };
-        let m = gpu_memory(Some(&cuda), ctx.host(), &size);
+        let m = gpu_memory(Some(&cuda), ctx.host(), &size(recompute));
+        let predicted = most(m);
         cuda.reserve(m.total);
         let taken = cuda.memory().taken;
 
@@ -191,14 +244,15 @@ fn memory_is_predicted() {
         let micro = |step: usize| {
             vec![(0..sequences).map(|i| sequence(config.vocab_size, tokens, 11 * step + i)).collect::<Vec<_>>()]
         };
-        for step in 0..4 {
+        // Launched, recorded, replayed.
+        for step in 0..3 {
             trainer.step(&ctx, &micro(step), rate(step));
         }
-        let (found, predicted) = (cuda.memory(), m.weights + m.gradients + m.moments + m.step);
+        let found = cuda.memory();
         println!("{}: {} bytes, predicted {predicted}", recompute.name(), found.peak);
         assert_eq!(found.taken, taken, "{}: one piece is enough", recompute.name());
         assert!(
-            found.peak <= predicted + predicted / 20 && predicted <= found.peak + found.peak / 20 + SCRATCH,
+            found.peak <= predicted + predicted / 20 && predicted <= found.peak + found.peak / 20,
             "{}: {} bytes, predicted {predicted}",
             recompute.name(),
             found.peak

@@ -234,6 +234,34 @@ mod tests {
         assert!(machine(&device).chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'));
     }
 
+    /// Keys that only training on a GPU has, only training, or only an op of a step.
+    #[test]
+    fn a_result_has_the_keys_of_its_kind() {
+        let row = Row::new(&Device::cpu(Some(1)).unwrap(), "train", "nano 1x8 bf16 cuda".into(), "tokens/s", 1.0);
+        let object = |row: &Row| serde_json::to_value(row).unwrap().as_object().unwrap().clone();
+        let plain: Vec<String> = object(&row).keys().cloned().collect();
+        let added = |row: &Row| -> serde_json::Map<String, serde_json::Value> {
+            object(row).into_iter().filter(|(key, _)| !plain.contains(key)).collect()
+        };
+        let keys = |row: &Row| added(row).keys().cloned().collect::<Vec<_>>();
+        let of_training = ["first_loss", "mean_loss", "peak_bytes", "state_bytes"];
+        let trained = |ahead| {
+            let training = Training { ahead, ..Training::new(&[2.0, 1.0], Some(3), 4, None) };
+            Row { training: Some(training), ..row.clone() }
+        };
+        assert_eq!(keys(&trained(None)), of_training);
+        let on_gpu = trained(Some(Ahead { host_waits: 0.0, graph_replayed: true }));
+        let mut all = of_training.to_vec();
+        all.extend(["host_waits", "graph_replayed"]);
+        assert_eq!(keys(&on_gpu), all);
+        assert_eq!((&added(&on_gpu)["host_waits"], &added(&on_gpu)["graph_replayed"]), (&0.0.into(), &true.into()));
+        let by_op = BTreeMap::from([("adamw".to_string(), Spent { seconds: 0.5, calls: 2 })]);
+        let timed = Row { training: Some(Training::new(&[1.0], None, 4, Some(by_op))), ..row.clone() };
+        assert_eq!(keys(&timed), [&of_training[..], &["by_op"]].concat());
+        assert!(added(&timed)["peak_bytes"].is_null() && added(&timed)["by_op"]["adamw"] == 0.5);
+        assert_eq!(timed.ops().iter().map(keys).collect::<Vec<_>>(), [["calls"]]);
+    }
+
     #[test]
     fn days_have_dates() {
         for (days, expected) in [

@@ -1,5 +1,7 @@
 //! Benches: every kind runs its smallest cases once and prints results of one form; wrong options are one line.
 
+#[cfg(target_os = "linux")]
+use crate::device_failure::{hadal_with, place};
 use crate::support::{Place, Ran, hadal, number, refused, succeeds};
 use serde_json::Value;
 use std::process::Command;
@@ -164,6 +166,33 @@ fn training_is_measured_with_other_keys_of_the_model() {
     for set in ["model.num_nextn_predict_layers=1", "model.mtp_hidden=pre-norm"] {
         refuse(set, &[set, "has no effect on hadal bench train, which trains without MTP"]);
     }
+}
+
+/// Keys of a step on a GPU, which the host gives it ahead of time; where there is no GPU, of one that computes nothing.
+#[test]
+#[cfg(target_os = "linux")]
+fn training_on_a_gpu_tells_how_far_the_host_was_ahead() {
+    let train = |steps: &str, more: &[&str]| {
+        let made = ["bench", "train", "--preset", "nano", "--batch", "2", "--seq", "16", "--steps", steps];
+        let args = [&made[..], &["--device", "cuda", "--json"], more].concat();
+        // Another GPU's library could not be put in the place of one that is there.
+        if hadal_kernels::cuda::Cuda::count().unwrap() > 0 {
+            return hadal(&args);
+        }
+        hadal_with(&place(), &args.iter().map(|a| a.to_string()).collect::<Vec<_>>(), &[])
+    };
+    let result = |ran: Ran, keys: &[&str]| {
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let row = ran.objects().pop().unwrap();
+        is_result(&row, "train", &[&KEYS[..], &OF_TRAINING, keys].concat());
+        row
+    };
+    let row = result(train("5", &[]), &["host_waits", "graph_replayed"]);
+    assert_eq!((row["host_waits"].as_f64(), row["graph_replayed"].as_bool()), (Some(0.0), Some(true)), "{row}");
+    // Steps that are timed by op are launched one by one, and each is waited for.
+    result(train("2", &["--by-op"]), &["by_op"]);
+    let few = train("2", &[]);
+    assert!(few.code == Some(1) && few.stderr.contains("--steps 2: expected at least 3 on a GPU"), "{few:?}");
 }
 
 /// The ops of a step take no more time than the step.

@@ -2,12 +2,12 @@
 //! is not real: what is said, and what is left.
 
 use crate::device::{fake_driver, no_gpu};
-use crate::support::{Place, Ran, succeeds};
+use crate::support::{Place, Ran, succeeds, trained};
 use std::collections::BTreeSet;
 use std::process::Command;
 
 /// A place with a GPU of compute capability 8.0.
-fn place() -> Place {
+pub fn place() -> Place {
     let place = Place::new();
     fake_driver(&place);
     for other in ["libnvrtc.so", "libcublasLt.so"] {
@@ -23,7 +23,7 @@ fn hadal(place: &Place, args: &[String], fails: &str, sync: bool) -> Ran {
 }
 
 /// Runs `hadal` there, with these variables.
-fn hadal_with(place: &Place, args: &[String], variables: &[(&str, &str)]) -> Ran {
+pub fn hadal_with(place: &Place, args: &[String], variables: &[(&str, &str)]) -> Ran {
     let out = Command::new(env!("CARGO_BIN_EXE_hadal"))
         .args(args)
         .env("LD_LIBRARY_PATH", place.arg(""))
@@ -108,6 +108,79 @@ fn a_step_that_does_not_fit_is_refused_with_what_would() {
     let sequences: usize = fits.split_once(" sequences of 32 at a time").expect(&line).0.parse().unwrap();
     assert!((300_000..900_000).contains(&sequences), "{line}");
     assert!(!place.path("out/latest").exists());
+}
+
+/// Arguments of a verb on the GPU.
+fn on_gpu(args: &[&str]) -> Vec<String> {
+    args.iter().chain(&["--device", "cuda"]).map(|a| a.to_string()).collect()
+}
+
+/// What inference takes is known before a weight is read, and where it does not fit, what would.
+#[test]
+fn inference_that_does_not_fit_is_refused_with_what_would() {
+    let (place, model) = (place(), trained().join("step-000003"));
+    let (model, out) = (model.to_str().unwrap(), place.arg("logits.safetensors"));
+    let ids = vec!["7"; 60].join(",");
+    let logits = ["logits", model, "--tokens", &ids, "--out", &out];
+    let ran = |args: &[&str], bytes: usize| {
+        hadal_with(&place, &on_gpu(args), &[("FAKE_CUDA_MEMORY", &((512 << 20) + bytes).to_string())])
+    };
+    let refused = |args: &[&str], bytes: usize| {
+        let ran = ran(args, bytes);
+        let line = ran.stderr.lines().find_map(|l| l.strip_prefix("error: "));
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        line.unwrap_or_else(|| panic!("{ran:?}")).to_string()
+    };
+    let nothing = "; nothing of this model fits: a smaller one does, or a device with more memory";
+    for args in [&logits[..], &["generate", model, "The river"]] {
+        let line = refused(args, 1000);
+        let begins =
+            format!("{model}: the model with what it computes does not fit: expected at most 1.00 kB of memory");
+        assert!(line.starts_with(&begins) && line.ends_with(nothing), "{line}");
+    }
+    // Every number of ids takes more than fewer do, and as many as are said to fit do.
+    for more in [&[][..], &["--no-cache"]] {
+        let args = [&logits[..], more].concat();
+        let enough = (1..).map(|i| i << 14).find(|&bytes| ran(&args, bytes).code == Some(0)).unwrap();
+        let bytes = enough - (20 << 10);
+        let line = refused(&args, bytes);
+        let fits = line.split_once("; what fits: --tokens of ").expect(&line).1;
+        let n: usize = fits.strip_suffix(" ids").expect(&line).parse().unwrap();
+        assert!((1..60).contains(&n), "{line}");
+        let of = |n: usize| {
+            let ids = vec!["7"; n].join(",");
+            ran(&[&["logits", model, "--tokens", &ids, "--out", &out], more].concat(), bytes).code
+        };
+        assert_eq!((of(n), of(n + 1)), (Some(0), Some(1)), "{line}");
+    }
+}
+
+/// Memory that others took in the meantime: each verb says what of its own would need less.
+#[test]
+fn running_out_of_memory_says_what_needs_less() {
+    let (place, model) = (place(), trained().join("step-000003"));
+    let model = model.to_str().unwrap();
+    let out = place.arg("logits.safetensors");
+    let train = place.pretrain("out", &["--device", "cuda"]);
+    for (args, less) in [
+        (on_gpu(&["generate", model, "The river"]), "a smaller --max-tokens or --dtype bf16 needs less"),
+        (on_gpu(&["logits", model, "--tokens", "1,2", "--out", &out]), "fewer --tokens or --dtype bf16 need less"),
+        (train, "a smaller batch, a shorter sequence or recompute = \"all\" needs less"),
+    ] {
+        let ran = hadal(&place, &args, "memory 1", false);
+        let line = ran.stderr.lines().find_map(|l| l.strip_prefix("error: GPU 0 (Fake 1000): ")).unwrap_or_default();
+        assert!(ran.code == Some(1) && line.contains(" GiB wanted, ") && line.contains(less), "{ran:?}");
+    }
+}
+
+/// What a run took of the GPU is what its model is looked at with afterwards, though the driver has nothing left to give.
+#[test]
+fn a_run_is_looked_at_in_the_memory_that_it_took() {
+    let place = place();
+    let args = place.pretrain("out", &["--device", "cuda", "--steps", "2"]);
+    let ran = hadal_with(&place, &args, &[("FAKE_CUDA_OTHERS", "1")]);
+    // That far, as kernels that compute nothing draw no token.
+    assert!(ran.stdout.contains("\nSamples: ") && !ran.stderr.contains("does not fit"), "{ran:?}");
 }
 
 /// Without cuBLASLt, or with one that is of no use, training takes hadal's own kernels, and says so.

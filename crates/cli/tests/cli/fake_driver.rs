@@ -2,26 +2,34 @@
 //! driver's name, and of NVRTC's and cuBLASLt's. `FAKE_CUDA` is `VERSION GPUS MAJOR MINOR START`, START being what cuInit
 //! answers. It has memory, which is the host's, and copies at once; kernels compute nothing. `FAKE_CUDA_FAILS` is `KIND N`:
 //! the Nth launch of a kernel, or the Nth `replay` of a graph, fails as a GPU's work does, which is told by the waits
-//! that follow.
+//! that follow; or the Nth piece of `memory` is not to be had. `FAKE_CUDA_MEMORY` is how many bytes it says it has; where
+//! there is `FAKE_CUDA_OTHERS`, others take what is left of it as soon as a piece is taken.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 /// CUDA_ERROR_ILLEGAL_ADDRESS.
 const ILLEGAL_ADDRESS: c_int = 700;
+/// CUDA_ERROR_OUT_OF_MEMORY.
+const OUT_OF_MEMORY: c_int = 2;
 /// CUBLAS_STATUS_NOT_INITIALIZED.
 const NOT_INITIALIZED: c_int = 1;
 
+static PIECES: AtomicUsize = AtomicUsize::new(0);
 static KERNELS: AtomicUsize = AtomicUsize::new(0);
 static REPLAYS: AtomicUsize = AtomicUsize::new(0);
 static RECORDING: AtomicBool = AtomicBool::new(false);
 static FAILED: AtomicBool = AtomicBool::new(false);
 
+/// Counts one of that kind, and says whether it is the one that fails.
+fn fails(kind: &str, count: &AtomicUsize) -> bool {
+    let n = count.fetch_add(1, SeqCst) + 1;
+    std::env::var("FAKE_CUDA_FAILS").is_ok_and(|which| which == format!("{kind} {n}"))
+}
+
 /// Counts a launch of that kind.
 fn launched(kind: &str, count: &AtomicUsize) -> c_int {
-    let fails = std::env::var("FAKE_CUDA_FAILS").unwrap_or_default();
-    let n = count.fetch_add(1, SeqCst) + 1;
-    if fails == format!("{kind} {n}") {
+    if fails(kind, count) {
         FAILED.store(true, SeqCst);
     }
     0
@@ -118,19 +126,24 @@ fn memory(bytes: usize) -> *mut u8 {
     unsafe { std::alloc::alloc_zeroed(layout) }
 }
 
+fn all_memory() -> usize {
+    std::env::var("FAKE_CUDA_MEMORY").map_or(1 << 34, |bytes| bytes.parse().expect("a number"))
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceTotalMem_v2(to: *mut usize, _device: c_int) -> c_int {
-    give(to, 1 << 34)
+    give(to, all_memory())
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
-    give(free, 1 << 34) + give(total, 1 << 34)
+    let others = std::env::var_os("FAKE_CUDA_OTHERS").is_some() && PIECES.load(SeqCst) > 0;
+    give(free, if others { 0 } else { all_memory() }) + give(total, all_memory())
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(to: *mut u64, bytes: usize) -> c_int {
-    give(to, memory(bytes) as u64)
+    if fails("memory", &PIECES) { OUT_OF_MEMORY } else { give(to, memory(bytes) as u64) }
 }
 
 #[unsafe(no_mangle)]

@@ -63,6 +63,7 @@ fn wanted(arch: (u32, u32)) -> Wanted {
     let cuda = Cuda::dry_as("a GPU that is not there".into(), arch, 132, usize::MAX, host);
     let ctx = Device::Cuda(cuda.clone()).ctx();
     cuda.set_invariant(true);
+    super::tests::kernels(&ctx);
     for dtype in [DType::F32, DType::Bf16] {
         for case in CASES {
             case(&ctx, dtype);

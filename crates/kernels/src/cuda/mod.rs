@@ -79,6 +79,8 @@ pub struct Cuda {
     /// A graph is being recorded.
     recording: AtomicBool,
     counts: Counts,
+    /// See [`Cuda::advise`].
+    less: OnceLock<&'static str>,
     recent: Mutex<Recent>,
     pub(crate) profile: OnceLock<Profile>,
 }
@@ -178,6 +180,7 @@ impl Cuda {
             plain: AtomicBool::new(false),
             recording: AtomicBool::new(false),
             counts: Counts::default(),
+            less: OnceLock::new(),
             recent: Mutex::default(),
             profile: OnceLock::new(),
         })
@@ -230,14 +233,19 @@ impl Cuda {
         driver::memory_info().map_or(self.total, |(free, _)| free)
     }
 
+    /// As [`Cuda::free_memory`], with what the driver gave already and nothing is in: what a run has left when it is over.
+    pub fn available_memory(&self) -> usize {
+        let held = self.memory();
+        self.free_memory().saturating_add(held.taken - held.used)
+    }
+
     /// Hopper, the one architecture with wgmma.
     pub(crate) fn has_wgmma(&self) -> bool {
         self.arch.0 == 9 && !self.plain.load(Ordering::Relaxed)
     }
 
-    /// Takes the kernels for older GPUs from now on, so that they can be tested here.
-    #[cfg(test)]
-    pub(crate) fn set_plain(&self) {
+    /// Takes the kernels for older GPUs from now on: on Hopper, where they are tested.
+    pub fn set_plain(&self) {
         self.plain.store(true, Ordering::Relaxed);
     }
 
@@ -351,19 +359,32 @@ impl Cuda {
         if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             self.fail(&format!("taking {bytes} bytes of memory: {e}"));
         }
-        let (free, total) = driver::memory_info().unwrap_or((0, self.total));
+        error::fail(self.shortage(bytes, driver::memory_info().unwrap_or((0, self.total)), &e.to_string()))
+    }
+
+    /// What the user is told when `bytes` are not to be had.
+    fn shortage(&self, bytes: usize, (free, total): (usize, usize), why: &str) -> String {
         let used = self.memory().used;
         let gib = |b: usize| b as f64 / (1u64 << 30) as f64;
-        error::fail(format!(
-            "GPU {} ({}): {:.2} GiB wanted, {:.2} GiB in use by this process, {:.2} of {:.2} GiB free ({e}); a smaller \
-             batch, a shorter sequence or recompute = \"all\" needs less: `hadal inspect --device cuda` predicts how much",
+        format!(
+            "GPU {} ({}): {:.2} GiB wanted, {:.2} GiB in use by this process, {:.2} of {:.2} GiB free ({why}); {}",
             self.ordinal,
             self.name,
             gib(bytes),
             gib(used),
             gib(free),
-            gib(total)
-        ))
+            gib(total),
+            self.less.get().unwrap_or(&Self::LESS_IN_TRAINING)
+        )
+    }
+
+    /// What takes less memory, unless [`Cuda::advise`] has said something else.
+    const LESS_IN_TRAINING: &str = "a smaller batch, a shorter sequence or recompute = \"all\" needs less: `hadal inspect \
+                                    --device cuda` predicts how much";
+
+    /// Sets what the user is told, once memory runs out, that would take less of it; the first word holds.
+    pub fn advise(&self, less: &'static str) {
+        let _ = self.less.set(less);
     }
 
     /// `len` elements of whatever value; with debug assertions NaN or -1. The memory is the device's again when the

@@ -1,9 +1,9 @@
 //! The device itself: memory, copies, launches, recordings. Each test needs a GPU.
 
-use super::{Cuda, Grid, PRELUDE, Source, Value, args};
-use crate::ops::{gemm, rmsnorm};
-use crate::testing::{gpu, normals};
-use crate::{Buf, Ctx, DType, View, Weight};
+use super::{Cuda, Grid, PRELUDE, SM90, Source, Value, args};
+use crate::ops::{gemm, gemm_grouped, rmsnorm};
+use crate::testing::{assert_same_bits, buf_on, gpu, normals, skipped};
+use crate::{Buf, Ctx, DType, View, ViewMut, Weight};
 use std::sync::Arc;
 
 static SOURCE: Source = Source {
@@ -24,6 +24,41 @@ pub(super) fn scale_at(cuda: &Cuda, dtype: DType, (at, n): (u64, usize), by: f32
     let kernel = cuda.kernel(&SOURCE, "scale", &[("T", Value::Type(dtype))]);
     let grid = Grid::new([n.div_ceil(128) as u32, 1, 1], 128);
     cuda.launch(&kernel, grid, &args![at, n as i32, by, more.view().ptr()]);
+}
+
+/// A kernel that may begin early: it lets the next one begin at once, and waits before it reads and writes.
+static EARLY: Source = Source {
+    name: "early.cu",
+    heads: &[PRELUDE, SM90],
+    text: "extern \"C\" __global__ void mix(const u32* x, u32* y, int n) {
+        let_next_begin();
+        wait_for_previous();
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+            y[i] = (y[i] ^ x[i]) * 2654435761u + i;
+    }",
+};
+
+/// What [`EARLY`] does to an element.
+fn mixed(x: u32, y: u32, i: usize) -> u32 {
+    (y ^ x).wrapping_mul(2_654_435_761).wrapping_add(i as u32)
+}
+
+/// [`EARLY`] over all of `x` and `y`, in few blocks, so that the next launch's find room beside them.
+fn mix(cuda: &Cuda, x: View<'_>, mut y: ViewMut<'_>) {
+    let kernel = cuda.kernel(&EARLY, "mix", &[]);
+    let n = x.len() as i32;
+    cuda.launch(&kernel, Grid::new([64, 1, 1], 256).early(), &args![x.ptr(), y.ptr(), n]);
+}
+
+/// The kernels of these tests.
+pub(super) fn kernels(ctx: &Ctx) {
+    let Some(cuda) = ctx.device.as_cuda() else { return };
+    let (mut x, one) = (ctx.zeros(DType::F32, 1), ctx.zeros(DType::F32, 1));
+    scale(cuda, &mut x, 1.0, &one);
+    if cuda.has_wgmma() {
+        let (x, mut y) = (ctx.zeros(DType::I32, 1), ctx.zeros(DType::I32, 1));
+        mix(cuda, x.view(), y.view_mut());
+    }
 }
 
 /// The context and its GPU, if there is one.
@@ -84,6 +119,92 @@ fn a_recording_replays_on_what_memory_holds_then() {
     assert!(graph.replay());
 }
 
+/// Kernels that may begin early, behind fillings and copies that are long enough for them to be overtaken, behind one
+/// another and before a copy and a filling: launched and replayed, each finds what the one before it left.
+#[test]
+fn what_begins_early_waits_for_fillings_and_copies() {
+    let Some((ctx, cuda)) = device() else { return };
+    if !cuda.has_wgmma() {
+        return skipped("no wgmma");
+    }
+    const N: usize = 8 << 20;
+    const ROUNDS: usize = 3;
+    let zeros = || ctx.zeros(DType::I32, N);
+    let (mut filled, mut state, mut copied, mut other) = (zeros(), zeros(), zeros(), zeros());
+    let step = |filled: &mut Buf, state: &mut Buf, copied: &mut Buf, other: &mut Buf| {
+        cuda.fill_words(filled.view_mut(), 7);
+        mix(&cuda, filled.view(), state.view_mut());
+        cuda.copy(state.view(), copied.view_mut());
+        mix(&cuda, copied.view(), other.view_mut());
+        mix(&cuda, other.view(), state.view_mut());
+        // What comes too early finds this.
+        cuda.fill_words(filled.view_mut(), 9);
+        cuda.zero(copied.view_mut());
+    };
+    let expected = |rounds: usize| -> Vec<i32> {
+        let of = |i| {
+            let round = |(state, other), _| {
+                let state = mixed(7, state, i);
+                let other = mixed(state, other, i);
+                (mixed(other, state, i), other)
+            };
+            (0..rounds).fold((0, 0), round).0 as i32
+        };
+        (0..N).map(of).collect()
+    };
+    for round in 1..=ROUNDS {
+        step(&mut filled, &mut state, &mut copied, &mut other);
+        assert!(state.view().to_i32() == expected(round), "launched, round {round}");
+    }
+    let (graph, ()) = cuda.capture(|| step(&mut filled, &mut state, &mut copied, &mut other));
+    for round in ROUNDS + 1..=2 * ROUNDS {
+        assert!(graph.replay());
+        assert!(state.view().to_i32() == expected(round), "replayed, round {round}");
+    }
+    // One behind the other.
+    (0..ROUNDS).for_each(|_| assert!(graph.replay()));
+    assert!(state.view().to_i32() == expected(3 * ROUNDS), "replayed without a wait in between");
+}
+
+/// Experts' products, which begin early on Hopper, between copies and fillings: a replayed step has the bits of a
+/// launched one.
+#[test]
+fn products_of_experts_wait_for_fillings_and_copies() {
+    let Some((ctx, cuda)) = device() else { return };
+    let (rows, dim, width, experts) = (4096, 512, 256, 8);
+    let data = |stream, n| buf_on(&ctx, DType::Bf16, &normals(stream, n, 0.1));
+    let (source, w) = (data(1, rows * dim), data(2, experts * width * dim));
+    let w = Weight::stacked(w.view(), experts, width, dim);
+    let offsets = ctx.from_i32(&[0, 5, 805, 805, 2000, 2001, 3000, 3500, 4096]);
+    let run = |replayed: bool| {
+        let (mut x, mut y) = (ctx.zeros(DType::Bf16, rows * dim), ctx.zeros(DType::Bf16, rows * width));
+        let (mut dy, mut dw) = (y.clone(), ctx.zeros(DType::F32, experts * width * dim));
+        let mut step = || {
+            cuda.copy(source.view(), x.view_mut());
+            gemm_grouped::grouped(&ctx, x.view(), offsets.view(), &w, y.view_mut());
+            cuda.copy(y.view(), dy.view_mut());
+            let (at, to) = (offsets.view(), dw.view_mut());
+            gemm_grouped::grouped_backward_weight(&ctx, x.view(), dy.view(), at, width, dim, to, true);
+            gemm_grouped::grouped_backward_input(&ctx, dy.view(), offsets.view(), &w, x.view_mut());
+            cuda.zero(dy.view_mut());
+        };
+        // What is uploaded once is there afterwards.
+        step();
+        if replayed {
+            let (graph, ()) = cuda.capture(&mut step);
+            (0..3).for_each(|_| assert!(graph.replay()));
+        } else {
+            (0..3).for_each(|_| step());
+        }
+        [x, y, dw]
+    };
+    let (launched, replayed) = (run(false), run(true));
+    for (name, (a, b)) in ["dx", "y", "dw"].iter().zip(launched.iter().zip(&replayed)) {
+        assert_same_bits(name, a, b);
+    }
+    assert!(launched[2].view().to_f32().iter().any(|&x| x != 0.0));
+}
+
 #[test]
 fn tables_are_uploaded_once() {
     let Some((_, cuda)) = device() else { return };
@@ -105,6 +226,27 @@ fn more_memory_than_there_is_says_so() {
     assert!(message.contains("GiB wanted") && message.contains("recompute"), "{message}");
     // And the device goes on.
     assert_eq!(ctx.from_f32(&[1.0]).view().to_f32(), [1.0]);
+}
+
+/// What runs out of memory is told what would need less: training, or who has said what else.
+#[test]
+fn a_shortage_says_what_needs_less() {
+    let said = |advice: Option<&'static str>| {
+        let cuda = Cuda::dry(None, crate::testing::ctx().host().clone());
+        advice.into_iter().for_each(|less| cuda.advise(less));
+        let held = cuda.zeros(DType::F32, 1 << 28);
+        let message = cuda.shortage(3 << 30, (5 << 29, 10 << 30), "why");
+        drop(held);
+        message
+    };
+    let begins =
+        "GPU 0 (NVIDIA H200): 3.00 GiB wanted, 1.00 GiB in use by this process, 2.50 of 10.00 GiB free (why); ";
+    let in_training = "a smaller batch, a shorter sequence or recompute = \"all\" needs less: `hadal inspect --device \
+                       cuda` predicts how much";
+    for (advice, ends) in [(None, in_training), (Some("fewer --tokens need less"), "fewer --tokens need less")] {
+        let found = said(advice);
+        assert_eq!(found, format!("{begins}{ends}"));
+    }
 }
 
 /// What a GPU that is not there holds is what one would hold that is.

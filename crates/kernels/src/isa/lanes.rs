@@ -29,7 +29,21 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn dot(self, _b: Self, _c: Self) -> Self {
         unreachable!("asked for only where PAIRS says so")
     }
+    /// Whether there are [`Lanes::turned`] and [`Lanes::halves`].
+    const TURNS: bool = false;
+    /// The transpose of `N` rows of eight words, `apart` bytes from one to the next, aligned or not: vector i has word i
+    /// of every row.
+    unsafe fn turned(_rows: *const u8, _apart: usize) -> [Self; TURNED] {
+        unreachable!("asked for only where TURNS says so")
+    }
+    /// Both bf16 of each lane, widened: those in the low halves, then those in the high halves.
+    unsafe fn halves(self) -> [Self; 2] {
+        unreachable!("asked for only where TURNS says so")
+    }
 }
+
+/// Words of a row that [`Lanes::turned`] takes.
+pub(crate) const TURNED: usize = 8;
 
 /// Work that is compiled once per level. `run` must be `#[inline(always)]`, as must all it calls.
 pub(crate) trait Job {
@@ -131,7 +145,7 @@ mod four {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
-    use super::{Job, Lanes, Level};
+    use super::{Job, Lanes, Level, TURNED};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -177,6 +191,47 @@ pub(super) mod x86 {
             // SAFETY: the caller is compiled for AVX512F.
             Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
         }
+        const TURNS: bool = true;
+        /// Rows are read to vectors in pairs, so that three rounds of merging do what takes four for whole rows.
+        #[inline(always)]
+        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
+            // SAFETY: the caller is compiled for AVX512F, and vouches for 32 bytes of 16 rows.
+            unsafe {
+                let mut x = [_mm512_setzero_si512(); 8];
+                for (i, x) in x.iter_mut().enumerate() {
+                    // Row i of the first or the last eight, and the row four later.
+                    let row = rows.add((i / 4 * 8 + i % 4) * apart);
+                    let half = |row: *const u8| _mm256_loadu_si256(row.cast());
+                    *x = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(row)), half(row.add(4 * apart)));
+                }
+                let mut y = [_mm512_setzero_si512(); 8];
+                for (x, y) in x.chunks_exact(4).zip(y.chunks_exact_mut(4)) {
+                    let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+                    let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+                    y[0] = _mm512_unpacklo_epi64(a, c);
+                    y[1] = _mm512_unpackhi_epi64(a, c);
+                    y[2] = _mm512_unpacklo_epi64(b, d);
+                    y[3] = _mm512_unpackhi_epi64(b, d);
+                }
+                // Quarters of y[i]: word i of rows 0 to 3, word 4 + i of them, then the same of rows 4 to 7.
+                let mut words = [Self(_mm512_setzero_ps()); TURNED];
+                for i in 0..4 {
+                    let (first, last) = (_mm512_castsi512_ps(y[i]), _mm512_castsi512_ps(y[4 + i]));
+                    words[i].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(first, last);
+                    words[4 + i].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(first, last);
+                }
+                words
+            }
+        }
+        #[inline(always)]
+        unsafe fn halves(self) -> [Self; 2] {
+            // SAFETY: the caller is compiled for AVX512F.
+            unsafe {
+                let words = _mm512_castps_si512(self.0);
+                let high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+                [_mm512_slli_epi32::<16>(words), high].map(|x| Self(_mm512_castsi512_ps(x)))
+            }
+        }
     }
 
     /// [`Avx512`] on a CPU that also multiplies pairs of bf16.
@@ -216,6 +271,17 @@ pub(super) mod x86 {
             // SAFETY: as above.
             Self(Avx512(unsafe { _mm512_dpbf16_ps(c.0.0, pairs(self.0), pairs(b.0)) }))
         }
+        const TURNS: bool = true;
+        #[inline(always)]
+        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
+            // SAFETY: as above.
+            unsafe { Avx512::turned(rows, apart) }.map(Self)
+        }
+        #[inline(always)]
+        unsafe fn halves(self) -> [Self; 2] {
+            // SAFETY: as above.
+            unsafe { self.0.halves() }.map(Self)
+        }
     }
 
     /// AMD's vdpbf16ps does twice the work of an f32 multiply-add in the same time; Intel's before AMX does less.
@@ -252,6 +318,38 @@ pub(super) mod x86 {
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {
             // SAFETY: the caller is compiled for FMA.
             Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+        }
+        const TURNS: bool = true;
+        /// As for AVX-512, of eight rows: two rounds are left.
+        #[inline(always)]
+        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
+            // SAFETY: the caller is compiled for AVX2, and vouches for 32 bytes of 8 rows.
+            unsafe {
+                let mut words = [Self(_mm256_setzero_ps()); TURNED];
+                for (half, words) in words.chunks_exact_mut(4).enumerate() {
+                    let mut x = [_mm256_setzero_si256(); 4];
+                    for (i, x) in x.iter_mut().enumerate() {
+                        let of = |row: usize| _mm_loadu_si128(rows.add(row * apart + 16 * half).cast());
+                        *x = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(of(i)), of(i + 4));
+                    }
+                    let (a, b) = (_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+                    let (c, d) = (_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+                    words[0].0 = _mm256_castsi256_ps(_mm256_unpacklo_epi64(a, c));
+                    words[1].0 = _mm256_castsi256_ps(_mm256_unpackhi_epi64(a, c));
+                    words[2].0 = _mm256_castsi256_ps(_mm256_unpacklo_epi64(b, d));
+                    words[3].0 = _mm256_castsi256_ps(_mm256_unpackhi_epi64(b, d));
+                }
+                words
+            }
+        }
+        #[inline(always)]
+        unsafe fn halves(self) -> [Self; 2] {
+            // SAFETY: the caller is compiled for AVX2.
+            unsafe {
+                let words = _mm256_castps_si256(self.0);
+                let high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+                [_mm256_slli_epi32::<16>(words), high].map(|x| Self(_mm256_castsi256_ps(x)))
+            }
         }
     }
 }

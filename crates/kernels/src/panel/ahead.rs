@@ -34,14 +34,15 @@ impl Lines {
 
     /// A part of an operand.
     pub fn of_operand(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, steps: usize) -> Self {
+        fn of<E: Elem>(op: Operand<'_>, rows: &Range<usize>, along: &Range<usize>, steps: usize) -> Lines {
+            let row = E::of(op.data)[rows.start * op.ld + along.start..].as_ptr().cast();
+            Lines::new(row, (rows.len(), op.ld * size_of::<E>()), along.len() * size_of::<E>(), steps)
+        }
         let (rows, along) = if op.k_contiguous { (outer, k) } else { (k, outer) };
         if rows.is_empty() || along.is_empty() {
             return Self::NONE;
         }
-        by_dtype!(op.data.dtype(), T => {
-            let row = T::of(op.data)[rows.start * op.ld + along.start..].as_ptr().cast();
-            Self::new(row, (rows.len(), op.ld * size_of::<T>()), along.len() * size_of::<T>(), steps)
-        })
+        by_dtype!(op.data.dtype(), E => of::<E>(op, rows, along, steps))
     }
 
     /// Consecutive words.

@@ -97,11 +97,16 @@ impl Golden {
     }
 }
 
-/// A context of CPUs, and one of a GPU where there is one.
+/// A context of CPUs; where there is a GPU one of it, and one of it with the kernels that GPUs before Hopper get and none
+/// of cuBLASLt.
 #[track_caller]
 pub fn contexts() -> Vec<Ctx> {
     let cpu = Device::cpu(Some(2)).unwrap().ctx();
-    std::iter::once(cpu).chain(gpu().map(|(ctx, _)| ctx)).collect()
+    let Some((default, _)) = gpu() else { return vec![cpu] };
+    let Some((older, cuda)) = gpu() else { return vec![cpu, default] };
+    cuda.set_plain();
+    cuda.set_invariant(true);
+    vec![cpu, default, older]
 }
 
 /// A tensor's part of an arena by published name.

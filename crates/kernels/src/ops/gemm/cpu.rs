@@ -5,11 +5,11 @@
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
 use super::strips::{Scratch, Tile};
-use super::tiles;
+use super::{few, tiles};
 use crate::buffer::Pod;
 use crate::isa::{Level, SQUARE};
 use crate::panel::{self, Cell, Operand, Part, Pointer, group_width};
-use crate::{AlignedVec, Cpu, DType, View, ViewMut};
+use crate::{AlignedVec, Cpu, DType, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -133,7 +133,7 @@ impl Product<'_> {
 }
 
 /// Cuts `len` into about so many equal parts of whole multiples.
-fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+pub(super) fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     let step = len.div_ceil(parts).next_multiple_of(multiple);
     (0..len).step_by(step).map(move |i| i..len.min(i + step))
 }
@@ -188,11 +188,14 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         assert!(products.iter().all(Product::is_bf16), "products of several types in one list");
         return tiles::run(cpu, products, &out, accumulate);
     }
+    few::run(cpu, products, &out, accumulate);
     let isa = cpu.isa();
     let mut rounds: Vec<Vec<Columns>> = Vec::new();
     let words = cut(isa.level(), cpu.threads(), products, accumulate, |round, columns| {
-        rounds.resize_with(round + 1, Vec::new);
-        rounds[round].push(columns);
+        if !few::takes(isa.level(), &products[columns.product]) {
+            rounds.resize_with(round + 1, Vec::new);
+            rounds[round].push(columns);
+        }
     });
     let mut shared = cpu.empty::<u32>(words);
     for columns in &rounds {
@@ -321,7 +324,13 @@ pub(super) struct Output<'a> {
     life: PhantomData<&'a mut ()>,
 }
 
-// SAFETY: an Output only hands out pointers, and whoever writes to one promises that no other task has its elements.
+/// Consecutive elements of the output.
+pub(super) enum Segment<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+// SAFETY: an Output only hands out segments and pointers, and whoever asks for one promises that no other task has its elements.
 unsafe impl Sync for Output<'_> {}
 
 impl<'a> Output<'a> {
@@ -346,6 +355,21 @@ impl<'a> Output<'a> {
             match self.data {
                 Pointer::F32(p) => Pointer::F32(p.add(at)),
                 Pointer::Bf16(p) => Pointer::Bf16(p.add(at)),
+            }
+        }
+    }
+
+    /// `len` elements from `at`.
+    ///
+    /// # Safety
+    /// Nothing else refers to any of them while the segment lives.
+    pub unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
+        assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
+        // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
+        unsafe {
+            match self.data {
+                Pointer::F32(p) => Segment::F32(std::slice::from_raw_parts_mut(p.add(at), len)),
+                Pointer::Bf16(p) => Segment::Bf16(std::slice::from_raw_parts_mut(p.add(at), len)),
             }
         }
     }

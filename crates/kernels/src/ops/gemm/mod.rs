@@ -12,6 +12,7 @@
 
 pub(super) mod cpu;
 pub(super) mod cuda;
+mod few;
 #[cfg(test)]
 mod reference;
 mod strips;
