@@ -4,8 +4,8 @@
 //! in order of k, each by the same instruction. How rows and lanes are blocked decides which sums are computed together,
 //! never how one is computed; so a row's bits depend on nothing but the row, the other operand and k.
 
-use super::{Cell, ROW_CELLS};
-use crate::isa::{Isa, Job, Lanes, Level};
+use super::{CELLS, Cell, Finish, Lines};
+use crate::isa::{Isa, Job, Lanes, Level, SQUARE};
 
 /// Lanes of a group on the widest level.
 pub(crate) const WIDEST_GROUP: usize = 32;
@@ -29,19 +29,34 @@ pub(crate) const fn block_width(rows: usize) -> usize {
     rows.next_power_of_two()
 }
 
-/// How a panel of rows is laid out.
+/// How rows lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rows {
-    /// `[row][ROW_CELLS]`: what k runs along is copied as it is.
-    Single,
+    /// `[row][cell]`, so many words from one row to the next: what k runs along, where it lies or copied as it is.
+    Along(usize),
     /// `[block][cell][row]`, blocks of [`block_rows`] in lines of [`block_width`]: what k runs across is never turned.
     Blocks,
+    /// `[cell][row]`, so many words from one cell to the next: what k runs across, where it lies.
+    Across(usize),
+}
+
+impl Rows {
+    /// Where the cell of a row is, of what is not packed.
+    pub fn at(self, row: usize, cell: usize) -> usize {
+        match self {
+            Self::Along(apart) => row * apart + cell,
+            Self::Across(apart) => cell * apart + row,
+            Self::Blocks => unreachable!("blocks are packed"),
+        }
+    }
 }
 
 /// `sums[row][lane]` (+)= rows . lanes, over all cells.
 pub(crate) struct Multiply<'a> {
     /// `[group][cells][width]`, of the level's width.
     pub lanes: &'a [u32],
+    /// Words from one cell's lanes to the next: a group, or what it is where the lanes of a single group lie.
+    pub lanes_apart: usize,
     /// Lanes, whole groups of them.
     pub width: usize,
     pub rows: &'a [u32],
@@ -53,6 +68,31 @@ pub(crate) struct Multiply<'a> {
     pub sums: &'a mut [f32],
     /// Continue the sums instead of starting at zero.
     pub add: bool,
+    /// Where sums go that are finished, of one group of lanes; what is in `sums` then is anything.
+    pub finish: Option<Finish>,
+    /// What is asked for beside, a few lines for every [`SQUARE`] cells of a block of rows.
+    pub ahead: &'a mut [Lines; 2],
+}
+
+/// The same pointer, of which the compiler knows nothing: that of each row it would compute anew from those before, one
+/// addition after the other.
+#[inline(always)]
+#[cfg_attr(target_arch = "x86_64", allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read"))]
+fn opaque(p: *const f32) -> *const f32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut p = p;
+        // SAFETY: no instruction.
+        unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+        p
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    p
+}
+
+/// Steps in which `count` rows by `cells` cells ask for what comes next.
+pub(crate) fn steps(isa: Isa, count: usize, cells: usize) -> usize {
+    count.div_ceil(block_rows(isa)) * cells.div_ceil(SQUARE)
 }
 
 impl Multiply<'_> {
@@ -63,13 +103,20 @@ impl Multiply<'_> {
 
     /// That panels hold whole groups of lanes and all rows, in blocks of `block` if they are.
     fn check(&self, group: usize, block: usize) {
-        assert!(self.width.is_multiple_of(group) && self.cells <= ROW_CELLS);
+        assert!(self.width.is_multiple_of(group) && self.cells <= CELLS);
+        let (count, cells) = (self.count, self.cells);
+        let before = |n: usize, apart: usize| n.saturating_sub(1).checked_mul(apart).expect("within memory");
         let held = match self.form {
-            Rows::Single => self.count * ROW_CELLS,
-            Rows::Blocks => self.count.div_ceil(block) * self.cells * block_width(block),
+            Rows::Along(apart) => before(count, apart) + cells,
+            Rows::Blocks => count.div_ceil(block) * cells * block_width(block),
+            Rows::Across(apart) => before(cells, apart) + count,
         };
-        assert!(self.lanes.len() >= self.width * self.cells && self.rows.len() >= held);
-        assert!(self.sums.len() >= self.count * self.width);
+        let lanes =
+            if self.lanes_apart == group { self.width * cells } else { before(cells, self.lanes_apart) + group };
+        assert!(self.lanes_apart == group || self.width == group);
+        assert!(cells == 0 || count == 0 || (self.lanes.len() >= lanes && self.rows.len() >= held));
+        assert!(self.sums.len() >= count * self.width);
+        assert!(self.finish.as_ref().is_none_or(|f| self.width == group && f.count() >= count));
     }
 }
 
@@ -97,31 +144,37 @@ impl Multiply<'_> {
     #[inline(always)]
     fn forms<V: Lanes, const PAIRS: bool, const MR: usize, const NV: usize>(&mut self) {
         match self.form {
-            Rows::Single => self.blocks::<V, PAIRS, false, MR, NV>(),
-            Rows::Blocks => self.blocks::<V, PAIRS, true, MR, NV>(),
+            Rows::Along(apart) => self.blocks::<V, PAIRS, true, MR, NV>(MR * apart, apart),
+            Rows::Blocks => self.blocks::<V, PAIRS, false, MR, NV>(self.cells * block_width(MR), block_width(MR)),
+            Rows::Across(apart) => self.blocks::<V, PAIRS, false, MR, NV>(MR, apart),
         }
     }
 
-    /// All groups; within one, all rows, `MR` at a time, then the rest in powers of two.
+    /// All groups; within one, all rows, `MR` at a time, then the rest in powers of two. `next` words from one block of
+    /// rows to the next, and `apart` from one row to the next (`ALONG`) or from one cell to the next.
     #[inline(always)]
-    fn blocks<V: Lanes, const PAIRS: bool, const BLOCKS: bool, const MR: usize, const NV: usize>(&mut self) {
+    fn blocks<V: Lanes, const PAIRS: bool, const ALONG: bool, const MR: usize, const NV: usize>(
+        &mut self,
+        next: usize,
+        apart: usize,
+    ) {
         let group = NV * V::N;
         self.check(group, MR);
         for first in (0..self.width).step_by(group) {
             let mut i = 0;
             while i < self.count {
-                let rows = if BLOCKS { i / MR * self.cells * block_width(MR) + i % MR } else { i * ROW_CELLS };
+                let at = i / MR * next + i % MR * if ALONG { apart } else { 1 };
+                let from = (self.rows.as_ptr().wrapping_add(at), apart);
                 // SAFETY: V is used inside a function compiled for it. The rows of each block are below count and its
-                // lanes below width, and `check` bounds all three panels by these; a block of rows begins at a multiple
-                // of MR, and what is left of the last stays within it.
+                // lanes below width, and `check` bounds all panels by these; a block of rows begins at a multiple of MR,
+                // and what is left of the last stays within it.
                 unsafe {
-                    let rows = self.rows.as_ptr().add(rows);
                     i += match self.count - i {
-                        left if left >= MR => self.block::<V, PAIRS, BLOCKS, MR, MR, NV>(rows, i, first),
-                        left if left >= 8 && MR > 8 => self.block::<V, PAIRS, BLOCKS, MR, 8, NV>(rows, i, first),
-                        left if left >= 4 && MR > 4 => self.block::<V, PAIRS, BLOCKS, MR, 4, NV>(rows, i, first),
-                        left if left >= 2 && MR > 2 => self.block::<V, PAIRS, BLOCKS, MR, 2, NV>(rows, i, first),
-                        _ => self.block::<V, PAIRS, BLOCKS, MR, 1, NV>(rows, i, first),
+                        left if left >= MR => self.block::<V, PAIRS, ALONG, MR, NV>(from, i, first),
+                        left if left >= 8 && MR > 8 => self.block::<V, PAIRS, ALONG, 8, NV>(from, i, first),
+                        left if left >= 4 && MR > 4 => self.block::<V, PAIRS, ALONG, 4, NV>(from, i, first),
+                        left if left >= 2 && MR > 2 => self.block::<V, PAIRS, ALONG, 2, NV>(from, i, first),
+                        _ => self.block::<V, PAIRS, ALONG, 1, NV>(from, i, first),
                     };
                 }
             }
@@ -130,25 +183,22 @@ impl Multiply<'_> {
 
     /// Rows i .. i + R, whose cells begin at `rows`, of the group at lane `first`; returns R.
     #[inline(always)]
-    unsafe fn block<
-        V: Lanes,
-        const PAIRS: bool,
-        const BLOCKS: bool,
-        const MR: usize,
-        const R: usize,
-        const NV: usize,
-    >(
+    unsafe fn block<V: Lanes, const PAIRS: bool, const ALONG: bool, const R: usize, const NV: usize>(
         &mut self,
-        rows: *const u32,
+        (rows, apart): (*const u32, usize),
         i: usize,
         first: usize,
     ) -> usize {
         debug_assert!(i + R <= self.count && first + NV * V::N <= self.width);
-        // From one row to the next, and from one cell to the next.
-        let (row_step, cell_step) = if BLOCKS { (1, block_width(MR)) } else { (ROW_CELLS, 1) };
+        let (row_step, cell_step) = if ALONG { (apart, 1) } else { (1, apart) };
+        if let Some(finish) = &self.finish
+            && V::LEVEL >= Level::Avx512
+        {
+            finish.ask(i, R);
+        }
         // SAFETY: the caller's promise.
         unsafe {
-            let lanes = self.lanes.as_ptr().add(first * self.cells).cast::<f32>();
+            let mut lanes = self.lanes.as_ptr().add(first * self.cells).cast::<f32>();
             let rows = rows.cast::<f32>();
             let sums = self.sums.as_mut_ptr().add(i * self.width + first);
             let mut sum = [[V::splat(0.0); NV]; R];
@@ -159,24 +209,58 @@ impl Multiply<'_> {
                     }
                 }
             }
-            for c in 0..self.cells {
-                let mut right = [V::splat(0.0); NV];
-                for (v, x) in right.iter_mut().enumerate() {
-                    *x = V::load(lanes.add((c * NV + v) * V::N));
-                }
-                for (r, row) in sum.iter_mut().enumerate() {
-                    let left = V::splat(*rows.add(r * row_step + c * cell_step));
-                    for (s, x) in row.iter_mut().zip(right) {
-                        *s = if PAIRS { left.dot(x, *s) } else { left.mul_add(x, *s) };
+            // A pointer for every four rows: with one for each they would not fit the registers.
+            let mut fours: [*const f32; 3] = std::array::from_fn(|four| rows.wrapping_add(four * 4 * row_step));
+            for some in (0..self.cells).step_by(SQUARE) {
+                self.ahead.iter_mut().for_each(Lines::step);
+                for _ in some..self.cells.min(some + SQUARE) {
+                    let mut right = [V::splat(0.0); NV];
+                    for (v, x) in right.iter_mut().enumerate() {
+                        *x = V::load(lanes.add(v * V::N));
+                    }
+                    for (r, row) in sum.iter_mut().enumerate() {
+                        let left = V::splat(*fours[r / 4].add(r % 4 * row_step));
+                        for (s, x) in row.iter_mut().zip(right) {
+                            *s = if PAIRS { left.dot(x, *s) } else { left.mul_add(x, *s) };
+                        }
+                    }
+                    lanes = lanes.wrapping_add(self.lanes_apart);
+                    for four in &mut fours {
+                        *four = four.wrapping_add(cell_step);
+                        if ALONG {
+                            *four = opaque(*four);
+                        }
                     }
                 }
             }
-            for (r, row) in sum.iter().enumerate() {
-                for (v, s) in row.iter().enumerate() {
-                    s.store(sums.add(r * self.width + v * V::N));
+            self.leave(sum, i, first);
+        }
+        R
+    }
+
+    /// Sums of rows from i on go to the output if they are finished, else back to where they wait.
+    #[inline(always)]
+    unsafe fn leave<V: Lanes, const R: usize, const NV: usize>(&mut self, sum: [[V; NV]; R], i: usize, first: usize) {
+        let finish = self.finish.as_ref();
+        // SAFETY: as in `block`; the output has all rows, of one group of lanes, as `check` found.
+        unsafe {
+            let (to, apart, old) = match finish.and_then(|f| Some((f.plain(i, self.width)?, f.apart()))) {
+                Some(((to, old), apart)) => (to, apart, old),
+                None => (self.sums.as_mut_ptr().add(i * self.width + first), self.width, false),
+            };
+            for (r, row) in sum.into_iter().enumerate() {
+                for (v, s) in row.into_iter().enumerate() {
+                    let to = to.add(r * apart + v * V::N);
+                    // Times one: the sum itself, whose addition is rounded once.
+                    let s = if old { s.mul_add(V::splat(1.0), V::load(to)) } else { s };
+                    s.store(to);
                 }
             }
         }
-        R
+        if let Some(finish) = finish
+            && finish.plain(i, self.width).is_none()
+        {
+            finish.rows(i, &self.sums[i * self.width..(i + R) * self.width], self.width);
+        }
     }
 }

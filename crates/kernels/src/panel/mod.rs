@@ -6,13 +6,17 @@
 //! Of the other they read *rows*, one cell at a time: `[row][ROW_CELLS]`, or as [`Rows`] says. Products of bf16 on AMX do
 //! without panels: they have blocks of tiles (`blocks`).
 
+mod ahead;
 pub(crate) mod blocks;
+mod finish;
 mod kernel;
 mod pack;
 
 use crate::View;
 use crate::isa::{Level, SQUARE};
-pub(crate) use kernel::{Multiply, Rows, WIDEST_GROUP, block_rows, block_width, group_width};
+pub(crate) use ahead::Lines;
+pub(crate) use finish::{Finish, Pointer, finish};
+pub(crate) use kernel::{Multiply, Rows, WIDEST_GROUP, block_rows, block_width, group_width, steps};
 pub(crate) use pack::{lanes, row_blocks, rows};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
@@ -21,6 +25,20 @@ pub(crate) struct Operand<'a> {
     pub data: View<'a>,
     pub ld: usize,
     pub k_contiguous: bool,
+}
+
+impl<'a> Operand<'a> {
+    /// Its elements as cells, where they lie as kernels read them; k has so many steps. Then element (o, k) is in the cell
+    /// at `o * ld / depth + k / depth` or `k * ld + o`.
+    pub fn cells(&self, k: usize, cell: Cell) -> Option<&'a [u32]> {
+        match (cell, self.data) {
+            (Cell::Single, View::F32(x)) => bytemuck::try_cast_slice(x).ok(),
+            (Cell::Pair, View::Bf16(x)) if self.k_contiguous && k.is_multiple_of(2) && self.ld.is_multiple_of(2) => {
+                bytemuck::try_cast_slice(&x[..x.len() / 2 * 2]).ok()
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Which part of an operand: outer indices from `first`, k from `k0`, and how many of each.
@@ -55,7 +73,7 @@ impl Cell {
     }
 
     /// Steps of k in a cell.
-    fn depth(self) -> usize {
+    pub fn depth(self) -> usize {
         match self {
             Self::Single => 1,
             Self::Pair => 2,

@@ -1,14 +1,15 @@
-//! The product on the host's cores: a list of products is cut into output tiles, and the tiles are the tasks. A task packs
-//! the panels of its tile, sums it in its thread's scratch (`kernel`), and rounds the sums into the output.
+//! The product on the host's cores: a list of products is cut into output tiles, and the tiles are the tasks (`strips`).
+//! What several tasks share of the columns is packed before.
 //!
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
+use super::strips::{Scratch, Tile};
 use super::{few, tiles};
 use crate::buffer::Pod;
-use crate::isa::{Isa, Level, SQUARE, vectorised};
-use crate::panel::{self, CELLS, Cell, Multiply, Operand, Part, ROW_CELLS, Rows, block_rows, block_width, group_width};
-use crate::{AlignedVec, Cpu, DType, Elem, View, ViewMut, bf16};
+use crate::isa::{Level, SQUARE};
+use crate::panel::{self, Cell, Operand, Part, Pointer, group_width};
+use crate::{AlignedVec, Cpu, DType, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -33,12 +34,13 @@ pub struct Product<'a> {
 /// Rows of a tile at most: what is packed of them for a span is to stay in the second-level cache. A multiple of every
 /// level's block.
 const ROWS: usize = 240;
-/// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them.
-const ROWS_ALONE: usize = 480;
+/// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
+/// they are f32 that k runs across, which need no room for themselves.
+const ROWS_ALONE: [usize; 2] = [480, 512];
 /// Columns of a tile at most where its sums wait for the next span, and where they do not.
 const COLUMNS: [usize; 2] = [512, 2048];
 /// Pieces of k that rows are packed for at once.
-const SPAN: usize = 2;
+pub(super) const SPAN: usize = 2;
 /// Smallest tile that a product is cut into for the sake of balance.
 const LEAST_ROWS: usize = 96;
 const LEAST_COLUMNS: usize = 64;
@@ -50,30 +52,31 @@ const LEAST_WORK: usize = 1 << 18;
 /// Words of columns that are packed before any of them is used, unless one part of them alone has more: what this takes adds
 /// to the memory of a step.
 const SHARED: usize = 1 << 22;
-/// Groups of columns that a task packs together for itself: one that goes on to the products from the first-level cache, or
-/// where k runs across them so many that what is read lies together.
-const TOGETHER: [usize; 2] = [8, 1];
 /// Columns that one task packs for others, of an operand that k runs along.
 const SHARE: usize = 64;
 
 /// A piece of k: where it begins, its length, its cells, and how many cells there are before it.
 #[derive(Clone, Copy)]
-struct Piece {
-    k0: usize,
-    kc: usize,
-    cells: usize,
+pub(super) struct Piece {
+    pub k0: usize,
+    pub kc: usize,
+    pub cells: usize,
     before: usize,
 }
 
 /// Words from one group of packed columns to the next: a line more than they fill, because groups a power of two apart
 /// would evict one another while they are written side by side.
-fn apart(cells: usize, group: usize) -> usize {
+pub(super) fn apart(cells: usize, group: usize) -> usize {
     cells * group + SQUARE
 }
 
 impl Piece {
+    pub fn part(&self, outer: &Range<usize>) -> Part {
+        Part { first: outer.start, count: outer.len(), k0: self.k0, kc: self.kc, cells: self.cells }
+    }
+
     /// Where piece `i` of a panel of so many groups begins: all groups of the pieces before lie ahead of it.
-    fn at(&self, i: usize, groups: usize, group: usize) -> usize {
+    pub fn at(&self, i: usize, groups: usize, group: usize) -> usize {
         groups * (self.before * group + i * SQUARE)
     }
 }
@@ -83,7 +86,7 @@ impl Product<'_> {
         self.a.data.dtype() == DType::Bf16 && self.b.data.dtype() == DType::Bf16
     }
 
-    pub fn cell(&self, level: Level) -> Cell {
+    pub(super) fn cell(&self, level: Level) -> Cell {
         Cell::of(level, self.is_bf16())
     }
 
@@ -99,7 +102,7 @@ impl Product<'_> {
         columns.div_ceil(group).saturating_mul(words)
     }
 
-    fn pieces(&self, cell: Cell) -> Vec<Piece> {
+    pub(super) fn pieces(&self, cell: Cell) -> Vec<Piece> {
         let mut before = 0;
         let piece = |(k0, kc)| {
             let cells = cell.cells(kc);
@@ -112,11 +115,13 @@ impl Product<'_> {
     /// Parts of rows and of columns when a task should do about `work` multiply-adds.
     fn grid(&self, pieces: usize, work: usize) -> (usize, usize) {
         let most = COLUMNS[usize::from(pieces <= SPAN)];
-        let mut rows = if self.m <= ROWS_ALONE { 1 } else { self.m.div_ceil(ROWS) };
+        let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
+        let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
+        let mut rows = if alone { 1 } else { self.m.div_ceil(ROWS) };
         let mut columns = self.n.div_ceil(most);
         while rows * columns < self.work().div_ceil(work) {
             // Rows first: columns are packed once for all of them, but rows once for each part of the columns.
-            match (self.m / rows > LEAST_ROWS && self.m > ROWS_ALONE, self.n / columns > LEAST_COLUMNS) {
+            match (self.m / rows > LEAST_ROWS && !alone, self.n / columns > LEAST_COLUMNS) {
                 (true, _) => rows += 1,
                 (_, true) => columns += 1,
                 _ if self.m / rows > LEAST_ROWS => rows += 1,
@@ -134,12 +139,12 @@ pub(super) fn parts(len: usize, parts: usize, multiple: usize) -> impl ExactSize
 }
 
 /// A tile of a product.
-struct Task {
+pub(super) struct Task {
     product: usize,
-    rows: Range<usize>,
-    cols: Range<usize>,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
     /// Where its packed columns begin, if they are shared by several tasks.
-    shared: Option<usize>,
+    pub shared: Option<usize>,
 }
 
 /// Some columns of a product: one task for each part of the rows.
@@ -204,8 +209,9 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         drop(shares);
         let tasks: Vec<_> = columns.iter().flat_map(|c| c.tasks(products)).collect();
         cpu.for_each(tasks.len(), |i| {
-            let t = &tasks[i];
-            SCRATCH.with_borrow_mut(|s| tile(isa, &products[t.product], t, &shared, s, &out, accumulate));
+            let of = |i: usize| (&products[tasks[i].product], &tasks[i]);
+            let (now, next) = (of(i), (i + 1 < tasks.len()).then(|| of(i + 1)));
+            SCRATCH.with_borrow_mut(|s| Tile::new(isa, now, next, &shared, &out, accumulate).run(s));
         });
     }
 }
@@ -301,131 +307,13 @@ fn shares<'a>(
     shares
 }
 
-/// A worker's panels and sums.
-struct Scratch {
-    lanes: AlignedVec<u32>,
-    rows: AlignedVec<u32>,
-    sums: AlignedVec<f32>,
-}
-
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        lanes: AlignedVec::zeros(0),
-        rows: AlignedVec::zeros(0),
-        sums: AlignedVec::zeros(0),
-    });
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::empty());
 }
 
 pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
     if v.len() < len {
         *v = AlignedVec::zeros(len);
-    }
-}
-
-/// A tile, a span of k at a time: rows are packed once for all columns, then strips of one group of columns are summed,
-/// whose lanes stay in the first-level cache while all rows pass by.
-fn tile(isa: Isa, p: &Product<'_>, t: &Task, shared: &[u32], s: &mut Scratch, out: &Output<'_>, accumulate: bool) {
-    let (cell, group, block) = (p.cell(isa.level()), group_width(isa.level()), block_rows(isa));
-    let (count, pieces) = (t.rows.len(), p.pieces(cell));
-    let form = if p.a.k_contiguous { Rows::Single } else { Rows::Blocks };
-    let room = match form {
-        Rows::Single => count.next_multiple_of(SQUARE) * ROW_CELLS,
-        Rows::Blocks => count.div_ceil(block) * CELLS * block_width(block),
-    };
-    let (strip, groups) = (count * group, t.cols.len().div_ceil(group));
-    let strips = if pieces.len() > SPAN { groups } else { 1 };
-    reserve(&mut s.sums, strips * strip);
-    let together = TOGETHER[usize::from(p.b.k_contiguous)];
-    let room_of_lanes = together * apart(CELLS, group);
-    reserve(&mut s.lanes, if t.shared.is_none() { pieces.len().min(SPAN) * room_of_lanes } else { 0 });
-    reserve(&mut s.rows, pieces.len().min(SPAN) * room);
-    if pieces.is_empty() {
-        s.sums[..strip].fill(0.0);
-        for first in t.cols.clone().step_by(group) {
-            store(isa, t, first..t.cols.end.min(first + group), &s.sums[..strip], group, p, out, accumulate);
-        }
-    }
-    for (i, span) in pieces.chunks(SPAN).enumerate() {
-        let part = |range: &Range<usize>, piece: &Piece| Part {
-            first: range.start,
-            count: range.len(),
-            k0: piece.k0,
-            kc: piece.kc,
-            cells: piece.cells,
-        };
-        for (piece, rows) in span.iter().zip(s.rows.chunks_exact_mut(room)) {
-            match form {
-                Rows::Single => panel::rows(isa, p.a, part(&t.rows, piece), cell, rows),
-                Rows::Blocks => panel::row_blocks(isa, p.a, part(&t.rows, piece), cell, block, rows),
-            }
-        }
-        for (g, first) in t.cols.clone().step_by(group).enumerate() {
-            let cols = first..t.cols.end.min(first + group);
-            let sums = &mut s.sums[g % strips * strip..][..strip];
-            for (j, (piece, rows)) in span.iter().zip(s.rows.chunks_exact(room)).enumerate() {
-                let apart = apart(piece.cells, group);
-                let lanes = match t.shared {
-                    Some(at) => &shared[at + piece.at(i * SPAN + j, groups, group) + g * apart..],
-                    None => {
-                        let panel = &mut s.lanes[j * room_of_lanes..];
-                        if g % together == 0 {
-                            let cols = first..t.cols.end.min(first + together * group);
-                            panel::lanes(isa, p.b, part(&cols, piece), cell, (group, apart), panel);
-                        }
-                        &panel[g % together * apart..]
-                    }
-                };
-                let add = i + j > 0;
-                Multiply { lanes, width: group, rows, form, count, cells: piece.cells, sums, add }.run(isa, cell);
-            }
-            if (i + 1) * SPAN >= pieces.len() {
-                store(isa, t, cols, sums, group, p, out, accumulate);
-            }
-        }
-    }
-}
-
-vectorised! {
-    /// Moves finished sums of some columns, `[row][width]`, to C.
-    fn store(
-        isa: Isa,
-        t: &Task,
-        cols: Range<usize>,
-        sums: &[f32],
-        width: usize,
-        p: &Product<'_>,
-        out: &Output<'_>,
-        accumulate: bool,
-    ) {
-        for (sums, i) in sums.chunks_exact(width).zip(t.rows.clone()) {
-            let at = p.c + i * p.ldc + cols.start;
-            // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
-            // partition its rows and columns: no other task touches these elements.
-            let c = unsafe { out.segment(at, cols.len()) };
-            match c {
-                Segment::F32(c) => finish_strip(c, sums, accumulate),
-                Segment::Bf16(c) => finish_strip(c, sums, accumulate),
-            }
-        }
-    }
-}
-
-/// As [`finish`], without a loop where there are as many elements as a group of lanes mostly has.
-#[inline(always)]
-fn finish_strip<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
-    if let (Ok(c), Ok(sums)) = (<&mut [T; 32]>::try_from(&mut *c), <&[f32; 32]>::try_from(sums)) {
-        finish(c, sums, accumulate);
-    } else {
-        finish(c, sums, accumulate);
-    }
-}
-
-#[inline(always)]
-pub(super) fn finish<T: Elem>(c: &mut [T], sums: &[f32], accumulate: bool) {
-    if accumulate {
-        c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(c.f32() + s));
-    } else {
-        c.iter_mut().zip(sums).for_each(|(c, s)| *c = T::round(*s));
     }
 }
 
@@ -436,19 +324,13 @@ pub(super) struct Output<'a> {
     life: PhantomData<&'a mut ()>,
 }
 
-#[derive(Clone, Copy)]
-pub(super) enum Pointer {
-    F32(*mut f32),
-    Bf16(*mut bf16),
-}
-
 /// Consecutive elements of the output.
 pub(super) enum Segment<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [bf16]),
 }
 
-// SAFETY: an Output only hands out segments, and whoever asks for one promises that no other task has its elements.
+// SAFETY: an Output only hands out segments and pointers, and whoever asks for one promises that no other task has its elements.
 unsafe impl Sync for Output<'_> {}
 
 impl<'a> Output<'a> {
@@ -462,7 +344,8 @@ impl<'a> Output<'a> {
         Self { data, len, life: PhantomData }
     }
 
-    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises what `segment` asks for.
+    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises
+    /// that nobody else has these elements meanwhile.
     #[inline(always)]
     pub fn at(&self, at: usize, len: usize, rows: usize, stride: usize) -> Pointer {
         let end = at + rows.saturating_sub(1) * stride + len;

@@ -5,10 +5,9 @@
 //! Every sum is the same chain as in the microkernels: one instruction after the other in order of k, and none more, not
 //! even of zeros.
 
-use super::ahead::Lines;
-use super::cpu::{Output, Product, Segment, finish, parts, reserve};
+use super::cpu::{Output, Product, Segment, parts, reserve};
 use crate::isa::{Isa, Job, Lanes, Level, TURNED};
-use crate::panel::{self, Cell, Part, ROW_CELLS};
+use crate::panel::{self, Cell, Lines, Part, ROW_CELLS, finish};
 use crate::{AlignedVec, Cpu, DType, Elem, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;

@@ -10,12 +10,12 @@
 //! Of two f32 operands and a bf16 C a GPU may take the products to within 2^-16, a hundredth of C's rounding.
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
-mod ahead;
 pub(super) mod cpu;
 pub(super) mod cuda;
 mod few;
 #[cfg(test)]
 mod reference;
+mod strips;
 #[cfg(test)]
 mod tests;
 mod tiles;

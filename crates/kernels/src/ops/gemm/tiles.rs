@@ -7,11 +7,10 @@
 //! unit that multiplies tiles leaves vectors alone. What comes next is asked for there too: the output's lines, which must
 //! be this core's before they are written, the rows after these, and the columns of the next piece or task.
 
-use super::ahead::Lines;
-use super::cpu::{Output, Pointer, Product, finish, reserve};
+use super::cpu::{Output, Product, reserve};
 use crate::isa::{TileJob, Tiles, round_row};
-use crate::panel::Operand;
 use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
+use crate::panel::{Lines, Operand, Pointer, finish};
 use crate::{AlignedVec, Cpu, Elem, View, bf16};
 use std::cell::RefCell;
 use std::ops::Range;

@@ -6,7 +6,7 @@
 use super::tile::TILE;
 use super::{Problem, Shape};
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
-use crate::panel::{self, Cell, Multiply, Operand, Part, ROW_CELLS, Rows, WIDEST_GROUP, group_width};
+use crate::panel::{self, Cell, Lines, Multiply, Operand, Part, ROW_CELLS, Rows, WIDEST_GROUP, group_width};
 use crate::{Cpu, DType, Elem, View};
 
 /// What cells hold, and how wide groups of lanes are.
@@ -74,13 +74,16 @@ impl Panels {
             let cells = self.cell.cells(kc);
             let product = Multiply {
                 lanes: &lanes[at..],
+                lanes_apart: self.group,
                 width,
                 rows: &rows[i * room(count) * ROW_CELLS..],
-                form: Rows::Single,
+                form: Rows::Along(ROW_CELLS),
                 count,
                 cells,
                 sums,
                 add: add || k0 > 0,
+                finish: None,
+                ahead: &mut [Lines::NONE; 2],
             };
             product.run(self.isa, self.cell);
             at += cells * width;

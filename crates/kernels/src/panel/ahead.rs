@@ -1,10 +1,9 @@
 //! Lines of memory that are asked for before they are needed, a few in each step of a product.
 
-use super::cpu::Pointer;
+use super::{Operand, Pointer};
 use crate::Elem;
 use crate::isa::{prefetch_line, prefetch_line_to_write};
 use crate::ops::by_dtype;
-use crate::panel::Operand;
 use std::ops::Range;
 
 /// Bytes of a cache line.
@@ -12,7 +11,7 @@ const LINE: usize = 64;
 
 /// Rows of bytes, `apart` bytes from one to the next, that are asked for line by line.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     row: *const u8,
     len: usize,
     apart: usize,
@@ -44,6 +43,11 @@ impl Lines {
             return Self::NONE;
         }
         by_dtype!(op.data.dtype(), E => of::<E>(op, rows, along, steps))
+    }
+
+    /// Consecutive words.
+    pub fn of_words(words: &[u32], steps: usize) -> Self {
+        Self::new(words.as_ptr().cast(), (1, 0), size_of_val(words), steps)
     }
 
     /// `rows` rows of an output, `apart` elements from one to the next.
