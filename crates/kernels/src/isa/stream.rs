@@ -49,7 +49,7 @@ pub(crate) fn copy_rows<'a, T: bytemuck::Pod>(
         x86::finish();
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = isa;
+    let _ = (isa, all);
 }
 
 #[cfg(target_arch = "x86_64")]
