@@ -18,7 +18,7 @@ trap 'rm -f "$new"' EXIT
 
 train() { # BATCH SEQ [KEY=VALUE]
   "$HADAL" bench train --preset "$preset" --batch "$1" --seq "$2" --dtype bf16 --steps "$steps" --by-op --json \
-    ${3:+--set "$3"} | tee -a "$new" | sed -E 's/.*"case":"([^"]*)".*"ours":([0-9]*).*/\1: \2 tokens\/s/'
+    ${3:+--set "$3"} | tee -a "$new" | sed -nE 's/.*"bench":"train",.*"case":"([^"]*)".*"ours":([0-9]*).*/\1: \2 tokens\/s/p'
 }
 
 "$HADAL" bench peak --seconds 0.2 --json >> "$new"
