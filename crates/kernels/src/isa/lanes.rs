@@ -5,8 +5,8 @@ use super::Level;
 /// A vector of f32 of one level.
 ///
 /// # Safety
-/// An implementor may be used only inside a function compiled for its level (see [`super::Isa::run`]), and `load` and
-/// `store` reach `N` elements from the pointer.
+/// An implementor may be used only inside a function compiled for its level (see [`super::Isa::run`]), `load` and `store`
+/// reach `N` elements from the pointer, and `turned` 32 bytes of each of `N` rows.
 pub(crate) unsafe trait Lanes: Copy {
     /// The level it belongs to.
     const LEVEL: Level;

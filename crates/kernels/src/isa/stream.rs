@@ -34,6 +34,8 @@ pub(crate) fn copy_rows<'a, T: bytemuck::Pod>(
     all: usize,
     source: impl Fn(usize) -> Option<&'a [T]>,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    let _finish = streamed::<T>(all).then_some(x86::Finish);
     for (i, to) in to.chunks_exact_mut(width).enumerate() {
         let from = &source(i).expect("a row for every row that is written")[..width];
         #[cfg(target_arch = "x86_64")]
@@ -43,10 +45,6 @@ pub(crate) fn copy_rows<'a, T: bytemuck::Pod>(
             continue;
         }
         to.copy_from_slice(from);
-    }
-    #[cfg(target_arch = "x86_64")]
-    if streamed::<T>(all) {
-        x86::finish();
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (isa, all);
@@ -58,7 +56,7 @@ mod x86 {
     use crate::isa::{Isa, Level, ask};
     use core::arch::x86_64::*;
 
-    /// Copies; whole lines past the caches. [`finish`] has to follow before another thread may read them.
+    /// Copies; whole lines past the caches. [`Finish`] has to be dropped before another thread may read them.
     #[inline]
     pub fn stream(isa: Isa, from: &[u8], to: &mut [u8], next: *const u8) {
         assert_eq!(from.len(), to.len());
@@ -111,11 +109,15 @@ mod x86 {
         _mm512_stream_si512
     );
 
-    /// Puts what was streamed before whatever this thread writes next.
-    #[inline]
-    pub fn finish() {
-        // SAFETY: part of x86-64.
-        unsafe { _mm_sfence() }
+    /// Puts what was streamed before whatever this thread writes next, also where a panic ends the copying.
+    pub struct Finish;
+
+    impl Drop for Finish {
+        #[inline]
+        fn drop(&mut self) {
+            // SAFETY: part of x86-64.
+            unsafe { _mm_sfence() }
+        }
     }
 }
 

@@ -39,6 +39,14 @@ fn finder(cuda: &Cuda, a: &Decode<'_>) -> (Kernel, u32, usize) {
     (cuda.kernel(&PLAIN, "mla_decode_parts", &defines), THREADS, floats * size_of::<f32>())
 }
 
+/// How many of `nq` rows are computed at once, each with so many elements of partial sums, and the elements of all of these.
+/// Never fewer for more rows or more elements: that a longer text takes at least as much memory is what its
+/// prediction stands on. A grid's second dimension ends at 65,535.
+fn at_once(nq: usize, each: usize) -> (usize, usize) {
+    let most = (SUMS / each).clamp(1, 65_535).min(nq);
+    (most, if most < nq { SUMS.max(each) } else { most * each })
+}
+
 /// See [`super::forward`].
 pub(super) fn forward(cuda: &Cuda, mut a: Decode<'_>) {
     let (h, c, width, seqs) = (a.heads, a.latent, a.latent + a.rope, a.lengths.len());
@@ -52,10 +60,9 @@ pub(super) fn forward(cuda: &Cuda, mut a: Decode<'_>) {
     let merge = cuda.kernel(&PLAIN, "mla_decode_merge", &defines);
     let max_blocks = a.block_table.len() / seqs;
     let parts = max_blocks.div_ceil(LEAST).clamp(1, PARTS);
-    // A grid's second dimension ends at 65,535.
-    let most = (SUMS / (h * parts * c)).clamp(1, 65_535).min(nq);
-    let sums = cuda.empty(DType::F32, most * h * parts * c);
-    let stats = cuda.empty(DType::F32, most * h * parts * 2);
+    let (most, elements) = at_once(nq, h * parts * c);
+    let sums = cuda.empty(DType::F32, elements);
+    let stats = cuda.empty(DType::F32, elements / c * 2);
     for first in (0..nq).step_by(most) {
         let some = most.min(nq - first) as u32;
         let grid = Grid::new([(h.div_ceil(HEADS) * parts) as u32, some, 1], threads).shared(shared as u32);
@@ -88,5 +95,28 @@ pub(super) fn forward(cuda: &Cuda, mut a: Decode<'_>) {
             parts as i32,
         ];
         cuda.launch(&merge, Grid::new([h as u32, some, 1], THREADS), &args);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 16 and 128 heads, latents of 512: over the number of parts and of rows.
+    #[test]
+    fn more_work_takes_no_less_memory() {
+        for heads in [16, 128] {
+            let mut before = vec![0; 300];
+            for parts in 1..=PARTS {
+                let mut fewer = 0;
+                for (nq, before) in (1..).zip(&mut before) {
+                    let each = heads * parts * 512;
+                    let (most, elements) = at_once(nq, each);
+                    assert!(most >= 1 && most <= nq && most * each <= elements, "{nq} rows, {parts} parts");
+                    assert!(elements >= fewer && elements >= *before, "{nq} rows, {parts} parts: {elements}");
+                    (fewer, *before) = (elements, elements);
+                }
+            }
+        }
     }
 }
