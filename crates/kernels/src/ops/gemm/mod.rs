@@ -10,6 +10,7 @@
 //! Of two f32 operands and a bf16 C a GPU may take the products to within 2^-16, a hundredth of C's rounding.
 //! k = 0 leaves C at zero (or unchanged when accumulating).
 
+mod beside;
 pub(super) mod cpu;
 pub(super) mod cuda;
 mod few;

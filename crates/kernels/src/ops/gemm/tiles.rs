@@ -1,17 +1,19 @@
 //! Products on AMX. A task is a tile of a product's output, a piece of k at a time: the tile's columns are packed, 32 rows
 //! after the other are taken where they lie or packed, and blocks of sums go along the columns. The rows stay in the
-//! first-level cache meanwhile, the columns in the second. Where a product is cut into many tiles of rows its columns
+//! first-level cache meanwhile, the columns in the second. Rows that k runs across are packed all at once instead, since 32
+//! of them are but a line of each row in memory. Where a product is cut into many tiles of rows its columns
 //! are packed for all of them first; where it is cut into many tiles of columns, its rows if k runs across them.
 //!
 //! Sums of the block before are rounded into the output beside the products of the next, a few rows in each step: the
 //! unit that multiplies tiles leaves vectors alone. What comes next is asked for there too: the output's lines, which must
 //! be this core's before they are written, the rows after these, and the columns of the next piece or task.
 
+use super::beside::Beside;
 use super::cpu::{Output, Product, reserve};
-use crate::isa::{TileJob, Tiles, round_row};
-use crate::panel::blocks::{self, BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
-use crate::panel::{Lines, Operand, Pointer, finish};
-use crate::{AlignedVec, Cpu, Elem, View, bf16};
+use crate::isa::{TileJob, Tiles};
+use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
+use crate::panel::{Lines, Operand};
+use crate::{AlignedVec, Cpu, View, bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -231,7 +233,7 @@ thread_local! {
 
 /// Where a task packs and sums. Pointers, because sums are still moved to the output while the next are written.
 struct Room {
-    /// 32 rows of a piece.
+    /// 32 rows of a piece, or all of the tile's if k runs across them and they are not shared.
     left: *mut u32,
     /// The tile's columns of a piece, if they are not shared.
     right: *mut u32,
@@ -245,7 +247,8 @@ impl Room {
         let longest = pieces(task.p).map(|k| steps(&k)).max().unwrap_or(0);
         let (down, along) = (task.rows.len().div_ceil(BLOCK), task.columns.len().div_ceil(BLOCK));
         let blocks = if pieces(task.p).count() > 1 { down * along } else { 2 };
-        reserve(&mut s.left, longest * STEP_CELLS);
+        let at_once = if task.p.a.k_contiguous || task.left.is_some() { 1 } else { down };
+        reserve(&mut s.left, at_once * longest * STEP_CELLS);
         reserve(&mut s.right, if task.right.is_some() { 0 } else { along * longest * STEP_CELLS });
         reserve(&mut s.sums, blocks * SUMS);
         Self { left: s.left.as_mut_ptr(), right: s.right.as_mut_ptr(), sums: s.sums.as_mut_ptr(), blocks }
@@ -303,9 +306,14 @@ impl<'a> OnTiles<'a> {
         let (steps, along) = (steps(k), columns.len().div_ceil(BLOCK));
         let last = k.end == p.k;
         beside.spread(steps);
+        let packed = self.packed_rows(k);
         for (r, first) in rows.clone().step_by(BLOCK).enumerate() {
             let rows = first..rows.end.min(first + BLOCK);
-            let left = self.left(&rows, k);
+            let left = match packed {
+                // SAFETY: all rows of the task were packed with all their steps.
+                Some(at) => unsafe { Left::packed(at.add(r * steps * STEP_CELLS)) },
+                None => self.left(&rows, k),
+            };
             beside.left = self.left_ahead(rows.end, k, next, along * steps);
             for c in 0..along {
                 let column = columns.start + c * BLOCK;
@@ -336,9 +344,10 @@ impl<'a> OnTiles<'a> {
         self.shared[at + panel_at(len, k, first)..].as_ptr()
     }
 
-    /// The rows from `first` on, or those that the next piece begins with, to be asked for in so many steps.
+    /// The rows from `first` on, or those that the next piece begins with, to be asked for in so many steps. Not those that
+    /// k runs across: whole rows of memory are packed at once, which the CPU asks for by itself.
     fn left_ahead(&self, first: usize, k: &Range<usize>, next: Option<&Range<usize>>, steps: usize) -> Lines {
-        if self.task.left.is_some() {
+        if !self.task.p.a.k_contiguous {
             return Lines::NONE;
         }
         let rows = &self.task.rows;
@@ -351,12 +360,14 @@ impl<'a> OnTiles<'a> {
     }
 
     /// The columns of the next piece, or those that the next task begins with, to be asked for during the piece `k`. Those
-    /// that are packed already lie one after the other, which the CPU notices by itself.
+    /// that are packed already lie one after the other, which the CPU notices by itself, as do those of a product of two
+    /// operands that k runs across.
     fn right_ahead(&self, k: &Range<usize>, next: Option<&Range<usize>>) -> Lines {
         let Task { rows, columns, .. } = self.task;
         let steps = rows.len().div_ceil(BLOCK) * columns.len().div_ceil(BLOCK) * steps(k);
         let of = |task: &Task<'_>, k: &Range<usize>| match task.right {
             Some(_) => Lines::NONE,
+            None if !task.p.a.k_contiguous => Lines::NONE,
             None => Lines::of_operand(task.p.b, &task.columns, k, steps),
         };
         match (next, self.next) {
@@ -366,7 +377,22 @@ impl<'a> OnTiles<'a> {
         }
     }
 
-    /// Up to 32 rows over a piece: where they lie, or packed. Fewer rows, and those that end within a step, are packed, so
+    /// Rows that k runs across: all of the task's over a piece, packed `[32 rows][step]` now or before.
+    #[inline(always)]
+    fn packed_rows(&self, k: &Range<usize>) -> Option<*const u32> {
+        let Task { p, rows, left, .. } = self.task;
+        match left {
+            Some(at) => Some(self.panel(*at, p.m, k, rows.start)),
+            None if p.a.k_contiguous => None,
+            None => {
+                // SAFETY: there is room for all rows over the longest piece, and the blocks that read it are done.
+                unsafe { pack(p.a, Side::Left, rows, k, self.room.left) };
+                Some(self.room.left)
+            }
+        }
+    }
+
+    /// Up to 32 rows over a piece that k runs along: where they lie, or packed. Fewer rows, and those that end within a step, are packed, so
     /// that what lies behind them is not read.
     #[inline(always)]
     fn left(&self, rows: &Range<usize>, k: &Range<usize>) -> Left {
@@ -376,10 +402,6 @@ impl<'a> OnTiles<'a> {
             let part = &a.data.bf16()[rows.start * a.ld + k.start..(rows.end - 1) * a.ld + k.end];
             // SAFETY: the part has 32 rows, the last as far as k goes.
             return unsafe { Left::rows(part.as_ptr(), a.ld) };
-        }
-        if let Some(at) = self.task.left {
-            // SAFETY: the rows were packed with all their steps.
-            return unsafe { Left::packed(self.panel(at, self.task.p.m, k, rows.start)) };
         }
         // SAFETY: there is room for the longest piece, and the blocks that read it are done.
         unsafe {
@@ -414,138 +436,6 @@ unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usiz
             Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
             Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
         }
-    }
-}
-
-/// What is done beside products of tiles: finished sums are moved to the output, and what comes next is asked for.
-struct Beside<'a> {
-    p: &'a Product<'a>,
-    out: &'a Output<'a>,
-    accumulate: bool,
-    /// Sums of the rows that are not in the output yet, where they go, and how many rows and columns there are.
-    sums: *const [f32; BLOCK],
-    to: Pointer,
-    rows: usize,
-    columns: usize,
-    /// Rows that are moved in a step.
-    share: usize,
-    /// The sums were stored just now: who read them would wait.
-    fresh: bool,
-    /// What is to be in the cache soon: where the sums go that are computed now, and what is multiplied next.
-    output: Lines,
-    left: Lines,
-    right: Lines,
-}
-
-impl blocks::Beside for Beside<'_> {
-    #[inline(always)]
-    fn step(&mut self) {
-        self.output.step_to_write();
-        self.left.step();
-        self.right.step();
-        if self.rows > 0 && !std::mem::take(&mut self.fresh) {
-            self.finish(self.share);
-        }
-    }
-}
-
-impl<'a> Beside<'a> {
-    fn new(p: &'a Product<'a>, out: &'a Output<'a>, accumulate: bool) -> Self {
-        let (sums, to) = (std::ptr::null(), out.at(0, 0, 0, 0));
-        let (output, left, right) = (Lines::NONE, Lines::NONE, Lines::NONE);
-        Self { p, out, accumulate, sums, to, rows: 0, columns: 0, share: 0, fresh: false, output, left, right }
-    }
-
-    /// Steps that a block has: its rows are shared out among all but the first.
-    fn spread(&mut self, steps: usize) {
-        self.share = BLOCK.div_ceil(steps.saturating_sub(1).max(1));
-    }
-
-    /// A block of so many steps begins whose first element is (row, column) of the product.
-    #[inline(always)]
-    fn expect(&mut self, (row, rows): (usize, usize), (column, columns): (usize, usize), steps: usize) {
-        let to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
-        self.output = Lines::of_output(to, (rows, self.p.ldc), columns, steps);
-    }
-
-    /// A block is finished whose first element is (row, column) of the product.
-    ///
-    /// # Safety
-    /// Its sums are not written before they are all in the output, whose elements are this task's.
-    #[inline(always)]
-    unsafe fn done(&mut self, sums: *const f32, (row, rows): (usize, usize), (column, columns): (usize, usize)) {
-        debug_assert_eq!(self.rows, 0);
-        (self.sums, self.rows, self.columns, self.fresh) = (sums.cast(), rows, columns, true);
-        self.to = self.out.at(self.p.c + row * self.p.ldc + column, columns, rows, self.p.ldc);
-    }
-
-    /// Moves up to `most` rows of the finished block to the output.
-    #[inline(always)]
-    fn finish(&mut self, most: usize) {
-        let rows = most.min(self.rows);
-        // SAFETY: `done` promises both, and `Output::at` has seen that all rows are in the output.
-        unsafe {
-            self.to = match self.to {
-                Pointer::F32(c) => Pointer::F32(self.to_rows(c, rows)),
-                Pointer::Bf16(c) => Pointer::Bf16(self.to_rows(c, rows)),
-            };
-            self.sums = self.sums.add(rows);
-        }
-        self.rows -= rows;
-    }
-
-    /// Returns where the row after them goes.
-    ///
-    /// # Safety
-    /// So many rows of sums are there and so many rows of the output this task's, the first at `c`.
-    #[inline(always)]
-    unsafe fn to_rows<E: Row>(&self, mut c: *mut E, rows: usize) -> *mut E {
-        for r in 0..rows {
-            // SAFETY: the caller's promise.
-            let sums = unsafe { &*self.sums.add(r) };
-            if self.columns == BLOCK {
-                // SAFETY: as above, of whole rows.
-                whole(unsafe { &mut *c.cast::<[E; BLOCK]>() }, sums, self.accumulate);
-            } else {
-                // SAFETY: as above.
-                finish(unsafe { std::slice::from_raw_parts_mut(c, self.columns) }, sums, self.accumulate);
-            }
-            // Behind the last row there may be nothing.
-            c = c.wrapping_add(self.p.ldc);
-        }
-        c
-    }
-}
-
-/// A row of known length is read before it is written, so that it is moved in whole vectors.
-#[inline(always)]
-fn whole<E: Row>(c: &mut [E; BLOCK], sums: &[f32; BLOCK], accumulate: bool) {
-    let (old, sums) = (*c, *sums);
-    if accumulate {
-        *c = std::array::from_fn(|i| E::round(old[i].f32() + sums[i]));
-    } else {
-        E::round_row(&sums, c);
-    }
-}
-
-/// Elements of an output.
-trait Row: Elem {
-    /// Rounds a row of a block, whose sums the CPU's tiles leave without subnormal numbers.
-    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]);
-}
-
-impl Row for f32 {
-    #[inline(always)]
-    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
-        *to = *sums;
-    }
-}
-
-impl Row for bf16 {
-    #[inline(always)]
-    fn round_row(sums: &[f32; BLOCK], to: &mut [Self; BLOCK]) {
-        // SAFETY: what has tiles has AVX-512 BF16.
-        unsafe { round_row(sums, to) }
     }
 }
 
