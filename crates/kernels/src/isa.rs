@@ -18,8 +18,8 @@ use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
-    SQUARE, interleave, prefetch, prefetch_line, prefetch_line_to_write, round_row, transpose, transpose_cells,
-    transpose_halves,
+    SQUARE, finish_streams, interleave, pair_rows, prefetch, prefetch_line, prefetch_line_to_write, round_row,
+    stream_row, transpose, transpose_cells, transpose_halves,
 };
 pub(crate) use stream::{copied_rows, copy_rows};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};

@@ -74,6 +74,56 @@ pub(crate) unsafe fn transpose_halves(src: *const u8, stride: usize, dst: *mut u
     }
 }
 
+/// Writes the pairs of elements of two rows of 32 halves, 64 bytes each and aligned or not: the first 16 pairs to `low`, the
+/// others to `high`. A loop over elements takes longer.
+///
+/// # Safety
+/// The CPU has AVX-512. Both rows can be read, and 16 cells each be written at `low` and `high`.
+#[inline(always)]
+pub(crate) unsafe fn pair_rows(rows: [*const u8; 2], low: *mut u32, high: *mut u32) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::pair_rows(rows, low, high);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..2 * SQUARE {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [x, y] = rows.map(|row| u32::from(row.cast::<u16>().add(i).read_unaligned()));
+            *if i < SQUARE { low.add(i) } else { high.add(i - SQUARE) } = x | y << 16;
+        }
+    }
+}
+
+/// Writes a row past the caches, which saves reading its lines first. Another thread may read it after a
+/// [`finish_streams`] of this one.
+///
+/// # Safety
+/// The CPU has AVX-512. The row begins with a line.
+#[inline(always)]
+pub(crate) unsafe fn stream_row(from: &[f32; 2 * SQUARE], to: &mut [f32; 2 * SQUARE]) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::stream_row(from, to);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        *to = *from;
+    }
+}
+
+/// Puts what was streamed before whatever this thread writes next.
+#[inline(always)]
+pub(crate) fn finish_streams() {
+    // SAFETY: part of x86-64.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        core::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// Rounds to nearest even, as [`crate::Elem::round`] does but for subnormal numbers, which become zeros.
 ///
 /// # Safety
@@ -237,6 +287,39 @@ mod x86 {
         }
     }
 
+    /// See [`super::pair_rows`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn pair_rows(rows: [*const u8; 2], low: *mut u32, high: *mut u32) {
+        // SAFETY: the caller's promise.
+        let [x, y] = rows.map(|row| unsafe { _mm512_loadu_si512(row.cast()) });
+        // Quarters of pairs: 0, 2, 4, 6 and 1, 3, 5, 7.
+        let (even, odd) = (_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y));
+        let first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+        let second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+        // SAFETY: the caller's promise.
+        unsafe {
+            _mm512_storeu_si512(low.cast(), _mm512_permutex2var_epi64(even, first, odd));
+            _mm512_storeu_si512(high.cast(), _mm512_permutex2var_epi64(even, second, odd));
+        }
+    }
+
+    /// See [`super::stream_row`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub unsafe fn stream_row(from: &[f32; 32], to: &mut [f32; 32]) {
+        for (from, to) in from.as_chunks::<16>().0.iter().zip(to.as_chunks_mut::<16>().0) {
+            // SAFETY: 16 elements each, those written a line, as the caller promises.
+            unsafe { _mm512_stream_ps(to.as_mut_ptr(), _mm512_loadu_ps(from.as_ptr())) }
+        }
+    }
+
     /// See [`super::round_row`].
     ///
     /// # Safety
@@ -357,6 +440,39 @@ mod tests {
                 assert_eq!(found.to_le_bytes(), src[at..at + 2], "stride {stride}, half {i}");
             }
         }
+    }
+
+    #[test]
+    fn pairs_rows() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        let src: Vec<u8> = (0..200).map(|i| (i * 7 % 251) as u8).collect();
+        for (first, second) in [(0, 64), (3, 130), (70, 1)] {
+            let mut cells = [0u32; 2 * SQUARE];
+            let (low, high) = cells.split_at_mut(SQUARE);
+            let rows = [first, second].map(|at| src[at..at + 64].as_ptr());
+            // SAFETY: the CPU has the level; both rows are there, and 16 cells each.
+            unsafe { pair_rows(rows, low.as_mut_ptr(), high.as_mut_ptr()) }
+            for (i, cell) in cells.into_iter().enumerate() {
+                let half = |row: usize| u32::from(u16::from_le_bytes([src[row + 2 * i], src[row + 2 * i + 1]]));
+                assert_eq!(cell, half(first) | half(second) << 16, "rows {first} and {second}, cell {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn streams_rows() {
+        if isas().iter().all(|isa| isa.level() < Level::Avx512) {
+            return;
+        }
+        #[repr(align(64))]
+        struct Line([f32; 2 * SQUARE]);
+        let (from, mut to) = (std::array::from_fn(|i| i as f32), Line([0.0; 2 * SQUARE]));
+        // SAFETY: the CPU has the level; the row begins with a line.
+        unsafe { stream_row(&from, &mut to.0) }
+        finish_streams();
+        assert_eq!(to.0, from);
     }
 
     /// Every bit pattern of the upper half with ties, and numbers just above and below them; NaNs stay NaNs.

@@ -8,7 +8,7 @@
 
 use super::Operand;
 use crate::bf16;
-use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, transpose_cells, transpose_halves};
+use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, pair_rows, transpose_cells, transpose_halves};
 use std::ops::Range;
 
 /// Rows and columns of a block, and k of a step.
@@ -139,7 +139,19 @@ pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>,
 /// Packs columns `outer` (32 at most) of the right operand at one step, as `pack_left` does rows.
 #[inline(always)]
 pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
-    if !op.k_contiguous {
+    if !op.k_contiguous && outer.len() == BLOCK && k.len() == BLOCK {
+        let part = &op.data.bf16()[k.start * op.ld + outer.start..(k.end - 1) * op.ld + outer.end];
+        let (at, to) = (part.as_ptr(), to.as_mut_ptr());
+        for i in 0..TILE_ROWS {
+            // SAFETY: the part has 32 rows of 32 elements, `ld` apart; a line of each of the two tiles is written. AVX-512 is
+            // there, as said above.
+            unsafe {
+                let rows = [2 * i, 2 * i + 1].map(|row| at.add(row * op.ld).cast());
+                let low = to.add(i * TILE_COLUMNS);
+                pair_rows(rows, low, low.add(STEP_CELLS / 2));
+            }
+        }
+    } else if !op.k_contiguous {
         cells_across(op, outer, k, to);
     } else if outer.len() == BLOCK && k.len() == BLOCK {
         let part = &op.data.bf16()[outer.start * op.ld + k.start..(outer.end - 1) * op.ld + k.end];
@@ -193,11 +205,10 @@ fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mu
     let (left, right) = to.split_at_mut(STEP_CELLS / 2);
     let lines = left.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().zip(right.as_chunks_mut::<TILE_COLUMNS>().0);
     for ((left, right), k0) in lines.zip((k.start..).step_by(2)) {
-        if k0 + 1 < k.end
-            && let (Ok(x), Ok(y)) = (<&[bf16; BLOCK]>::try_from(row(k0)), <&[bf16; BLOCK]>::try_from(row(k0 + 1)))
-        {
-            *left = std::array::from_fn(|i| pair(x[i], y[i]));
-            *right = std::array::from_fn(|i| pair(x[TILE_COLUMNS + i], y[TILE_COLUMNS + i]));
+        if k0 + 1 < k.end && outer.len() == BLOCK {
+            let rows = [row(k0), row(k0 + 1)].map(|row| row.as_ptr().cast());
+            // SAFETY: rows of 32 elements, and a line of each tile. Where there are tiles, or they are played, there is AVX-512.
+            unsafe { pair_rows(rows, left.as_mut_ptr(), right.as_mut_ptr()) }
             continue;
         }
         let at =

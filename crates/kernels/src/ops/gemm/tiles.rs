@@ -286,7 +286,7 @@ impl TileJob for OnTiles<'_> {
             beside.right = self.right_ahead(&k, next.as_ref());
             self.piece::<T>(&k, next.as_ref(), right, &mut beside);
         }
-        beside.finish(BLOCK);
+        beside.end();
         // SAFETY: configured above.
         unsafe { T::release() };
     }
@@ -318,8 +318,10 @@ impl<'a> OnTiles<'a> {
             for c in 0..along {
                 let column = columns.start + c * BLOCK;
                 let columns = BLOCK.min(columns.end - column);
-                if last {
-                    beside.expect((rows.start, rows.len()), (column, columns), steps);
+                if last && c.is_multiple_of(2) {
+                    // Lines of two blocks at once, since those of a pair come from memory together.
+                    let (blocks, columns) = (2.min(along - c), (2 * BLOCK).min(self.task.columns.end - column));
+                    beside.expect((rows.start, rows.len()), (column, columns), blocks * steps);
                 }
                 // SAFETY: tiles are configured by `run`. The piece's steps of the rows and of the columns are there, and
                 // room for its sums, which a block leaves for its next piece or which are in the output before it is
@@ -426,15 +428,16 @@ enum Side {
 unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
     let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
     let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
-    let fast = if op.k_contiguous { steps } else { groups };
-    for unit in 0..groups * steps {
-        let (i, j) = (unit / fast, unit % fast);
-        let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
-        // SAFETY: the caller's promise.
-        let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
-        match side {
-            Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
-            Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
+    let (slow, fast) = if op.k_contiguous { (groups, steps) } else { (steps, groups) };
+    for i in 0..slow {
+        for j in 0..fast {
+            let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
+            // SAFETY: the caller's promise.
+            let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
+            match side {
+                Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
+                Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
+            }
         }
     }
 }
