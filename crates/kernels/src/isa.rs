@@ -18,12 +18,12 @@ use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
-    SQUARE, interleave, prefetch, prefetch_line, prefetch_line_to_write, round_row, transpose, transpose_cells,
+    Cache, SQUARE, ask, interleave, prefetch, prefetch_line_to_write, round_row, transpose, transpose_cells,
     transpose_halves,
 };
 pub(crate) use stream::{copied_rows, copy_rows};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
-pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead, ask};
+pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead};
 
 /// A level of vector instructions. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -88,19 +88,6 @@ pub(crate) fn ahead(row: usize) -> usize {
     row.min(AHEAD)
 }
 
-/// Asks for the line at `at` to be in the first-level cache soon. A hint: any address will do.
-#[inline(always)]
-pub(crate) fn ask(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: reads nothing that could be seen, and does not fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
 impl Isa {
     /// Does the job, compiled for this level, if the level has vectors of words.
     #[inline(always)]
