@@ -154,36 +154,26 @@ impl Slice {
     /// Logits in, their gradients out. `given` are ids and their gradients, G a row.
     fn differentiate(&mut self, cpu: &Cpu, rows: &[RowGradient], given: Option<(&[i32], &[f32])>, scale: f32) {
         let (ids, ld) = (self.ids.clone(), self.ld);
-        let gradient = |r: usize, z: &mut [f32]| {
-            rows[r].apply(cpu.isa(), z, scale);
-            if let Some(j) = position(rows[r].target, &ids) {
-                z[j] += rows[r].d_target;
-            }
-            let Some((given, d_given)) = given else { return };
-            let g = given.len() / rows.len();
-            for (&id, &d) in given[r * g..][..g].iter().zip(&d_given[r * g..]) {
-                if let Some(j) = position(id, &ids) {
-                    z[j] += d * scale;
+        cpu.chunks_mut(&mut self.z, ROWS * ld, |block, z| {
+            for (i, z) in z.chunks_mut(ld).enumerate() {
+                let r = block * ROWS + i;
+                rows[r].apply(cpu.isa(), &mut z[..ids.len()], scale);
+                if let Some(j) = position(rows[r].target, &ids) {
+                    z[j] += rows[r].d_target;
+                }
+                let Some((given, d_given)) = given else { continue };
+                let g = given.len() / rows.len();
+                for (&id, &d) in given[r * g..][..g].iter().zip(&d_given[r * g..]) {
+                    if let Some(j) = position(id, &ids) {
+                        z[j] += d * scale;
+                    }
                 }
             }
-        };
-        let Some(narrow) = &mut self.narrow else {
-            return cpu.chunks_mut(&mut self.z, ROWS * ld, |block, z| {
-                z.chunks_mut(ld).enumerate().for_each(|(i, z)| gradient(block * ROWS + i, &mut z[..ids.len()]));
-            });
-        };
-        // Rounded while a row is in the first-level cache: in memory the logits stay as they are.
-        let z = &self.z;
-        cpu.chunks_mut(narrow, ROWS * ld, |block, to| {
-            let mut own = [0.0; SLICE];
-            let own = &mut own[..ids.len()];
-            for (i, to) in to.chunks_mut(ld).enumerate() {
-                let r = block * ROWS + i;
-                own.copy_from_slice(&z[r * ld..][..ids.len()]);
-                gradient(r, own);
-                round(cpu.isa(), own, to);
-            }
         });
+        if let Some(narrow) = &mut self.narrow {
+            let z = &self.z;
+            cpu.chunks_mut(narrow, ROWS * ld, |block, to| round(cpu.isa(), &z[block * ROWS * ld..], to));
+        }
     }
 
     /// The gradients, as their products take them.
