@@ -173,7 +173,8 @@ impl Cpu {
         AlignedVec::of(&self.memory, len)
     }
 
-    /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.
+    /// Runs `f` on one of these workers, with them as its rayon pool: for libraries that bring their own parallel loops, and
+    /// for many operations one after the other.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.pool.install(f)
     }

@@ -18,7 +18,7 @@ use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
-    Cache, SQUARE, ask, interleave, prefetch, prefetch_line_to_write, round_row, transpose, transpose_cells,
+    Cache, SQUARE, ask, ask_for, interleave, prefetch, prefetch_line_to_write, round_row, transpose, transpose_cells,
     transpose_halves,
 };
 pub(crate) use stream::{copied_rows, copy_rows};

@@ -158,12 +158,18 @@ pub(crate) fn interleave<const N: usize>(isa: Isa, low: Option<&[bf16; N]>, high
     }
 }
 
+/// Asks for all lines of `x`.
+#[inline(always)]
+pub(crate) fn ask_for<T>(cache: Cache, x: &[T]) {
+    for x in x.chunks(LINE / size_of::<T>()) {
+        ask(cache, x.as_ptr().cast());
+    }
+}
+
 /// Asks for `x` to be in the second-level cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
-    for x in x.chunks(LINE / size_of::<T>()) {
-        ask(Cache::Second, x.as_ptr().cast());
-    }
+    ask_for(Cache::Second, x);
 }
 
 #[cfg(target_arch = "x86_64")]

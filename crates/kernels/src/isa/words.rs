@@ -8,8 +8,8 @@ use super::Isa;
 pub(crate) const LINE: usize = 64;
 /// Elements of BF16 in a line.
 pub(crate) const LINE_ELEMENTS: usize = LINE / 2;
-/// A line is asked for so many bytes before its turn, at most: further, and the first-level cache loses it again.
-const AHEAD: usize = 8 << 10;
+/// A line is asked for so many bytes before its turn, at least where rows are short and at most where they are long.
+const AHEAD: [usize; 2] = [4 << 10, 8 << 10];
 
 /// Vectors of one level: of f32, and of as many words.
 ///
@@ -83,9 +83,10 @@ pub(crate) trait WordJob {
     fn run<W: Words>(self);
 }
 
-/// The distance at which lines of rows `row` bytes long are asked for: a row ahead, if that is not too far.
+/// The distance at which lines of rows `row` bytes long are asked for: whole rows, if one is not too far.
 pub(crate) fn ahead(row: usize) -> usize {
-    row.min(AHEAD)
+    let [least, most] = AHEAD;
+    (row * (least / row.max(1)).max(1)).min(most)
 }
 
 impl Isa {
