@@ -4,7 +4,7 @@
 use crate::buffer::Pod;
 use crate::cuda::Pending;
 use crate::cuda::{Cuda, Event, GpuError};
-use crate::memory::Memory;
+use crate::memory::{InUse, Memory};
 use crate::ops::rope::Turns;
 use crate::{AlignedVec, Buf, DType, Isa, Level, Profile, View};
 use std::sync::{Arc, OnceLock};
@@ -163,10 +163,9 @@ impl Cpu {
         Workers { level: self.isa.level(), threads: self.threads }
     }
 
-    /// The most memory that was in use at once since it was last released.
-    #[cfg(test)]
-    pub(crate) fn peak(&self) -> usize {
-        self.memory.peak()
+    /// Memory that buffers of [`Ctx::empty`] have.
+    pub fn memory(&self) -> InUse {
+        self.memory.in_use()
     }
 
     /// `len` elements of whatever value, for an operation's own sums: see [`Ctx::empty`].
@@ -174,7 +173,8 @@ impl Cpu {
         AlignedVec::of(&self.memory, len)
     }
 
-    /// Runs `f` with these workers as its rayon pool: for libraries that bring their own parallel loops.
+    /// Runs `f` on one of these workers, with them as its rayon pool: for libraries that bring their own parallel loops, and
+    /// for many operations one after the other.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.pool.install(f)
     }

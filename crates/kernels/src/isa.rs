@@ -18,12 +18,12 @@ use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
-    SQUARE, finish_streams, interleave, pair_rows, prefetch, prefetch_line, prefetch_line_to_write, round_row,
+    Cache, SQUARE, ask, ask_for, finish_streams, interleave, pair_rows, prefetch, prefetch_line_to_write, round_row,
     stream_row, transpose, transpose_cells, transpose_halves,
 };
 pub(crate) use stream::{copied_rows, copy_rows};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
-pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead, ask};
+pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead};
 
 /// A level of vector instructions. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -28,4 +28,5 @@ pub use buffer::{AlignedVec, Buf, DType, Elem, Pod, View, ViewMut, Weight};
 pub use device::{Cpu, Ctx, Device, DeviceError, Download, Mark, Workers};
 pub use hadal_numerics::bf16;
 pub use isa::{Isa, Level};
+pub use memory::InUse;
 pub use profile::{Op, Profile, Spent};

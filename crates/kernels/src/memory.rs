@@ -1,11 +1,13 @@
-//! Memory of activations, reused: a step allocates the same sizes again and again, and a page that the system hands out
-//! anew costs a fault and a write of zeros. What is freed waits here for the next buffer of about its size.
+//! Memory of activations, reused: a step allocates the same sizes again and again, and memory that comes anew costs a
+//! fault for each page or a write of zeros, before anything of use is written. So a device keeps what it has once had,
+//! and cuts from it what is asked for next ([`Arena`]).
 //!
-//! It never raises the peak: blocks that wait and blocks that are in use together are at most what was in use at once
-//! at some time since the last [`Memory::release`].
+//! What it holds is what was in use at once at some time since the last [`Memory::release`], and the holes between.
 
+mod arena;
+
+use arena::Arena;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard};
 
@@ -20,17 +22,14 @@ const HUGE: usize = 1 << 21;
 const EASY: usize = 16;
 /// Smaller blocks go to the system at once, whose free lists serve them well.
 const LEAST: usize = 4096;
-/// A block may serve a request that is smaller than it by this part of the request: sizes repeat, but rows that come
-/// from other ranks vary a little.
-const WASTE: usize = 32;
 
-/// Bytes from the system. They are zeroed when they come and whatever they were left at when they come back from
-/// [`Memory`]: always initialised.
+/// Bytes from the system, which begin as zeros, or from a device's [`Memory`], which are whatever they were left at:
+/// always initialised.
 pub(crate) struct Block {
     ptr: NonNull<u8>,
     bytes: usize,
-    /// Bytes before `ptr` that were taken for its alignment.
-    shift: usize,
+    /// Bytes before `ptr` that were taken for its alignment; None of a block that has to go back to its memory.
+    shift: Option<usize>,
 }
 
 // SAFETY: a block owns its memory, as a Vec does.
@@ -40,7 +39,7 @@ unsafe impl Sync for Block {}
 
 impl Block {
     /// No memory.
-    pub(crate) const EMPTY: Self = Self { ptr: NonNull::<AlignedByte>::dangling().cast(), bytes: 0, shift: 0 };
+    pub(crate) const EMPTY: Self = Self { ptr: NonNull::<AlignedByte>::dangling().cast(), bytes: 0, shift: None };
 
     /// `bytes` zeros.
     pub(crate) fn zeros(bytes: usize) -> Self {
@@ -55,7 +54,7 @@ impl Block {
         let shift = raw.as_ptr().addr().next_multiple_of(ALIGN) - raw.as_ptr().addr();
         // SAFETY: the layout is aligned as wanted, so that there is no shift, or has room for one.
         let ptr = unsafe { raw.add(shift) };
-        Self { ptr, bytes, shift }
+        Self { ptr, bytes, shift: Some(shift) }
     }
 
     /// The first byte, aligned to [`ALIGN`].
@@ -104,14 +103,14 @@ struct AlignedByte;
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if self.bytes > 0 {
+        if let Some(shift) = self.shift {
             // SAFETY: allocated by `zeros` with the same layout, `shift` bytes before.
-            unsafe { dealloc(self.ptr.as_ptr().sub(self.shift), Self::layout(self.bytes)) }
+            unsafe { dealloc(self.ptr.as_ptr().sub(shift), Self::layout(self.bytes)) }
         }
     }
 }
 
-/// Blocks of one device that wait to be used again.
+/// What the blocks of one device are cut from.
 #[derive(Default)]
 pub(crate) struct Memory {
     state: Mutex<State>,
@@ -119,16 +118,25 @@ pub(crate) struct Memory {
 
 #[derive(Default)]
 struct State {
-    /// By size.
-    waiting: BTreeMap<usize, Vec<Block>>,
-    waiting_bytes: usize,
+    arena: Arena,
     used: usize,
     /// Largest `used` since the last release.
     peak: usize,
 }
 
+/// Memory of a device's activations, in bytes; buffers below a page are not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// What buffers have.
+    pub now: usize,
+    /// The most that they had at once since memory was last released.
+    pub peak: usize,
+    /// What is held for them, holes included.
+    pub held: usize,
+}
+
 impl Memory {
-    /// At least `bytes` bytes of whatever content. With debug assertions they read as NaN and as -1, so that a test
+    /// `bytes` bytes of whatever content. With debug assertions they read as NaN and as -1, so that a test
     /// sees an element that an operation was to write and did not.
     pub(crate) fn take(&self, bytes: usize) -> Block {
         let mut block = if bytes < LEAST { Block::zeros(bytes) } else { self.lock().take(bytes) };
@@ -145,20 +153,19 @@ impl Memory {
         }
     }
 
-    /// Hands all that waits back to the system, and forgets the peak.
+    /// Hands all that is not in use back to the system, and forgets the peak.
     pub(crate) fn release(&self) {
         let mut s = self.lock();
-        s.waiting.clear();
-        s.waiting_bytes = 0;
+        s.arena.release();
         s.peak = s.used;
     }
 
-    #[cfg(test)]
-    pub(crate) fn peak(&self) -> usize {
-        self.lock().peak
+    pub(crate) fn in_use(&self) -> InUse {
+        let s = self.lock();
+        InUse { now: s.used, peak: s.peak, held: s.arena.extent() }
     }
 
-    /// What can panic under the lock, a size that no address space has, leaves counts behind that are too large, no block.
+    /// What can panic under the lock, a size that no address space has, comes before anything is changed.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -166,52 +173,21 @@ impl Memory {
 
 impl State {
     fn take(&mut self, bytes: usize) -> Block {
-        let fitting = self.waiting.range(bytes..=bytes + bytes / WASTE).next().map(|(&size, _)| size);
-        if let Some(block) = fitting.and_then(|size| self.remove(size)) {
-            self.use_more(block.bytes);
-            return block;
-        }
-        self.use_more(bytes);
-        while self.used + self.waiting_bytes > self.peak && self.waiting_bytes > 0 {
-            self.drop_one(self.used + self.waiting_bytes - self.peak);
-        }
-        Block::zeros(bytes)
-    }
-
-    fn use_more(&mut self, bytes: usize) {
+        let ptr = self.arena.take(bytes);
         self.used += bytes;
         self.peak = self.peak.max(self.used);
+        Block { ptr, bytes, shift: None }
     }
 
     fn give(&mut self, block: Block) {
         self.used -= block.bytes;
-        self.waiting_bytes += block.bytes;
-        self.waiting.entry(block.bytes).or_default().push(block);
-    }
-
-    /// Hands back the smallest block that covers the excess, or else the largest.
-    fn drop_one(&mut self, excess: usize) {
-        let covers = self.waiting.range(excess..).next().or_else(|| self.waiting.last_key_value());
-        if let Some(size) = covers.map(|(&size, _)| size) {
-            drop(self.remove(size));
-        }
-    }
-
-    fn remove(&mut self, size: usize) -> Option<Block> {
-        let blocks = self.waiting.get_mut(&size)?;
-        let block = blocks.pop();
-        if blocks.is_empty() {
-            self.waiting.remove(&size);
-        }
-        self.waiting_bytes -= block.as_ref().map_or(0, |b| b.bytes);
-        block
+        self.arena.give(block.ptr, block.bytes);
     }
 }
 
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let s = self.lock();
-        write!(f, "Memory({} used, {} waiting, peak {})", s.used, s.waiting_bytes, s.peak)
+        self.in_use().fmt(f)
     }
 }
 
@@ -219,55 +195,48 @@ impl std::fmt::Debug for Memory {
 mod tests {
     use super::*;
 
-    fn counts(m: &Memory) -> (usize, usize, usize) {
-        let s = m.lock();
-        let sum: usize = s.waiting.values().flatten().map(|b| b.bytes).sum();
-        assert_eq!(sum, s.waiting_bytes);
-        (s.used, s.waiting_bytes, s.peak)
-    }
-
     #[test]
-    fn a_block_comes_back_for_about_its_size() {
+    fn a_block_comes_back_for_what_fits_it() {
         let m = Memory::default();
         let a = m.take(9000);
         let at = a.ptr();
         m.give(a);
-        assert_eq!(counts(&m), (0, 9000, 9000));
-        let b = m.take(8800);
-        assert_eq!((b.ptr(), b.bytes), (at, 9000));
-        assert_eq!(counts(&m), (9000, 0, 9000));
-        m.give(b);
-        // Too large: another block, for which this one has to go.
-        let c = m.take(8000);
-        assert_eq!((c.bytes, counts(&m)), (8000, (8000, 0, 9000)));
-        m.give(c);
-        // Too small.
-        let d = m.take(8001);
-        assert_eq!((d.bytes, counts(&m)), (8001, (8001, 0, 9000)));
+        assert_eq!(m.in_use(), InUse { now: 0, peak: 9000, held: 9216 });
+        // Two of half the size lie side by side where it was.
+        let [b, c] = [m.take(4500), m.take(4500)];
+        // SAFETY: within the block that was there.
+        assert_eq!((b.ptr(), c.ptr()), (at, unsafe { at.add(4608) }));
+        assert_eq!(m.in_use(), InUse { now: 9000, peak: 9000, held: 9216 });
+        let d = m.take(8000);
+        assert_eq!(m.in_use(), InUse { now: 17_000, peak: 17_000, held: 9216 + 8192 });
+        [b, c, d].into_iter().for_each(|b| m.give(b));
+        assert_eq!(m.in_use(), InUse { now: 0, peak: 17_000, held: 9216 + 8192 });
+        m.release();
+        assert_eq!(m.in_use(), InUse::default());
     }
 
+    /// A step like the one before needs no more than that one held.
     #[test]
-    fn what_waits_never_adds_to_the_peak() {
+    fn steps_that_repeat_hold_no_more() {
         let m = Memory::default();
-        let mut held: Vec<Block> = Vec::new();
-        let mut most = 0;
-        for i in 0..2000usize {
-            // Sizes and order without a pattern that would suit it.
-            let r = i.wrapping_mul(2_654_435_761) >> 7;
-            if held.len() > 12 || (r.is_multiple_of(3) && !held.is_empty()) {
-                m.give(held.swap_remove(r % held.len()));
-            } else {
-                held.push(m.take(LEAST + r % 37 * 1000));
+        let mut held = 0;
+        for step in 0..4 {
+            let mut blocks: Vec<Block> = Vec::new();
+            for i in 0..2000usize {
+                // Sizes and order without a pattern that would suit it.
+                let r = i.wrapping_mul(2_654_435_761) >> 7;
+                if blocks.len() > 12 || (r.is_multiple_of(3) && !blocks.is_empty()) {
+                    m.give(blocks.swap_remove(r % blocks.len()));
+                } else {
+                    blocks.push(m.take(LEAST + r % 37 * 1000));
+                }
             }
-            let used = held.iter().map(|b| b.bytes).sum::<usize>();
-            most = most.max(used);
-            let (counted, waiting, peak) = counts(&m);
-            assert_eq!((counted, peak), (used, most));
-            assert!(used + waiting <= most);
+            blocks.drain(..).for_each(|b| m.give(b));
+            let now = m.in_use();
+            held = if step == 0 { now.held } else { held };
+            assert_eq!((now.now, now.held), (0, held));
+            assert!(held <= now.peak + now.peak / 2, "{now:?}");
         }
-        held.drain(..).for_each(|b| m.give(b));
-        m.release();
-        assert_eq!(counts(&m), (0, 0, 0));
     }
 
     #[test]
@@ -278,7 +247,7 @@ mod tests {
             assert_eq!(b.bytes, bytes);
             m.give(b);
         }
-        assert_eq!(counts(&m), (0, 0, 0));
+        assert_eq!(m.in_use(), InUse::default());
     }
 
     #[test]

@@ -70,6 +70,11 @@ impl Grads {
         self.uses[first + n - 1].1.view_mut()
     }
 
+    /// As [`Grads::of_use`], all of it: false if it is to be overwritten, as nothing was added yet.
+    pub(crate) fn first_of_use(&mut self, id: ParamId, n: usize) -> (ViewMut<'_>, bool) {
+        if n == 0 { self.first_of(id) } else { (self.of_use(id, n), true) }
+    }
+
     /// Adds the further uses of shared tables onto the first, in order of use, and clears them.
     pub fn fold(&mut self, ctx: &Ctx) {
         (0..self.unwritten.len()).for_each(|i| self.settle(i));

@@ -105,7 +105,7 @@ impl<'a> WeightGrads<'a> {
 
     /// The head's gradient of its input, and its own: at once both come from logits that are computed once.
     pub(crate) fn head(&mut self, ctx: &Ctx, params: &Params, job: HeadJob, d_hidden: ViewMut<'_>) {
-        let d_weight = self.now.as_mut().map(|now| now.grads.of_use(job.id, job.n));
+        let d_weight = self.now.as_mut().map(|now| now.grads.first_of_use(job.id, job.n));
         let queued = d_weight.is_none();
         job.backward(ctx, params, Some(d_hidden), d_weight);
         if queued {
@@ -183,10 +183,11 @@ impl Job {
                 gemm_grouped::grouped_backward_weight(ctx, x, dy, offsets, rows, cols, dw, accumulate);
             }
             Job::Embedding { id, n, tokens, dy } => {
-                embedding::backward(ctx, tokens.view(), dy.view(), grads.of_use(id, n));
+                let (dtable, accumulate) = grads.first_of_use(id, n);
+                embedding::backward(ctx, tokens.view(), dy.view(), dtable, accumulate);
             }
             Job::Head(h) => {
-                let d_weight = Some(grads.of_use(h.id, h.n));
+                let d_weight = Some(grads.first_of_use(h.id, h.n));
                 h.backward(ctx, params, None, d_weight);
             }
         }
@@ -210,13 +211,13 @@ impl NormJob {
 }
 
 impl HeadJob {
-    /// One or both gradients of the head.
+    /// One or both gradients of the head; the weight's with whether it is added.
     pub(crate) fn backward(
         &self,
         ctx: &Ctx,
         params: &Params,
         d_hidden: Option<ViewMut<'_>>,
-        d_weight: Option<ViewMut<'_>>,
+        d_weight: Option<(ViewMut<'_>, bool)>,
     ) {
         let inputs = head_loss::Inputs {
             hidden: self.hidden.view(),

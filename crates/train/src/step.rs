@@ -5,7 +5,7 @@ use crate::optimizer::{AdamW, Optimizer};
 use hadal_comm::ExpertRange;
 use hadal_kernels::cuda::Graph;
 use hadal_kernels::ops::add;
-use hadal_kernels::{Buf, Ctx, Download, Mark};
+use hadal_kernels::{Buf, Ctx, Device, Download, Mark};
 use hadal_model::pass::{self, LossDownload, LossTerms, LossWeights, Losses};
 use hadal_model::{Batch, Grads, Model, Params, Sequence, WeightGrads};
 
@@ -189,8 +189,16 @@ impl Trainer {
         same
     }
 
-    /// All of a step that the device does.
+    /// All of a step that the device does. On a CPU one of its workers goes through it: an operation then begins at once
+    /// where it is called, and wakes the other workers alone.
     fn work(&mut self, ctx: &Ctx, weights: &LossWeights) -> Vec<LossTerms> {
+        match &ctx.device {
+            Device::Cpu(cpu) => cpu.install(|| self.operations(ctx, weights)),
+            Device::Cuda(_) => self.operations(ctx, weights),
+        }
+    }
+
+    fn operations(&mut self, ctx: &Ctx, weights: &LossWeights) -> Vec<LossTerms> {
         let terms = self.differentiate(ctx, weights);
         self.optimizer.apply(ctx, &mut self.params, &self.grads);
         if self.objective.bias_gamma > 0.0 {

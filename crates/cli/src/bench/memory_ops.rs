@@ -180,7 +180,7 @@ fn embedding_forward(ctx: &Ctx, n: usize, v: usize, d: usize) -> Work {
 fn embedding_backward(ctx: &Ctx, n: usize, v: usize, d: usize) -> Work {
     let (ids, dy) = (ids(ctx, v, n), floats(ctx, ACT, n * d, 2));
     let (mut table, ctx) = (ctx.zeros(F32, v * d), ctx.clone());
-    Box::new(move || embedding::backward(&ctx, ids.view(), dy.view(), table.view_mut()))
+    Box::new(move || embedding::backward(&ctx, ids.view(), dy.view(), table.view_mut(), true))
 }
 
 fn sum(ctx: &Ctx, len: usize) -> Work {

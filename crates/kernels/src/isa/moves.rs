@@ -1,8 +1,9 @@
 //! What plain loops do not compile to: transposes in registers, rounding, and prefetching.
 
 use super::Isa;
+use super::LINE;
 #[cfg(target_arch = "x86_64")]
-use super::{LINE, Level};
+use super::Level;
 use crate::bf16;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
@@ -141,17 +142,29 @@ pub(crate) unsafe fn round_row(from: &[f32; 2 * SQUARE], to: &mut [bf16; 2 * SQU
     }
 }
 
-/// Asks for the line at `at` to be in the second-level cache soon. A hint: any address will do.
+/// The cache that a line is to be in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cache {
+    First,
+    Second,
+}
+
+/// Asks for the line at `at` to be in a cache soon. A hint: any address will do.
 #[inline(always)]
-pub(crate) fn prefetch_line(at: *const u8) {
+pub(crate) fn ask(cache: Cache, at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
-        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        use core::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: reads nothing that could be seen, and does not fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe {
+            match cache {
+                Cache::First => _mm_prefetch::<_MM_HINT_T0>(at.cast()),
+                Cache::Second => _mm_prefetch::<_MM_HINT_T1>(at.cast()),
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    let _ = (cache, at);
 }
 
 /// Asks for the line at `at` to be this core's to write soon. As above; for code on AVX-512, whose CPUs have the
@@ -195,17 +208,18 @@ pub(crate) fn interleave<const N: usize>(isa: Isa, low: Option<&[bf16; N]>, high
     }
 }
 
-/// Asks for `x` to be in the cache soon.
+/// Asks for all lines of `x`.
+#[inline(always)]
+pub(crate) fn ask_for<T>(cache: Cache, x: &[T]) {
+    for x in x.chunks(LINE / size_of::<T>()) {
+        ask(cache, x.as_ptr().cast());
+    }
+}
+
+/// Asks for `x` to be in the second-level cache soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(x: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    for x in x.chunks(LINE / size_of::<T>()) {
-        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint, of an address within a live slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = x;
+    ask_for(Cache::Second, x);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -53,7 +53,7 @@ pub(crate) fn copy_rows<'a, T: bytemuck::Pod>(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::LINE;
-    use crate::isa::{Isa, Level, ask};
+    use crate::isa::{Cache, Isa, Level, ask};
     use core::arch::x86_64::*;
 
     /// Copies; whole lines past the caches. [`Finish`] has to be dropped before another thread may read them.
@@ -83,7 +83,7 @@ mod x86 {
             $(#[$meta])*
             unsafe fn $name(from: *const u8, to: *mut u8, next: *const u8, lines: usize) {
                 for line in 0..lines {
-                    ask(next.wrapping_add(line * LINE));
+                    ask(Cache::First, next.wrapping_add(line * LINE));
                     for at in (line * LINE..(line + 1) * LINE).step_by(size_of::<$vector>()) {
                         // SAFETY: the caller's promise.
                         unsafe { $stream(to.add(at).cast(), $load(from.add(at).cast())) }

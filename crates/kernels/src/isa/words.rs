@@ -8,8 +8,8 @@ use super::Isa;
 pub(crate) const LINE: usize = 64;
 /// Elements of BF16 in a line.
 pub(crate) const LINE_ELEMENTS: usize = LINE / 2;
-/// A line is asked for so many bytes before its turn, at most: further, and the first-level cache loses it again.
-const AHEAD: usize = 8 << 10;
+/// A line is asked for so many bytes before its turn, at least where rows are short and at most where they are long.
+const AHEAD: [usize; 2] = [4 << 10, 8 << 10];
 
 /// Vectors of one level: of f32, and of as many words.
 ///
@@ -83,22 +83,10 @@ pub(crate) trait WordJob {
     fn run<W: Words>(self);
 }
 
-/// The distance at which lines of rows `row` bytes long are asked for: a row ahead, if that is not too far.
+/// The distance at which lines of rows `row` bytes long are asked for: whole rows, if one is not too far.
 pub(crate) fn ahead(row: usize) -> usize {
-    row.min(AHEAD)
-}
-
-/// Asks for the line at `at` to be in the first-level cache soon. A hint: any address will do.
-#[inline(always)]
-pub(crate) fn ask(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: reads nothing that could be seen, and does not fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    let [least, most] = AHEAD;
+    (row * (least / row.max(1)).max(1)).min(most)
 }
 
 impl Isa {

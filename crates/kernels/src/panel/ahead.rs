@@ -2,7 +2,7 @@
 
 use super::{Operand, Pointer};
 use crate::Elem;
-use crate::isa::{prefetch_line, prefetch_line_to_write};
+use crate::isa::{Cache, ask, prefetch_line_to_write};
 use crate::ops::by_dtype;
 use std::ops::Range;
 
@@ -64,7 +64,7 @@ impl Lines {
     /// Asks for those of a step, to read them.
     #[inline(always)]
     pub fn step(&mut self) {
-        self.each_of_a_step(prefetch_line);
+        self.each_of_a_step(|at| ask(Cache::Second, at));
     }
 
     /// Asks for those of a step, to write them.

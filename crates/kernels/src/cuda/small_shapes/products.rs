@@ -108,7 +108,7 @@ pub(in crate::cuda) fn head_loss(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
             d_entropy: (!matches!(ask, Ask::Nothing)).then(|| d_entropy.view()),
             d_given: all.then(|| d_given.view()),
             d_hidden: Some(d_hidden.view_mut()),
-            d_weight: Some(d_weight.view_mut()),
+            d_weight: Some((d_weight.view_mut(), all)),
         };
         head::backward(ctx, x, b);
         out.extend([lse, logp, entropy, d_logp, d_hidden, d_weight]);

@@ -74,7 +74,7 @@ pub(in crate::cuda) fn embedding(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
         let mut y = ctx.empty(dtype, n * d);
         ops::embedding::forward(ctx, ids.view(), &Weight::new(table.view(), v, d), y.view_mut());
         let mut d_table = floats(ctx, 2, v * d);
-        ops::embedding::backward(ctx, ids.view(), y.view(), d_table.view_mut());
+        ops::embedding::backward(ctx, ids.view(), y.view(), d_table.view_mut(), true);
         out.extend([y, d_table]);
     }
     out

@@ -36,13 +36,16 @@ pub fn forward<W: Elem, T: Elem>(cpu: &Cpu, ids: &[i32], table: &Weight<'_>, y: 
     });
 }
 
-pub fn backward<T: Elem>(cpu: &Cpu, ids: &[i32], dy: View<'_>, d: usize, dtable: ViewMut<'_>) {
+pub fn backward<T: Elem>(cpu: &Cpu, ids: &[i32], dy: View<'_>, d: usize, dtable: ViewMut<'_>, accumulate: bool) {
     let (dy, dtable) = (T::of(dy), dtable.f32());
     let rows = dtable.len() / d;
     // Positions by id; equal ids stay in order of position.
     let mut by_id: Vec<Place> = ids.iter().enumerate().map(|(n, &id)| place(row(id, rows), n)).collect();
     by_id.sort_unstable();
     cpu.chunks_mut(dtable, BLOCK * d, |block, dtable| {
+        if !accumulate {
+            dtable.fill(0.0);
+        }
         let first = by_id.partition_point(|&p| id_of(p) < block * BLOCK);
         let last = by_id.partition_point(|&p| id_of(p) < (block + 1) * BLOCK);
         for positions in by_id[first..last].chunk_by(|&a, &b| id_of(a) == id_of(b)) {

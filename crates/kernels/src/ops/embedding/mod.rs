@@ -26,11 +26,15 @@ pub fn forward(ctx: &Ctx, ids: View<'_>, table: &Weight<'_>, y: ViewMut<'_>) {
     }
 }
 
-/// `dtable[V, D]` (f32) += sum of `dy[n]` over the positions n that hold each id, in order of n. The sum is complete
-/// before it is added.
-pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
+/// `dtable[V, D]` (f32) = sum of `dy[n]` over the positions n that hold each id, in order of n, or if `accumulate`, the
+/// same added to what is there. The sum is complete before it is added.
+pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, mut dtable: ViewMut<'_>, accumulate: bool) {
     let _timer = ctx.timer("embedding backward", sizes![ids, dy, dtable]);
     let n = ids.len();
+    // A GPU writes the rows of the ids that there are; a CPU passes over all of them.
+    if !accumulate && (n == 0 || ctx.device.as_cuda().is_some()) {
+        dtable.reborrow().clear();
+    }
     if n == 0 {
         return;
     }
@@ -42,6 +46,6 @@ pub fn backward(ctx: &Ctx, ids: View<'_>, dy: View<'_>, dtable: ViewMut<'_>) {
     );
     match &ctx.device {
         Device::Cuda(cuda) => cuda::backward(cuda, ids, dy, d, dtable),
-        Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => cpu::backward::<T>(cpu, ids.i32(), dy, d, dtable)),
+        Device::Cpu(cpu) => by_dtype!(dy.dtype(), T => cpu::backward::<T>(cpu, ids.i32(), dy, d, dtable, accumulate)),
     }
 }

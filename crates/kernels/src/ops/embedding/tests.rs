@@ -47,10 +47,14 @@ fn matches_reference() {
             }
             for dt in [F32, Bf16] {
                 let dy = buf_on(&ctx, dt, &normals(2, n * d, 1.0));
-                let mut dtable = ctx.from_f32(&vec![1.0; v * d]);
-                backward(&ctx, id_buf.view(), dy.view(), dtable.view_mut());
-                let expected: Vec<f64> = reference::backward(&ids, &wide(&dy), d, v).iter().map(|x| x + 1.0).collect();
-                assert_close("dtable", &dtable, &expected, op_tolerance(F32));
+                for accumulate in [true, false] {
+                    let mut dtable = ctx.from_f32(&vec![1.0; v * d]);
+                    backward(&ctx, id_buf.view(), dy.view(), dtable.view_mut(), accumulate);
+                    let before = if accumulate { 1.0 } else { 0.0 };
+                    let sums = reference::backward(&ids, &wide(&dy), d, v);
+                    let expected: Vec<f64> = sums.iter().map(|x| x + before).collect();
+                    assert_close("dtable", &dtable, &expected, op_tolerance(F32));
+                }
             }
         }
     }
@@ -58,7 +62,7 @@ fn matches_reference() {
 
 fn gradient(ctx: &Ctx, ids: &[i32], dy: &Buf, old: &Buf) -> Buf {
     let mut dtable = old.clone();
-    backward(ctx, ctx.from_i32(ids).view(), dy.view(), dtable.view_mut());
+    backward(ctx, ctx.from_i32(ids).view(), dy.view(), dtable.view_mut(), true);
     dtable
 }
 

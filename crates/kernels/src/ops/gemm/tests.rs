@@ -425,9 +425,9 @@ fn scratch_is_what_is_taken() {
 /// More than the memory that is in use before.
 fn taken(ctx: &Ctx, f: impl FnOnce()) -> usize {
     ctx.device.release();
-    let before = ctx.host().peak();
+    let before = ctx.host().memory().peak;
     f();
-    ctx.host().peak() - before
+    ctx.host().memory().peak - before
 }
 
 /// The device keeps no count of what is smaller than a page.

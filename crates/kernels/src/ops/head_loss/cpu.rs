@@ -82,8 +82,8 @@ pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
         if let Some(h) = &mut d_hidden {
             dz.times_weight(ctx, &x, if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() });
         }
-        if let Some(w) = &mut d_weight {
-            dz.transposed_times_hidden(ctx, &x, w.reborrow().slice(ids.start * d..ids.end * d));
+        if let Some((w, accumulate)) = &mut d_weight {
+            dz.transposed_times_hidden(ctx, &x, w.reborrow().slice(ids.start * d..ids.end * d), *accumulate);
         }
     }
     if let Some(h) = d_hidden.filter(|_| narrow) {
@@ -201,8 +201,8 @@ impl Slice {
         );
     }
 
-    /// `c[ids, D]` += dz^T hidden.
-    fn transposed_times_hidden(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>) {
+    /// `c[ids, D]` = dz^T hidden, or the same added to what is there.
+    fn transposed_times_hidden(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>, accumulate: bool) {
         let d = x.weight.cols;
         gemm(
             ctx,
@@ -215,7 +215,7 @@ impl Slice {
                 b: Mat { data: x.hidden, ld: d },
                 tb: false,
                 c: MatMut { data: c, ld: d },
-                accumulate: true,
+                accumulate,
             },
         );
     }

@@ -104,7 +104,7 @@ pub(super) fn backward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut b: Backward<'_
                 };
                 times_weight(ctx, &x, &piece, dz, c);
             }
-            if let Some(w) = &mut b.d_weight {
+            if let Some((w, _)) = &mut b.d_weight {
                 transposed_times_hidden(ctx, &x, &piece, dz, w.reborrow());
             }
         }

@@ -88,12 +88,12 @@ pub struct Backward<'a> {
     pub d_given: Option<View<'a>>,
     /// `[N, D]`, overwritten.
     pub d_hidden: Option<ViewMut<'a>>,
-    /// f32 `[V, D]`, accumulated into.
-    pub d_weight: Option<ViewMut<'a>>,
+    /// f32 `[V, D]`, and whether it is accumulated into or overwritten.
+    pub d_weight: Option<(ViewMut<'a>, bool)>,
 }
 
 /// Gradients of hidden and weight; logits are recomputed slice by slice.
-pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
+pub fn backward(ctx: &Ctx, x: Inputs<'_>, mut b: Backward<'_>) {
     let _timer =
         ctx.timer("head_loss backward", sizes![x.hidden, x.weight, x.targets, x.given, b.d_hidden, b.d_weight]);
     let n = x.check();
@@ -112,8 +112,15 @@ pub fn backward(ctx: &Ctx, x: Inputs<'_>, b: Backward<'_>) {
     if let Some(h) = &b.d_hidden {
         assert_eq!(h.len(), n * d, "head_loss backward: d_hidden of {} elements, expected [{n}, {d}]", h.len());
     }
-    if let Some(w) = &b.d_weight {
+    if let Some((w, _)) = &b.d_weight {
         assert_eq!(w.len(), v * d, "head_loss backward: d_weight of {} elements, expected [{v}, {d}]", w.len());
+    }
+    // A GPU takes the tokens in turns, and adds each turn's share.
+    if let Some((w, accumulate @ false)) = &mut b.d_weight
+        && (n == 0 || ctx.device.as_cuda().is_some())
+    {
+        w.reborrow().clear();
+        *accumulate = true;
     }
     if n == 0 || (b.d_hidden.is_none() && b.d_weight.is_none()) {
         return;

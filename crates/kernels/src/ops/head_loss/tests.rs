@@ -71,6 +71,12 @@ impl Case {
 
     /// d_hidden (of `dtype`) and d_weight, added to `before`.
     fn backward(&self, ctx: &Ctx, dtype: DType, before: &Buf, want: [bool; 2]) -> [Buf; 2] {
+        self.backward_onto(ctx, dtype, (before, true), want)
+    }
+
+    /// As `backward`; d_weight is added to what was before, or overwrites it.
+    fn backward_onto(&self, ctx: &Ctx, dtype: DType, before: (&Buf, bool), want: [bool; 2]) -> [Buf; 2] {
+        let (before, accumulate) = before;
         let [lse, _, entropy, ..] = self.forward(ctx, 0);
         let mut dh = buf_on(ctx, dtype, &vec![7.0; self.n * self.d]);
         let mut dw = before.clone();
@@ -81,7 +87,7 @@ impl Case {
             d_entropy: Some(self.d_entropy.view()),
             d_given: (self.g > 0).then(|| self.d_given.view()),
             d_hidden: want[0].then(|| dh.view_mut()),
-            d_weight: want[1].then(|| dw.view_mut()),
+            d_weight: want[1].then(|| (dw.view_mut(), accumulate)),
         };
         backward(ctx, self.inputs(), b);
         [dh, dw]
@@ -186,6 +192,8 @@ fn agrees_with_the_reference() {
             let before = buf_on(&ctx, DType::F32, &normals(20, c.v * c.d, 1.0));
             let (d_logp, d_entropy, d_given) = (widen(&c.d_logp), widen(&c.d_entropy), widen(&c.d_given));
             let (want_dh, mut want_dw) = reference::backward(&x, &d_logp, &d_entropy, &d_given);
+            let [_, dw] = c.backward_onto(&ctx, dtype, (&before, false), [true, true]);
+            assert_close("overwritten d_weight", &dw, &want_dw, op_tolerance(dtype));
             want_dw.iter_mut().zip(widen(&before)).for_each(|(w, b)| *w += b);
             let [dh, dw] = c.backward(&ctx, dtype, &before, [true, true]);
             assert_close("d_hidden", &dh, &want_dh, op_tolerance(dtype));

@@ -2,7 +2,7 @@
 //! counting sort over N * K small integers that costs less than handing it out.
 
 use super::Combine;
-use crate::isa::{Isa, LINE, ask, copied_rows, copy_rows, vectorised};
+use crate::isa::{Cache, Isa, LINE, ask, copied_rows, copy_rows, vectorised};
 use crate::{Cpu, Elem};
 
 /// Elements of one task, about.
@@ -116,7 +116,8 @@ vectorised! {
         let next = if size_of_val(out) <= SHORT { s.next } else { &[] };
         for at in (0..whole).step_by(TILE) {
             for next in next.iter().map(|&row| &s.rows[row as usize * out.len() + at..]) {
-                (0..TILE).step_by(LINE / size_of::<T>()).for_each(|i| ask(next.as_ptr().wrapping_add(i).cast()));
+                let line = |i: usize| next.as_ptr().wrapping_add(i).cast();
+                (0..TILE).step_by(LINE / size_of::<T>()).for_each(|i| ask(Cache::First, line(i)));
             }
             sum_columns::<T, TILE>(&s, at, accumulate, out);
         }

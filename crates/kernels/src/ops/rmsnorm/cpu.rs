@@ -1,8 +1,8 @@
 //! Rows are independent, so tasks are blocks of rows; sums over a row go through a fixed number of partial sums, which
 //! the compiler keeps in vectors. The weight's gradient sums blocks of rows apart, then the blocks in order.
 
-use super::{Backward, Forward, InputGradient, WeightGradient};
-use crate::isa::{Isa, vectorised};
+use super::{Backward, Forward, WeightGradient};
+use crate::isa::{Cache, Isa, ask_for, vectorised};
 use crate::{Cpu, Elem};
 
 /// Elements per task, at least.
@@ -11,6 +11,16 @@ const PIECE: usize = 1 << 13;
 const PARTIAL: usize = 16;
 /// Rows whose share of the weight's gradient is summed by one task.
 const BLOCK: usize = 64;
+/// A row is asked for about so many bytes before its turn: rows are short, and may lie apart.
+const AHEAD: usize = 4 << 10;
+
+/// Asks for the part of `x` that will be its turn when the first rows, `stride` elements apart, have passed.
+fn ask_ahead<T>(x: &[T], stride: usize, d: usize) {
+    let rows = (AHEAD / (stride * size_of::<T>())).max(1);
+    if let Some(next) = x.get(rows * stride..) {
+        ask_for(Cache::First, &next[..d.min(next.len())]);
+    }
+}
 
 /// The sum of partial sums, in the fixed order of this function.
 #[inline(always)]
@@ -61,7 +71,9 @@ pub fn forward<T: Elem>(cpu: &Cpu, a: Forward<'_>) {
     let rows = PIECE.div_ceil(d);
     cpu.chunks2_mut((T::of_mut(a.y), rows * d), (a.rstd.f32(), rows), |i, y, rstd| {
         for (r, (y, rstd)) in y.chunks_exact_mut(d).zip(rstd).enumerate() {
-            *rstd = forward_row(cpu.isa(), &x[(i * rows + r) * a.x_stride..][..d], w, a.eps, y);
+            let x = &x[(i * rows + r) * a.x_stride..];
+            ask_ahead(x, a.x_stride, d);
+            *rstd = forward_row(cpu.isa(), &x[..d], w, a.eps, y);
         }
     });
 }
@@ -76,31 +88,88 @@ vectorised! {
     }
 }
 
+/// Both gradients are taken of a row while it is in the first-level cache.
 pub fn backward<T: Elem>(cpu: &Cpu, mut a: Backward<'_>) {
     let (input, weight) = (a.input.take(), a.weight_gradient.take());
-    if let Some(i) = input {
-        backward_input::<T>(cpu, &a, i);
+    let (n, d) = (a.rstd.len(), a.weight.len());
+    let rows = Rows::<T> {
+        isa: cpu.isa(),
+        dy: T::of(a.dy),
+        x: T::of(a.x),
+        x_stride: a.x_stride,
+        w: a.weight.f32(),
+        rstd: a.rstd.f32(),
+    };
+    let mut sums = weight.as_ref().map(|_| cpu.empty::<f32>(n.div_ceil(BLOCK) * d));
+    let end = |stride: usize| n.checked_sub(1).map_or(0, |last| last * stride + d);
+    let input = input.map(|i| (&mut T::of_mut(i.dx)[..end(i.dx_stride)], i.dx_stride, i.accumulate));
+    let of_block = |block: usize| (block * BLOCK..n.min((block + 1) * BLOCK)).enumerate();
+    match (input, &mut sums) {
+        (Some((dx, stride, accumulate)), Some(sums)) => {
+            cpu.chunks2_mut((dx, BLOCK * stride), (sums, d), |block, dx, sums| {
+                sums.fill(0.0);
+                for (r, n) in of_block(block) {
+                    rows.input(n, accumulate, stride, &mut dx[r * stride..]);
+                    rows.weight(n, sums);
+                }
+            });
+        }
+        (Some((dx, stride, accumulate)), None) => cpu.chunks_mut(dx, BLOCK * stride, |block, dx| {
+            of_block(block).for_each(|(r, n)| rows.input(n, accumulate, stride, &mut dx[r * stride..]));
+        }),
+        (None, Some(sums)) => cpu.chunks_mut(sums, d, |block, sums| {
+            sums.fill(0.0);
+            for (_, n) in of_block(block) {
+                rows.ask(n);
+                rows.weight(n, sums);
+            }
+        }),
+        (None, None) => {}
     }
-    if let Some(w) = weight {
-        backward_weight::<T>(cpu, &a, w);
+    if let (Some(to), Some(sums)) = (weight, &mut sums) {
+        add_up(to, sums);
     }
 }
 
-/// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)).
-fn backward_input<T: Elem>(cpu: &Cpu, a: &Backward<'_>, to: InputGradient<'_>) {
-    let InputGradient { dx, dx_stride, accumulate } = to;
-    let (w, rstd) = (a.weight.f32(), a.rstd.f32());
-    let (dy, x, d) = (T::of(a.dy), T::of(a.x), w.len());
-    let rows = PIECE.div_ceil(d);
-    let Some(last) = rstd.len().checked_sub(1) else { return };
-    let dx = &mut T::of_mut(dx)[..last * dx_stride + d];
-    cpu.chunks_mut(dx, rows * dx_stride, |i, dx| {
-        for (r, dx) in dx.chunks_mut(dx_stride).enumerate() {
-            let n = i * rows + r;
-            let (dy, x) = (&dy[n * d..][..d], &x[n * a.x_stride..][..d]);
-            backward_row(cpu.isa(), dy, x, w, rstd[n], accumulate, dx);
+/// What both gradients read.
+struct Rows<'a, T> {
+    isa: Isa,
+    dy: &'a [T],
+    x: &'a [T],
+    x_stride: usize,
+    w: &'a [f32],
+    rstd: &'a [f32],
+}
+
+impl<T: Elem> Rows<'_, T> {
+    /// dy and x of row `n`.
+    fn of(&self, n: usize) -> (&[T], &[T]) {
+        let d = self.w.len();
+        (&self.dy[n * d..][..d], &self.x[n * self.x_stride..][..d])
+    }
+
+    /// Asks for what follows row `n`.
+    fn ask(&self, n: usize) {
+        let d = self.w.len();
+        ask_ahead(&self.dy[n * d..], d, d);
+        ask_ahead(&self.x[n * self.x_stride..], self.x_stride, d);
+    }
+
+    /// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)), to the head of dx.
+    fn input(&self, n: usize, accumulate: bool, stride: usize, dx: &mut [T]) {
+        self.ask(n);
+        if accumulate {
+            ask_ahead(dx, stride, self.w.len());
         }
-    });
+        let (dy, x) = self.of(n);
+        backward_row(self.isa, dy, x, self.w, self.rstd[n], accumulate, dx);
+    }
+
+    /// Adds the row's share of the weight's gradient.
+    fn weight(&self, n: usize, sums: &mut [f32]) {
+        let (dy, x) = self.of(n);
+        add_row(self.isa, dy, x, self.rstd[n], sums);
+    }
 }
 
 vectorised! {
@@ -113,22 +182,14 @@ vectorised! {
     }
 }
 
-fn backward_weight<T: Elem>(cpu: &Cpu, a: &Backward<'_>, to: WeightGradient<'_>) {
-    let (dy, x, rstd, dw) = (T::of(a.dy), T::of(a.x), a.rstd.f32(), to.dw.f32());
-    let (d, x_stride) = (dw.len(), a.x_stride);
+/// The sums of all blocks in order, to where the weight's gradient goes.
+fn add_up(to: WeightGradient<'_>, sums: &mut [f32]) {
+    let dw = to.dw.f32();
     if !to.accumulate {
         dw.fill(0.0);
     }
-    let mut partial = cpu.empty::<f32>(rstd.len().div_ceil(BLOCK) * d);
-    cpu.chunks_mut(&mut partial, d, |block, partial| {
-        partial.fill(0.0);
-        for n in block * BLOCK..((block + 1) * BLOCK).min(rstd.len()) {
-            let (dy, x) = (&dy[n * d..][..d], &x[n * x_stride..][..d]);
-            add_row(cpu.isa(), dy, x, rstd[n], partial);
-        }
-    });
-    let Some((total, rest)) = partial.split_at_mut_checked(d) else { return };
-    for block in rest.chunks_exact(d) {
+    let Some((total, rest)) = sums.split_at_mut_checked(dw.len()) else { return };
+    for block in rest.chunks_exact(dw.len()) {
         total.iter_mut().zip(block).for_each(|(t, p)| *t += p);
     }
     dw.iter_mut().zip(total).for_each(|(dw, t)| *dw += *t);

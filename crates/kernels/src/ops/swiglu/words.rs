@@ -2,7 +2,7 @@
 //! which what the CPU fetches on its own does not follow from row to row. What is behind the last whole line is
 //! [`super::cpu`]'s, as are rows of f32 and the portable level.
 
-use crate::isa::{Isa, LINE, LINE_ELEMENTS, WordJob, Words, ahead, ask};
+use crate::isa::{Cache, Isa, LINE, LINE_ELEMENTS, WordJob, Words, ahead, ask};
 use crate::{DType, Elem};
 
 /// How many elements of a row this file computes.
@@ -37,8 +37,8 @@ impl WordJob for Forward<'_> {
         assert!(gate.len() == y.len() && up.len() == y.len());
         let (gate, up, to) = (gate.as_ptr(), up.as_ptr(), y.as_mut_ptr());
         for line in (0..y.len() / LINE).map(|i| i * LINE) {
-            ask(gate.wrapping_add(line + ahead));
-            ask(up.wrapping_add(line + ahead));
+            ask(Cache::Second, gate.wrapping_add(line + ahead));
+            ask(Cache::Second, up.wrapping_add(line + ahead));
             for at in (line..line + LINE).step_by(4 * W::N) {
                 // SAFETY: the caller is compiled for the level; `at` is within a whole line of all three.
                 unsafe {
@@ -99,9 +99,9 @@ impl WordJob for Backward<'_> {
         // SAFETY: the caller is compiled for the level, here and below; `at` is within a whole line of all three.
         let (weight, mut sums) = unsafe { (W::splat(self.weight), [W::splat(0.0); 2]) };
         for line in (0..len / LINE).map(|i| i * LINE) {
-            ask(dy.wrapping_add(line + self.aheads[0]));
-            ask(gate.wrapping_add(line + self.aheads[1]));
-            ask(up.wrapping_add(line + self.aheads[1]));
+            ask(Cache::Second, dy.wrapping_add(line + self.aheads[0]));
+            ask(Cache::Second, gate.wrapping_add(line + self.aheads[1]));
+            ask(Cache::Second, up.wrapping_add(line + self.aheads[1]));
             for at in (line..line + LINE).step_by(4 * W::N) {
                 // SAFETY: see above.
                 unsafe {
