@@ -8,6 +8,6 @@ out=$(mktemp)
 trap 'rm -f "$out"' EXIT
 {
   echo "commit $(git rev-parse --short HEAD)"
-  cargo test -p hadal-train --test golden --quiet -- --nocapture --test-threads=1 2>/dev/null
+  cargo test -p hadal-train --test parity --quiet -- golden:: --nocapture --test-threads=1 2>/dev/null
 } | tee "$out"
 cp "$out" runs/goldens/output.txt

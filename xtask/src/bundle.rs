@@ -13,8 +13,7 @@ const LIMIT: u64 = 40 << 20;
 const TESTS: &[(&str, &[&str], &str)] = &[
     ("hadal-kernels", &["--lib"], "kernels"),
     ("hadal-engine", &["--lib"], "engine"),
-    ("hadal-train", &["--test", "cuda"], "train"),
-    ("hadal-train", &["--test", "golden"], "golden"),
+    ("hadal-train", &["--test", "parity"], "train"),
 ];
 
 /// Builds and collects, in a new folder that replaces an old bundle.

@@ -79,9 +79,10 @@ failed=0
 for part in "${parts[@]}"; do
   begin=$SECONDS
   case $part in
-    kernels | engine | golden) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    kernels | engine) ./bin/$part --test-threads "${HADAL_TEST_THREADS:-4}" ;;
+    golden) ./bin/train --test-threads "${HADAL_TEST_THREADS:-4}" golden:: ;;
     # One device at a time, as a run has it.
-    train) ./bin/train --test-threads 1 --show-output ;;
+    train) ./bin/train --test-threads 1 --show-output cuda:: ;;
     steps) steps ;;
     cache) cache ;;
     memcheck | racecheck) sanitize "$part" ;;

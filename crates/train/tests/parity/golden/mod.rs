@@ -3,8 +3,6 @@
 
 mod adamw_op;
 mod load;
-#[path = "../support/mod.rs"]
-mod support;
 
 use hadal_kernels::{Buf, Ctx};
 use hadal_model::pass::{self, LossWeights};

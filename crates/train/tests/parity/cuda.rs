@@ -1,8 +1,7 @@
 //! Training on a GPU beside the same training on CPUs: `nano`, 50 steps; also by the kernels that GPUs before Hopper get.
 //! Where there is no GPU, the tests say that they were skipped.
 
-mod support;
-
+use crate::support::gpu;
 use hadal_kernels::{Ctx, Device};
 use hadal_model::{Model, ModelConfig, Params, Precision, Recompute, Sequence};
 use hadal_train::plan::{GpuMemory, StepSize, gpu_memory};
@@ -11,7 +10,6 @@ use hadal_train::{
     Trainer, evaluate, pretrain,
 };
 use std::path::Path;
-use support::gpu;
 
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
 const OBJECTIVE: Objective = Objective { mtp_lambda: 0.3, balance_alpha: 1e-4, bias_gamma: 1e-3 };

@@ -1,6 +1,6 @@
 //! AdamW elementwise against torch.optim.AdamW on given gradients and moments of every magnitude.
 
-use crate::load::{contexts, root};
+use super::load::{contexts, root};
 use hadal_kernels::Ctx;
 use hadal_kernels::ops::adamw::{self, Segment};
 use safetensors::SafeTensors;
