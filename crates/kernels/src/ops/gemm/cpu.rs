@@ -38,8 +38,10 @@ pub(super) const ROWS: usize = 120;
 /// they are f32 that k runs across, which need no room for themselves.
 const ROWS_ALONE: [usize; 2] = [480, 512];
 /// Columns of a tile at most, and where its sums wait for the next span beside rows that need no packing: those of the next
-/// tile would be packed again. Between the two, what is packed of the columns is to stay below [`SHARED`].
+/// tile would be packed again. Between the two, what is packed of the columns is to stay at about [`SHARED`].
 const COLUMNS: [usize; 2] = [2048, 512];
+/// Sums that wait in the second-level cache at most.
+const SUMS: usize = 1 << 17;
 /// Pieces of k that rows are packed for at once, and over which sums stay in registers.
 pub(super) const SPAN: usize = 4;
 /// A multiple of the rows that any level computes at once.
@@ -53,8 +55,8 @@ const TASKS: [usize; 2] = [2, 4];
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 18;
 /// Words of columns that are packed before any of them is used, unless one part of them alone has more: what this takes adds
-/// to the memory of a step. 18 MiB, which hold 2,048 columns of as many f32.
-const SHARED: usize = 9 << 19;
+/// to the memory of a step.
+const SHARED: usize = 1 << 22;
 /// Columns that one task packs for others, of an operand that k runs along.
 const SHARE: usize = 64;
 
@@ -115,13 +117,15 @@ impl Product<'_> {
         cell.pieces(self.k).map(piece).collect()
     }
 
-    /// Columns of a tile at most.
-    fn columns(&self, level: Level) -> usize {
+    /// Columns of a tile of so many rows at most.
+    fn columns(&self, level: Level, rows: usize) -> usize {
         let ([mut most, fewest], cell) = (COLUMNS, self.cell(level));
-        if cell.pieces(self.k).len() > SPAN && !strips::packs_rows(self, cell) {
-            return fewest;
+        let span = if self.a.k_contiguous { SPAN } else { 1 };
+        if cell.pieces(self.k).len() > span && !strips::packs_rows(self, cell) {
+            return fewest.min(SUMS / rows);
         }
-        while most > fewest && self.panel_words(most, level) > SHARED {
+        // 2,048 columns of as many f32 are a little more, for the lines between groups.
+        while most > fewest && self.panel_words(most, level) > SHARED / 8 * 9 {
             most /= 2;
         }
         most
@@ -130,11 +134,10 @@ impl Product<'_> {
     /// Parts of rows and of columns when a task should do about `work` multiply-adds, as many for each worker if `workers`
     /// have no other product to do.
     fn grid(&self, level: Level, work: usize, workers: usize) -> (usize, usize) {
-        let most = self.columns(level);
         let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
         let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
         let mut rows = if alone { 1 } else { self.m.div_ceil(ROWS) };
-        let mut columns = self.n.div_ceil(most);
+        let mut columns = self.n.div_ceil(self.columns(level, self.m.div_ceil(rows)));
         while rows * columns < self.work().div_ceil(work) {
             // Rows first: columns are packed once for all of them, but rows once for each part of the columns.
             match (self.m / rows > LEAST_ROWS && !alone, self.n / columns > LEAST_COLUMNS) {

@@ -510,7 +510,7 @@ fn scratch_of_large_products() {
     assert_eq!(all(Direction::Forward, &[100; 8], (4096, 7168)), 0, "one tile of rows for each");
 }
 
-/// The same on vectors: as many parts of 512 columns as 18 MiB hold.
+/// The same on vectors: as many parts of 512 columns as 16 MiB hold.
 #[test]
 fn scratch_of_large_products_on_vectors() {
     for (level, dtype) in Level::ALL.into_iter().flat_map(|level| [(level, Bf16), (level, F32)]) {
