@@ -148,7 +148,7 @@ impl Product<'_> {
             }
         }
         let even = rows.next_multiple_of(workers);
-        if !alone && columns % workers != 0 && self.m / even >= LEAST_ROWS {
+        if !alone && !columns.is_multiple_of(workers) && self.m / even >= LEAST_ROWS {
             rows = even;
         }
         (rows, columns)

@@ -2,11 +2,11 @@
 //! they are finished. What comes next is asked for beside the products.
 
 use super::cpu::{Output, Piece, Product, ROWS, SPAN, Task, apart, reserve};
-use crate::AlignedVec;
 use crate::isa::{Isa, Level, SQUARE};
 use crate::panel::{
     self, CELLS, Cell, Finish, Lines, Multiply, Panel, ROW_CELLS, Rows, block_rows, block_width, group_width, steps,
 };
+use crate::{AlignedVec, DType};
 use std::ops::Range;
 
 /// Groups of columns that a task packs together for itself: one that goes on to the products from the first-level cache, or
@@ -230,10 +230,10 @@ impl<'a> Tile<'a> {
         (after.and_then(along), next)
     }
 
-    /// The rows of the span after this one, where they are read where they lie: packing asks for itself, and what would wait
-    /// for it beside what is packed does not stay in the second-level cache.
+    /// The rows of the span after this one. Not f32 that are packed, for which there is no room in the second-level cache
+    /// beside what is packed of these; packing asks for itself.
     fn left_ahead(&self, span: Span<'_>) -> Lines {
-        if !matches!(self.left, Left::Here(..)) {
+        if self.p.a.data.dtype() == DType::F32 && !matches!(self.left, Left::Here(..)) {
             return Lines::NONE;
         }
         let steps = self.steps(span, self.t.cols.len());
