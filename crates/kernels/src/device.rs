@@ -179,6 +179,12 @@ impl Cpu {
         self.pool.install(f)
     }
 
+    /// Runs `f`, whose calls of [`Cpu::for_each`] find the workers awake: they sleep soon after a call that is not part of
+    /// another.
+    pub fn together<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        if self.threads == 1 { f() } else { self.pool.install(f) }
+    }
+
     /// Runs `f(0) .. f(n - 1)` on the workers, in any order and on any worker. How work is cut into tasks must depend
     /// on shapes alone, never on the number of workers, unless no bit depends on the cut: that is what keeps results
     /// equal for every thread count.
@@ -187,6 +193,8 @@ impl Cpu {
         match n {
             0 => {}
             1 => f(0),
+            // No worker has to be woken for what the caller can do as well.
+            _ if self.threads == 1 => (0..n).for_each(f),
             _ => self.pool.install(|| (0..n).into_par_iter().with_max_len(1).for_each(&f)),
         }
     }

@@ -45,9 +45,9 @@ impl Lines {
         by_dtype!(op.data.dtype(), E => of::<E>(op, rows, along, steps))
     }
 
-    /// Consecutive words.
-    pub fn of_words(words: &[u32], steps: usize) -> Self {
-        Self::new(words.as_ptr().cast(), (1, 0), size_of_val(words), steps)
+    /// Consecutive words, and as many again at each of some more places, `apart` bytes from one to the next.
+    pub fn of_words(words: &[u32], (places, apart): (usize, usize), steps: usize) -> Self {
+        Self::new(words.as_ptr().cast(), (places, apart), size_of_val(words), steps)
     }
 
     /// `rows` rows of an output, `apart` elements from one to the next.

@@ -51,19 +51,30 @@ impl Rows {
     }
 }
 
-/// `sums[row][lane]` (+)= rows . lanes, over all cells.
-pub(crate) struct Multiply<'a> {
+/// Panels of some consecutive cells.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<'a> {
     /// `[group][cells][width]`, of the level's width.
     pub lanes: &'a [u32],
+    pub rows: &'a [u32],
+    pub cells: usize,
+}
+
+impl Panel<'_> {
+    /// No cells.
+    pub const NONE: Self = Self { lanes: &[], rows: &[], cells: 0 };
+}
+
+/// `sums[row][lane]` (+)= rows . lanes, over all cells of all panels: sums stay in registers from one to the next.
+pub(crate) struct Multiply<'a> {
+    pub panels: &'a [Panel<'a>],
     /// Words from one cell's lanes to the next: a group, or what it is where the lanes of a single group lie.
     pub lanes_apart: usize,
     /// Lanes, whole groups of them.
     pub width: usize,
-    pub rows: &'a [u32],
-    /// How they lie.
+    /// How rows lie.
     pub form: Rows,
     pub count: usize,
-    pub cells: usize,
     /// `[count][width]`.
     pub sums: &'a mut [f32],
     /// Continue the sums instead of starting at zero.
@@ -103,18 +114,21 @@ impl Multiply<'_> {
 
     /// That panels hold whole groups of lanes and all rows, in blocks of `block` if they are.
     fn check(&self, group: usize, block: usize) {
-        assert!(self.width.is_multiple_of(group) && self.cells <= CELLS);
-        let (count, cells) = (self.count, self.cells);
-        let before = |n: usize, apart: usize| n.saturating_sub(1).checked_mul(apart).expect("within memory");
-        let held = match self.form {
-            Rows::Along(apart) => before(count, apart) + cells,
-            Rows::Blocks => count.div_ceil(block) * cells * block_width(block),
-            Rows::Across(apart) => before(cells, apart) + count,
-        };
-        let lanes =
-            if self.lanes_apart == group { self.width * cells } else { before(cells, self.lanes_apart) + group };
+        assert!(self.width.is_multiple_of(group));
         assert!(self.lanes_apart == group || self.width == group);
-        assert!(cells == 0 || count == 0 || (self.lanes.len() >= lanes && self.rows.len() >= held));
+        let count = self.count;
+        let before = |n: usize, apart: usize| n.saturating_sub(1).checked_mul(apart).expect("within memory");
+        for &Panel { lanes, rows, cells } in self.panels {
+            assert!(cells <= CELLS);
+            let held = match self.form {
+                Rows::Along(apart) => before(count, apart) + cells,
+                Rows::Blocks => count.div_ceil(block) * cells * block_width(block),
+                Rows::Across(apart) => before(cells, apart) + count,
+            };
+            let wide =
+                if self.lanes_apart == group { self.width * cells } else { before(cells, self.lanes_apart) + group };
+            assert!(cells == 0 || count == 0 || (lanes.len() >= wide && rows.len() >= held));
+        }
         assert!(self.sums.len() >= count * self.width);
         assert!(self.finish.as_ref().is_none_or(|f| self.width == group && f.count() >= count));
     }
@@ -144,18 +158,17 @@ impl Multiply<'_> {
     #[inline(always)]
     fn forms<V: Lanes, const PAIRS: bool, const MR: usize, const NV: usize>(&mut self) {
         match self.form {
-            Rows::Along(apart) => self.blocks::<V, PAIRS, true, MR, NV>(MR * apart, apart),
-            Rows::Blocks => self.blocks::<V, PAIRS, false, MR, NV>(self.cells * block_width(MR), block_width(MR)),
-            Rows::Across(apart) => self.blocks::<V, PAIRS, false, MR, NV>(MR, apart),
+            Rows::Along(apart) => self.blocks::<V, PAIRS, true, MR, NV>(apart),
+            Rows::Blocks => self.blocks::<V, PAIRS, false, MR, NV>(block_width(MR)),
+            Rows::Across(apart) => self.blocks::<V, PAIRS, false, MR, NV>(apart),
         }
     }
 
-    /// All groups; within one, all rows, `MR` at a time, then the rest in powers of two. `next` words from one block of
-    /// rows to the next, and `apart` from one row to the next (`ALONG`) or from one cell to the next.
+    /// All groups; within one, all rows, `MR` at a time, then the rest in powers of two. `apart` words from one row to the
+    /// next (`ALONG`) or from one cell to the next.
     #[inline(always)]
     fn blocks<V: Lanes, const PAIRS: bool, const ALONG: bool, const MR: usize, const NV: usize>(
         &mut self,
-        next: usize,
         apart: usize,
     ) {
         let group = NV * V::N;
@@ -163,34 +176,38 @@ impl Multiply<'_> {
         for first in (0..self.width).step_by(group) {
             let mut i = 0;
             while i < self.count {
-                let at = i / MR * next + i % MR * if ALONG { apart } else { 1 };
-                let from = (self.rows.as_ptr().wrapping_add(at), apart);
                 // SAFETY: V is used inside a function compiled for it. The rows of each block are below count and its
                 // lanes below width, and `check` bounds all panels by these; a block of rows begins at a multiple of MR,
                 // and what is left of the last stays within it.
                 unsafe {
                     i += match self.count - i {
-                        left if left >= MR => self.block::<V, PAIRS, ALONG, MR, NV>(from, i, first),
-                        left if left >= 8 && MR > 8 => self.block::<V, PAIRS, ALONG, 8, NV>(from, i, first),
-                        left if left >= 4 && MR > 4 => self.block::<V, PAIRS, ALONG, 4, NV>(from, i, first),
-                        left if left >= 2 && MR > 2 => self.block::<V, PAIRS, ALONG, 2, NV>(from, i, first),
-                        _ => self.block::<V, PAIRS, ALONG, 1, NV>(from, i, first),
+                        left if left >= MR => self.block::<V, PAIRS, ALONG, MR, MR, NV>(apart, i, first),
+                        left if left >= 8 && MR > 8 => self.block::<V, PAIRS, ALONG, MR, 8, NV>(apart, i, first),
+                        left if left >= 4 && MR > 4 => self.block::<V, PAIRS, ALONG, MR, 4, NV>(apart, i, first),
+                        left if left >= 2 && MR > 2 => self.block::<V, PAIRS, ALONG, MR, 2, NV>(apart, i, first),
+                        _ => self.block::<V, PAIRS, ALONG, MR, 1, NV>(apart, i, first),
                     };
                 }
             }
         }
     }
 
-    /// Rows i .. i + R, whose cells begin at `rows`, of the group at lane `first`; returns R.
+    /// Rows i .. i + R of the group at lane `first`; returns R.
     #[inline(always)]
-    unsafe fn block<V: Lanes, const PAIRS: bool, const ALONG: bool, const R: usize, const NV: usize>(
+    unsafe fn block<
+        V: Lanes,
+        const PAIRS: bool,
+        const ALONG: bool,
+        const MR: usize,
+        const R: usize,
+        const NV: usize,
+    >(
         &mut self,
-        (rows, apart): (*const u32, usize),
+        apart: usize,
         i: usize,
         first: usize,
     ) -> usize {
         debug_assert!(i + R <= self.count && first + NV * V::N <= self.width);
-        let (row_step, cell_step) = if ALONG { (apart, 1) } else { (1, apart) };
         if let Some(finish) = &self.finish
             && V::LEVEL >= Level::Avx512
         {
@@ -198,8 +215,6 @@ impl Multiply<'_> {
         }
         // SAFETY: the caller's promise.
         unsafe {
-            let mut lanes = self.lanes.as_ptr().add(first * self.cells).cast::<f32>();
-            let rows = rows.cast::<f32>();
             let sums = self.sums.as_mut_ptr().add(i * self.width + first);
             let mut sum = [[V::splat(0.0); NV]; R];
             if self.add {
@@ -209,11 +224,40 @@ impl Multiply<'_> {
                     }
                 }
             }
-            // A pointer for every four rows: with one for each they would not fit the registers.
-            let mut fours: [*const f32; 3] = std::array::from_fn(|four| rows.wrapping_add(four * 4 * row_step));
-            for some in (0..self.cells).step_by(SQUARE) {
-                self.ahead.iter_mut().for_each(Lines::step);
-                for _ in some..self.cells.min(some + SQUARE) {
+            for panel in self.panels {
+                let at = match self.form {
+                    Rows::Blocks => i / MR * panel.cells * apart + i % MR,
+                    form => form.at(i, 0),
+                };
+                let lanes = panel.lanes.as_ptr().add(first * panel.cells).cast();
+                let rows = panel.rows.as_ptr().wrapping_add(at).cast();
+                self.panel::<V, PAIRS, ALONG, R, NV>((lanes, rows), apart, panel.cells, &mut sum);
+            }
+            self.leave(sum, i, first);
+        }
+        R
+    }
+
+    /// Adds the products of a panel's cells.
+    ///
+    /// # Safety
+    /// As of `block`; the lanes and the rows begin here.
+    #[inline(always)]
+    unsafe fn panel<V: Lanes, const PAIRS: bool, const ALONG: bool, const R: usize, const NV: usize>(
+        &mut self,
+        (mut lanes, rows): (*const f32, *const f32),
+        apart: usize,
+        cells: usize,
+        sum: &mut [[V; NV]; R],
+    ) {
+        let (row_step, cell_step) = if ALONG { (apart, 1) } else { (1, apart) };
+        // A pointer for every four rows: with one for each they would not fit the registers.
+        let mut fours: [*const f32; 3] = std::array::from_fn(|four| rows.wrapping_add(four * 4 * row_step));
+        for some in (0..cells).step_by(SQUARE) {
+            self.ahead.iter_mut().for_each(Lines::step);
+            for _ in some..cells.min(some + SQUARE) {
+                // SAFETY: the caller's promise.
+                unsafe {
                     let mut right = [V::splat(0.0); NV];
                     for (v, x) in right.iter_mut().enumerate() {
                         *x = V::load(lanes.add(v * V::N));
@@ -224,18 +268,16 @@ impl Multiply<'_> {
                             *s = if PAIRS { left.dot(x, *s) } else { left.mul_add(x, *s) };
                         }
                     }
-                    lanes = lanes.wrapping_add(self.lanes_apart);
-                    for four in &mut fours {
-                        *four = four.wrapping_add(cell_step);
-                        if ALONG {
-                            *four = opaque(*four);
-                        }
+                }
+                lanes = lanes.wrapping_add(self.lanes_apart);
+                for four in &mut fours {
+                    *four = four.wrapping_add(cell_step);
+                    if ALONG {
+                        *four = opaque(*four);
                     }
                 }
             }
-            self.leave(sum, i, first);
         }
-        R
     }
 
     /// Sums of rows from i on go to the output if they are finished, else back to where they wait.

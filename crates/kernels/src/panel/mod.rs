@@ -12,11 +12,11 @@ mod finish;
 mod kernel;
 mod pack;
 
-use crate::View;
 use crate::isa::{Level, SQUARE};
+use crate::{DType, View};
 pub(crate) use ahead::Lines;
 pub(crate) use finish::{Finish, Pointer, finish};
-pub(crate) use kernel::{Multiply, Rows, WIDEST_GROUP, block_rows, block_width, group_width, steps};
+pub(crate) use kernel::{Multiply, Panel, Rows, WIDEST_GROUP, block_rows, block_width, group_width, steps};
 pub(crate) use pack::{lanes, row_blocks, rows};
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
@@ -28,14 +28,22 @@ pub(crate) struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// Its elements as cells, where they lie as kernels read them; k has so many steps. Then element (o, k) is in the cell
-    /// at `o * ld / depth + k / depth` or `k * ld + o`.
+    /// Whether its elements are cells, where they lie as kernels read them; k has so many steps.
+    pub fn has_cells(&self, k: usize, cell: Cell) -> bool {
+        match (cell, self.data.dtype()) {
+            (Cell::Single, DType::F32) => true,
+            (Cell::Pair, DType::Bf16) => self.k_contiguous && k.is_multiple_of(2) && self.ld.is_multiple_of(2),
+            _ => false,
+        }
+    }
+
+    /// Its elements as cells, if they are and begin at a whole one. Then element (o, k) is in the cell at
+    /// `o * ld / depth + k / depth` or `k * ld + o`.
     pub fn cells(&self, k: usize, cell: Cell) -> Option<&'a [u32]> {
-        match (cell, self.data) {
-            (Cell::Single, View::F32(x)) => bytemuck::try_cast_slice(x).ok(),
-            (Cell::Pair, View::Bf16(x)) if self.k_contiguous && k.is_multiple_of(2) && self.ld.is_multiple_of(2) => {
-                bytemuck::try_cast_slice(&x[..x.len() / 2 * 2]).ok()
-            }
+        match self.data {
+            _ if !self.has_cells(k, cell) => None,
+            View::F32(x) => bytemuck::try_cast_slice(x).ok(),
+            View::Bf16(x) => bytemuck::try_cast_slice(&x[..x.len() / 2 * 2]).ok(),
             _ => None,
         }
     }

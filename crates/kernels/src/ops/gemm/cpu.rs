@@ -4,7 +4,7 @@
 //! Lanes run over C's columns, so that what is stored is contiguous. Tiles and pieces of k follow the shape and the
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
-use super::strips::{Scratch, Tile};
+use super::strips::{self, Scratch, Tile};
 use super::{few, tiles};
 use crate::buffer::Pod;
 use crate::isa::{Level, SQUARE};
@@ -33,14 +33,19 @@ pub struct Product<'a> {
 
 /// Rows of a tile at most: what is packed of them for a span is to stay in the second-level cache. A multiple of every
 /// level's block.
-const ROWS: usize = 240;
+pub(super) const ROWS: usize = 120;
 /// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
 /// they are f32 that k runs across, which need no room for themselves.
 const ROWS_ALONE: [usize; 2] = [480, 512];
-/// Columns of a tile at most where its sums wait for the next span, and where they do not.
-const COLUMNS: [usize; 2] = [512, 2048];
-/// Pieces of k that rows are packed for at once.
-pub(super) const SPAN: usize = 2;
+/// Columns of a tile at most, and where its sums wait for the next span beside rows that need no packing: those of the next
+/// tile would be packed again. Between the two, what is packed of the columns is to stay at about [`SHARED`].
+const COLUMNS: [usize; 2] = [2048, 512];
+/// Sums that wait in the second-level cache at most.
+const SUMS: usize = 1 << 17;
+/// Pieces of k that rows are packed for at once, and over which sums stay in registers.
+pub(super) const SPAN: usize = 4;
+/// A multiple of the rows that any level computes at once.
+const BLOCK: usize = 12;
 /// Smallest tile that a product is cut into for the sake of balance.
 const LEAST_ROWS: usize = 96;
 const LEAST_COLUMNS: usize = 64;
@@ -112,13 +117,27 @@ impl Product<'_> {
         cell.pieces(self.k).map(piece).collect()
     }
 
-    /// Parts of rows and of columns when a task should do about `work` multiply-adds.
-    fn grid(&self, pieces: usize, work: usize) -> (usize, usize) {
-        let most = COLUMNS[usize::from(pieces <= SPAN)];
+    /// Columns of a tile of so many rows at most.
+    fn columns(&self, level: Level, rows: usize) -> usize {
+        let ([mut most, fewest], cell) = (COLUMNS, self.cell(level));
+        let span = if self.a.k_contiguous { SPAN } else { 1 };
+        if cell.pieces(self.k).len() > span && !strips::packs_rows(self, cell) {
+            return fewest.min(SUMS / rows);
+        }
+        // 2,048 columns of as many f32 are a little more, for the lines between groups.
+        while most > fewest && self.panel_words(most, level) > SHARED / 8 * 9 {
+            most /= 2;
+        }
+        most
+    }
+
+    /// Parts of rows and of columns when a task should do about `work` multiply-adds, as many for each worker if `workers`
+    /// have no other product to do.
+    fn grid(&self, level: Level, work: usize, workers: usize) -> (usize, usize) {
         let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
         let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
         let mut rows = if alone { 1 } else { self.m.div_ceil(ROWS) };
-        let mut columns = self.n.div_ceil(most);
+        let mut columns = self.n.div_ceil(self.columns(level, self.m.div_ceil(rows)));
         while rows * columns < self.work().div_ceil(work) {
             // Rows first: columns are packed once for all of them, but rows once for each part of the columns.
             match (self.m / rows > LEAST_ROWS && !alone, self.n / columns > LEAST_COLUMNS) {
@@ -127,6 +146,10 @@ impl Product<'_> {
                 _ if self.m / rows > LEAST_ROWS => rows += 1,
                 _ => break,
             }
+        }
+        let even = rows.next_multiple_of(workers);
+        if !alone && !columns.is_multiple_of(workers) && self.m / even >= LEAST_ROWS {
+            rows = even;
         }
         (rows, columns)
     }
@@ -168,8 +191,12 @@ impl Columns {
     }
 }
 
+/// So many parts of whole blocks, as equal as can be: workers are to have as many rows each.
 fn row_parts(p: &Product<'_>, count: usize) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
-    parts(p.m, count, 12)
+    let (m, blocks) = (p.m, p.m.div_ceil(BLOCK));
+    let count = count.min(blocks);
+    let first = move |i: usize| m.min(i * blocks / count * BLOCK);
+    (0..count).map(move |i| first(i)..first(i + 1))
 }
 
 /// Computes all products. Their outputs follow one another in `out`, in the order of the list.
@@ -198,22 +225,31 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
         }
     });
     let mut shared = cpu.empty::<u32>(words);
-    for columns in &rounds {
-        let shares = shares(isa.level(), products, columns, &mut shared);
-        cpu.for_each(shares.len(), |i| {
-            let Share { product: p, part, apart, to } = &shares[i];
-            // Nobody else asks for it: the lock only says so to the compiler.
-            let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
-            panel::lanes(isa, p.b, *part, p.cell(isa.level()), (group_width(isa.level()), *apart), &mut to);
-        });
-        drop(shares);
-        let tasks: Vec<_> = columns.iter().flat_map(|c| c.tasks(products)).collect();
-        cpu.for_each(tasks.len(), |i| {
-            let of = |i: usize| (&products[tasks[i].product], &tasks[i]);
-            let (now, next) = (of(i), (i + 1 < tasks.len()).then(|| of(i + 1)));
-            SCRATCH.with_borrow_mut(|s| Tile::new(isa, now, next, &shared, &out, accumulate).run(s));
-        });
-    }
+    let mut compute = || {
+        for columns in &rounds {
+            pack(cpu, products, columns, &mut shared);
+            let tasks: Vec<_> = columns.iter().flat_map(|c| c.tasks(products)).collect();
+            cpu.for_each(tasks.len(), |i| {
+                let of = |i: usize| (&products[tasks[i].product], &tasks[i]);
+                let (now, next) = (of(i), (i + 1 < tasks.len()).then(|| of(i + 1)));
+                SCRATCH.with_borrow_mut(|s| Tile::new(isa, now, next, &shared, &out, accumulate).run(s));
+            });
+        }
+    };
+    // Waking workers takes as long as many thousands of multiply-adds: once, or not at all.
+    if rounds.iter().flatten().map(|c| c.rows).sum::<usize>() > 1 { cpu.together(compute) } else { compute() }
+}
+
+/// Packs what several tasks share.
+fn pack(cpu: &Cpu, products: &[Product<'_>], columns: &[Columns], shared: &mut [u32]) {
+    let isa = cpu.isa();
+    let shares = shares(isa.level(), products, columns, shared);
+    cpu.for_each(shares.len(), |i| {
+        let Share { product: p, part, apart, to } = &shares[i];
+        // Nobody else asks for it: the lock only says so to the compiler.
+        let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+        panel::lanes(isa, p.b, *part, p.cell(isa.level()), (group_width(isa.level()), *apart), &mut to);
+    });
 }
 
 /// More rows or columns than any model has. Products that are only spoken of may have more, which are not cut one by one.
@@ -229,10 +265,10 @@ pub(super) fn shared_bytes(
     k_contiguous: bool,
 ) -> usize {
     let data = if dtype == DType::Bf16 { View::Bf16(&[]) } else { View::F32(&[]) };
-    let none = Operand { data, ld: 0, k_contiguous };
     let product = |&[m, n, k]: &[usize; 3]| {
         let (m, n) = (m.min(MANY), n.min(MANY));
-        Product { m, n, k, a: none, b: none, c: 0, ldc: n }
+        let operand = |outer: usize| Operand { data, ld: if k_contiguous { k } else { outer }, k_contiguous };
+        Product { m, n, k, a: operand(m), b: operand(n), c: 0, ldc: n }
     };
     let products: Vec<_> = products.iter().map(product).collect();
     cut(level, threads, &products, false, |_, _| {}).saturating_mul(size_of::<u32>())
@@ -253,8 +289,9 @@ fn cut(
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
-        let tasks = threads * TASKS[usize::from(p.a.k_contiguous)];
-        let (rows, columns) = p.grid(p.cell(level).pieces(p.k).len(), (total / tasks).max(LEAST_WORK));
+        let tasks = if threads > 1 { threads * TASKS[usize::from(p.a.k_contiguous)] } else { 1 };
+        let workers = if products.len() == 1 { threads } else { 1 };
+        let (rows, columns) = p.grid(level, (total / tasks).max(LEAST_WORK), workers);
         let shares = row_parts(p, rows).len() > 1 && p.k > 0;
         for cols in parts(p.n, columns, 32) {
             let words = if shares { p.panel_words(cols.len(), level) } else { 0 };

@@ -1,12 +1,12 @@
 //! A tile of a product on vectors: its panels are packed, or read where they lie, and its sums are moved to the output as
 //! they are finished. What comes next is asked for beside the products.
 
-use super::cpu::{Output, Piece, Product, SPAN, Task, apart, reserve};
-use crate::AlignedVec;
-use crate::isa::{Isa, SQUARE};
+use super::cpu::{Output, Piece, Product, ROWS, SPAN, Task, apart, reserve};
+use crate::isa::{Isa, Level, SQUARE};
 use crate::panel::{
-    self, CELLS, Cell, Finish, Lines, Multiply, ROW_CELLS, Rows, block_rows, block_width, group_width, steps,
+    self, CELLS, Cell, Finish, Lines, Multiply, Panel, ROW_CELLS, Rows, block_rows, block_width, group_width, steps,
 };
+use crate::{AlignedVec, DType};
 use std::ops::Range;
 
 /// Groups of columns that a task packs together for itself: one that goes on to the products from the first-level cache, or
@@ -78,9 +78,15 @@ impl<'a> Tile<'a> {
         Self { isa, p, t, next, cell, group, pieces: p.pieces(cell), left, right, out, accumulate }
     }
 
-    /// Pieces of a span at most: one where rows are read across, of which each cell is a part of long lines.
+    /// Pieces of a span at most: fewer where rows are read across, of which each cell is a part of another line. On Intel
+    /// two were slower than one, on Zen 4 faster.
     fn span(&self) -> usize {
-        if matches!(self.left, Left::Here(_, Rows::Across(_))) && self.pieces.len() > SPAN { 1 } else { SPAN }
+        match self.left {
+            Left::Here(_, Rows::Across(_)) => {
+                if self.isa.level() == Level::Avx512Bf16 && self.t.rows.len() <= 2 * ROWS { 2 } else { 1 }
+            }
+            _ => SPAN,
+        }
     }
 
     /// Computes it.
@@ -123,31 +129,38 @@ impl<'a> Tile<'a> {
         let (g, g_packed) = ((cols.start - self.t.cols.start) / group, (cols.start - part.start) / group);
         let at = if self.pieces.len() > self.span() { g } else { 0 };
         let sums = &mut s.sums[at * count * group..][..count * group];
-        for (j, piece) in span.pieces.iter().enumerate() {
-            let index = span.first + j;
-            let (lanes, lanes_apart) = match self.right {
-                Right::Shared(panels) => {
-                    ahead[1] = self.panel_ahead(panels, span, j, g);
-                    (self.panel(panels, index, g), group)
-                }
-                Right::Here(words) if cols.len() == group => {
-                    (&words[piece.k0 * self.p.b.ld + cols.start..], self.p.b.ld)
-                }
-                _ => (&s.lanes[j * room_of_lanes + g_packed * apart(piece.cells, group)..], group),
-            };
-            let (rows, form) = match self.left {
-                Left::Here(words, form) => {
-                    let (row, cell) = (self.t.rows.start, self.cell.cells(piece.k0));
-                    (&words[form.at(row, cell)..], form)
-                }
-                Left::Copied => (&s.rows[j * room..], Rows::Along(ROW_CELLS)),
-                Left::Blocks => (&s.rows[j * room..], Rows::Blocks),
-            };
-            let finish = (index + 1 == self.pieces.len()).then(|| self.finish(&cols));
-            let (width, cells, add) = (group, piece.cells, index > 0);
-            Multiply { lanes, lanes_apart, width, rows, form, count, cells, sums, add, finish, ahead }
-                .run(self.isa, self.cell);
+        if let Right::Shared(panels) = self.right {
+            ahead[1] = self.panels_ahead(panels, span, g);
         }
+        let here = matches!(self.right, Right::Here(_)) && cols.len() == group;
+        let panel = |j: usize, piece: &Piece| Panel {
+            lanes: match self.right {
+                Right::Shared(panels) => self.panel(panels, span.first + j, g),
+                Right::Here(words) if here => &words[piece.k0 * self.p.b.ld + cols.start..],
+                _ => &s.lanes[j * room_of_lanes + g_packed * apart(piece.cells, group)..],
+            },
+            rows: match self.left {
+                Left::Here(words, form) => &words[form.at(self.t.rows.start, self.cell.cells(piece.k0))..],
+                _ => &s.rows[j * room..],
+            },
+            cells: piece.cells,
+        };
+        let mut panels = [Panel::NONE; SPAN];
+        for (j, (to, piece)) in panels.iter_mut().zip(span.pieces).enumerate() {
+            *to = panel(j, piece);
+        }
+        let product = Multiply {
+            panels: &panels[..span.pieces.len()],
+            lanes_apart: if here { self.p.b.ld } else { group },
+            width: group,
+            form: self.left.form(),
+            count,
+            sums,
+            add: span.first > 0,
+            finish: (span.first + span.pieces.len() == self.pieces.len()).then(|| self.finish(&cols)),
+            ahead,
+        };
+        product.run(self.isa, self.cell);
     }
 
     fn finish(&self, cols: &Range<usize>) -> Finish {
@@ -189,16 +202,19 @@ impl<'a> Tile<'a> {
         &panels[at..][..cells * self.group]
     }
 
-    /// The panel that is multiplied after the one of a span's piece `j` and group `g`.
-    fn panel_ahead(&self, panels: &[u32], span: Span<'_>, j: usize, g: usize) -> Lines {
+    /// The panels that are multiplied after those of a span and group `g`. One that is shorter than the first begins a
+    /// little earlier.
+    fn panels_ahead(&self, panels: &[u32], span: Span<'_>, g: usize) -> Lines {
         let groups = self.t.cols.len().div_ceil(self.group);
-        let (piece, g) = match (j + 1 < span.pieces.len(), g + 1 < groups) {
-            (true, _) => (span.first + j + 1, g),
-            (_, true) => (span.first, g + 1),
-            _ => (span.first + j + 1, 0),
-        };
-        let steps = steps(self.isa, self.t.rows.len(), span.pieces[j].cells);
-        if piece < self.pieces.len() { Lines::of_words(self.panel(panels, piece, g), steps) } else { Lines::NONE }
+        let (first, g) = if g + 1 < groups { (span.first, g + 1) } else { (span.first + span.pieces.len(), 0) };
+        let count = (self.pieces.len() - first).min(span.pieces.len());
+        if count == 0 {
+            return Lines::NONE;
+        }
+        let words = self.panel(panels, first, g);
+        let next = if count > 1 { self.panel(panels, first + 1, g) } else { words };
+        let apart = next.as_ptr().addr() - words.as_ptr().addr();
+        Lines::of_words(words, (count, apart), self.steps(span, self.group))
     }
 
     /// Steps of the products of all rows with so many columns over a span.
@@ -214,8 +230,12 @@ impl<'a> Tile<'a> {
         (after.and_then(along), next)
     }
 
-    /// The rows of the span after this one.
+    /// The rows of the span after this one. Not f32 that are packed, for which there is no room in the second-level cache
+    /// beside what is packed of these; packing asks for itself.
     fn left_ahead(&self, span: Span<'_>) -> Lines {
+        if self.p.a.data.dtype() == DType::F32 && !matches!(self.left, Left::Here(..)) {
+            return Lines::NONE;
+        }
         let steps = self.steps(span, self.t.cols.len());
         match (self.next_k(span), self.next) {
             ((Some(k), _), _) => Lines::of_operand(self.p.a, &self.t.rows, &k, steps),
@@ -246,6 +266,11 @@ impl<'a> Tile<'a> {
     }
 }
 
+/// Whether a product's rows are packed, however its operand is aligned.
+pub(super) fn packs_rows(p: &Product<'_>, cell: Cell) -> bool {
+    !p.a.has_cells(p.k, cell) || on_same_lines(p.a.ld / cell.depth())
+}
+
 /// How the left operand's rows are read.
 #[derive(Clone, Copy)]
 enum Left<'a> {
@@ -257,18 +282,29 @@ enum Left<'a> {
     Blocks,
 }
 
-/// Rows or cells whole multiples of so many bytes apart fall on the same few lines of a cache, and must be packed.
-const SAME_LINES: usize = 4096;
+/// Rows or cells whole multiples of 4 KiB apart fall on the same few lines of a cache, and must be packed.
+fn on_same_lines(words: usize) -> bool {
+    words.is_multiple_of(4096 / size_of::<u32>())
+}
 
 impl<'a> Left<'a> {
     fn of(p: &Product<'a>, cell: Cell) -> Self {
         let apart = p.a.ld / cell.depth();
-        let spread = !(apart * size_of::<u32>()).is_multiple_of(SAME_LINES);
+        let spread = !on_same_lines(apart);
         match p.a.cells(p.k, cell) {
             Some(words) if spread && p.a.k_contiguous => Self::Here(words, Rows::Along(apart)),
             Some(words) if spread => Self::Here(words, Rows::Across(apart)),
             _ if p.a.k_contiguous => Self::Copied,
             _ => Self::Blocks,
+        }
+    }
+
+    /// How they lie for the kernels.
+    fn form(self) -> Rows {
+        match self {
+            Self::Here(_, form) => form,
+            Self::Copied => Rows::Along(ROW_CELLS),
+            Self::Blocks => Rows::Blocks,
         }
     }
 

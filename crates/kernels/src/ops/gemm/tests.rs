@@ -217,6 +217,53 @@ fn strides_are_respected() {
     }
 }
 
+/// Pairs of bf16 may be read where they lie if every row begins at a whole word, and are copied if not.
+#[test]
+fn rows_of_pairs_begin_anywhere() {
+    for ctx in levels() {
+        for (m, n, k) in [(70, 65, 300), (33, 40, 1100), (250, 36, 258)] {
+            let case = Case::new((m, n, k), (Bf16, Bf16), false, false);
+            let mut dense = ctx.zeros(F32, m * n);
+            case.run(&ctx, &mut dense, false);
+            assert_close(&format!("{m}, {n}, {k}"), &dense, &case.expected(), op_tolerance(F32));
+            let b = ctx.here(case.b.clone());
+            for (ld, before) in [(k + 6, 0), (k + 6, 1), (k + 6, 2), (k + 5, 0), (k + 5, 1)] {
+                let rows = strided(&case.a, m, k, ld).view().to_f32();
+                let shifted: Vec<f32> = std::iter::repeat_n(f32::NAN, before).chain(rows).collect();
+                let a = buf_on(&ctx, Bf16, &shifted);
+                let a = Mat { data: a.view().slice(before..before + m * ld), ld };
+                let mut found = ctx.zeros(F32, m * n);
+                let (b, c) = (Mat { data: b.view(), ld: n }, MatMut { data: found.view_mut(), ld: n });
+                gemm(&ctx, Gemm { m, n, k, a, ta: false, b, tb: false, c, accumulate: false });
+                if ctx.device.as_cuda().is_none() {
+                    assert_same_bits(&format!("{ld} apart from {before}"), &found, &dense);
+                }
+            }
+        }
+    }
+}
+
+/// The distance of rows is any number where there is one row only.
+#[test]
+fn a_single_row_lies_any_distance_from_the_next() {
+    let ld = |rows: usize, cols: usize| if rows == 1 { usize::MAX } else { cols };
+    for ctx in isas().into_iter().map(|isa| crate::testing::ctx_of(2, isa)) {
+        for (m, n, k) in [(1, 40, 70), (1, 5, 3), (40, 1, 70), (1, 1, 300), (40, 70, 1), (600, 40, 1)] {
+            for (ta, tb) in TRANSPOSES {
+                for d in [F32, Bf16] {
+                    let case = Case::new((m, n, k), (d, d), ta, tb);
+                    let (lda, ldb) = (if ta { ld(k, m) } else { ld(m, k) }, if tb { ld(n, k) } else { ld(k, n) });
+                    let (a, b) = (Mat { data: case.a.view(), ld: lda }, Mat { data: case.b.view(), ld: ldb });
+                    let mut found = ctx.zeros(d, m * n);
+                    let c = MatMut { data: found.view_mut(), ld: ld(m, n) };
+                    gemm(&ctx, Gemm { m, n, k, a, ta, b, tb, c, accumulate: false });
+                    assert_close(&format!("{m}, {n}, {k}, {ta}, {tb}"), &found, &case.expected(), op_tolerance(d));
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn same_bits_for_every_thread_count() {
     for isa in isas() {

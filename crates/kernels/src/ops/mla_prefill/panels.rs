@@ -6,7 +6,7 @@
 use super::tile::TILE;
 use super::{Problem, Shape};
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
-use crate::panel::{self, Cell, Lines, Multiply, Operand, Part, ROW_CELLS, Rows, WIDEST_GROUP, group_width};
+use crate::panel::{self, Cell, Lines, Multiply, Operand, Panel, Part, ROW_CELLS, Rows, WIDEST_GROUP, group_width};
 use crate::{Cpu, DType, Elem, View};
 
 /// What cells hold, and how wide groups of lanes are.
@@ -73,13 +73,11 @@ impl Panels {
         for (i, (k0, kc)) in self.cell.pieces(k).enumerate() {
             let cells = self.cell.cells(kc);
             let product = Multiply {
-                lanes: &lanes[at..],
+                panels: &[Panel { lanes: &lanes[at..], rows: &rows[i * room(count) * ROW_CELLS..], cells }],
                 lanes_apart: self.group,
                 width,
-                rows: &rows[i * room(count) * ROW_CELLS..],
                 form: Rows::Along(ROW_CELLS),
                 count,
-                cells,
                 sums,
                 add: add || k0 > 0,
                 finish: None,
