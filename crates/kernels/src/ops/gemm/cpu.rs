@@ -136,7 +136,9 @@ impl Product<'_> {
     fn grid(&self, level: Level, work: usize, workers: usize) -> (usize, usize) {
         let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
         let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
-        let mut rows = if alone { 1 } else { self.m.div_ceil(ROWS) };
+        // Pairs are multiplied twice as fast, so that each panel of columns must serve more rows.
+        let tall = if self.cell(level) == Cell::Pair { 2 * ROWS } else { ROWS };
+        let mut rows = if alone { 1 } else { self.m.div_ceil(tall) };
         let mut columns = self.n.div_ceil(self.columns(level, self.m.div_ceil(rows)));
         while rows * columns < self.work().div_ceil(work) {
             // Rows first: columns are packed once for all of them, but rows once for each part of the columns.
