@@ -1,15 +1,16 @@
 //! Backward: a task is one head of one sequence. Its queries are walked through some at a time, and for them the keys, in
 //! order: every sum has its order. What scores are scaled by is left to the end.
 
-use super::super::backward::{dot, sum_heads};
+use super::super::backward::sum_heads;
 use super::super::cpu::Disjoint;
 use super::super::{Backward, Problem};
 use super::forward::load_keys;
 use super::gradients::{Block, Extent, KEYS, Keys, QUERIES, Queries};
-use super::pack::{Stage, round_row, turn};
+use super::pack::{Rows, columns, dots, pairs, round_turned, store_row, store_sums, turned};
 use super::*;
-use crate::isa::{Isa, SQUARE, TileJob};
-use crate::{Elem, bf16};
+use crate::isa::{SQUARE, TileJob};
+use crate::{Elem, View, bf16};
+use std::arch::x86_64::*;
 
 /// See [`super::super::backward`].
 pub fn backward(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
@@ -21,11 +22,10 @@ pub fn backward(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
     sequences.sort_by_key(|s| std::cmp::Reverse(s.q_len * s.k_len));
     let (dq, dkv_up) = (Disjoint::new(bf16::of_mut(b.dq)), Disjoint::new(bf16::of_mut(b.dkv_up)));
     let pe = Disjoint::new(&mut planes);
-    let given = Given { out: bf16::of(b.out), lse: b.lse.f32(), dout: bf16::of(b.dout) };
+    let given = Given { out: b.out, lse: b.lse.f32(), dout: b.dout };
     cpu.for_each(sequences.len() * heads, |i| {
         let (seq, head) = (sequences[i / heads], i % heads);
-        let isa = cpu.isa();
-        isa.run_tiles(Task { isa, x, seq, head, given, dq: &dq, dkv_up: &dkv_up, pe: &pe, nk });
+        cpu.isa().run_tiles(Task { x, seq, head, given, dq: &dq, dkv_up: &dkv_up, pe: &pe, nk });
     });
     sum_heads(cpu, x, &planes, bf16::of_mut(b.dk_pe), b.dk_pe_stride);
 }
@@ -33,14 +33,13 @@ pub fn backward(cpu: &Cpu, x: &Problem<'_>, b: Backward<'_>) {
 /// What the forward left, and the gradient of its output.
 #[derive(Clone, Copy)]
 struct Given<'a> {
-    out: &'a [bf16],
+    out: View<'a>,
     lse: &'a [f32],
-    dout: &'a [bf16],
+    dout: View<'a>,
 }
 
 /// One head of a sequence.
 struct Task<'a> {
-    isa: Isa,
     x: &'a Problem<'a>,
     seq: Sequence,
     head: usize,
@@ -56,7 +55,7 @@ impl TileJob for Task<'_> {
     fn run<T: Tiles>(self) {
         let Sizes { d, w } = Sizes::new(&self.x.shape);
         let of_keys = self.seq.k_len.div_ceil(GROUP) * (8 * d + 6 * w);
-        let of_queries = QUERIES * (8 * d + 4 * w) + 2 * d;
+        let of_queries = QUERIES * (8 * d + 4 * w) + 2 * d.max(w);
         with_tiles(of_keys + of_queries + 16 + (8 + 2 * KEYS) * QUERIES, |scratch| {
             // SAFETY: the level is AMX, which includes AVX-512 BF16. Registers are configured before all else and
             // released after.
@@ -99,20 +98,18 @@ impl Task<'_> {
             ds: cut(scratch, 4 * QUERIES),
             ds_pairs: cut(scratch, 2 * KEYS * QUERIES),
         };
-        let turned = cut(scratch, 2 * d);
-        let (mut of_d, mut of_w) = (Stage::new(d), Stage::new(w));
+        let rows = cut(scratch, 2 * d.max(w));
         // Groups of keys that have sums.
         let mut begun = 0;
         for first in (0..seq.q_len).step_by(QUERIES * GROUP) {
             let count = (seq.q_len - first).min(QUERIES * GROUP);
-            self.load_queries(first, count, (&mut of_d, &mut of_w), &mut queries);
+            self.load_queries(first, count, rows, &mut queries);
             let of = Extent { seq, sizes, first, count, factor: self.x.shape.scale * std::f32::consts::LOG2_E };
             let seen = seq.groups(first + count);
             for g in begun..seen {
-                load_keys(self.x, seq, self.head, g, &mut of_d, &mut of_w);
-                of_d.rows(&mut keys.keys[g * 2 * d..]);
-                of_d.turned(&mut keys.keys_turned[g * 2 * d..]);
-                of_w.rows(&mut keys.values[g * 2 * w..]);
+                let of_keys = &mut keys.keys[g * 2 * d..][..2 * d];
+                load_keys(self.x, seq, self.head, g, of_keys, &mut keys.values[g * 2 * w..]);
+                turned(of_keys, &mut keys.keys_turned[g * 2 * d..]);
             }
             let mut before = None;
             for k in 0..seen {
@@ -130,7 +127,7 @@ impl Task<'_> {
                 unsafe { of.take_last::<T>(seen - 1, begun, &mut keys, &queries, &block) }
             }
             begun = seen;
-            self.store_queries(&of, &queries, turned);
+            self.store_queries(&of, &queries, rows);
         }
         keys.dk[begun * 4 * d..].as_flattened_mut().fill(0);
         keys.dv[begun * 4 * w..].as_flattened_mut().fill(0);
@@ -139,50 +136,51 @@ impl Task<'_> {
 
     /// Lays out queries and output gradients both ways, and what the softmax's gradient needs of them.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn load_queries(&self, first: usize, count: usize, (of_d, of_w): (&mut Stage, &mut Stage), to: &mut Queries<'_>) {
+    fn load_queries(&self, first: usize, count: usize, rows: &mut [Tile], to: &mut Queries<'_>) {
         let (s, Sizes { d, w }) = (&self.x.shape, Sizes::new(&self.x.shape));
-        let (q, width) = (bf16::of(self.x.q), s.nope + s.rope);
         let Given { out, lse, dout } = self.given;
         for g in 0..count.div_ceil(GROUP) {
             let count = (count - g * GROUP).min(GROUP);
-            let at = |i: usize| (self.seq.q + first + g * GROUP + i) * s.heads + self.head;
-            of_d.fill(count, width, |i, row| row.copy_from_slice(&q[at(i) * width..][..width]));
-            of_w.fill(count, s.v, |i, row| row.copy_from_slice(&dout[at(i) * s.v..][..s.v]));
-            of_d.columns(&mut to.q[g * 2 * d..]);
-            of_w.columns(&mut to.dout[g * 2 * w..]);
-            (0..d).for_each(|c| of_d.pairs(c, two_mut(to.q_pairs, (c * QUERIES + g) * 2)));
-            (0..w).for_each(|c| of_w.pairs(c, two_mut(to.dout_pairs, (c * QUERIES + g) * 2)));
+            let at = (self.seq.q + first + g * GROUP) * s.heads + self.head;
+            let of = |x, width| Rows { of: &bf16::of(x)[at * width..], stride: s.heads * width, width };
+            let (q, out, dout) = (of(self.x.q, s.nope + s.rope), of(out, s.v), of(dout, s.v));
+            q.gather(count, 0, &mut rows[..2 * d]);
+            columns(&rows[..2 * d], &mut to.q[g * 2 * d..]);
+            (0..d).for_each(|c| pairs(two(rows, 2 * c), two_mut(to.q_pairs, (c * QUERIES + g) * 2)));
+            dout.gather(count, 0, &mut rows[..2 * w]);
+            columns(&rows[..2 * w], &mut to.dout[g * 2 * w..]);
+            (0..w).for_each(|c| pairs(two(rows, 2 * c), two_mut(to.dout_pairs, (c * QUERIES + g) * 2)));
+            let [of_lse, means] = &mut to.of[g];
+            for (half, means) in means.as_chunks_mut::<SQUARE>().0.iter_mut().enumerate() {
+                let first = half * SQUARE;
+                *means = dots(out.after(first), dout.after(first), count.saturating_sub(first).min(SQUARE));
+            }
             // No weight is left of a query that is not there or sees no key.
-            to.of[g] = [[f32::INFINITY; GROUP], [0.0; GROUP]];
-            for i in 0..count {
-                let row = at(i) * s.v..(at(i) + 1) * s.v;
-                if lse[at(i)] != f32::NEG_INFINITY {
-                    to.of[g][0][i] = lse[at(i)] * std::f32::consts::LOG2_E;
+            of_lse.fill(f32::INFINITY);
+            for (of_lse, lse) in of_lse.iter_mut().zip(lse[at..].iter().step_by(s.heads)).take(count) {
+                if *lse != f32::NEG_INFINITY {
+                    *of_lse = lse * std::f32::consts::LOG2_E;
                 }
-                to.of[g][1][i] = dot(self.isa, &out[row.clone()], &dout[row]);
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn store_queries(&self, of: &Extent, queries: &Queries<'_>, turned: &mut [Tile]) {
+    fn store_queries(&self, of: &Extent, queries: &Queries<'_>, rows: &mut [Tile]) {
         let (s, Extent { first, count, .. }) = (&self.x.shape, *of);
         let (d, width) = (Sizes::new(s).d, s.nope + s.rope);
+        let factors = [_mm512_set1_ps(s.scale); 2];
         for (g, sums) in queries.dq.chunks_exact(4 * d).enumerate().take(count.div_ceil(GROUP)) {
-            for half in 0..2 {
-                for (t, turned) in turned.iter_mut().enumerate() {
-                    if of.seen(g) > 0 { turn(&sums[2 * t + half], turned) } else { turned.fill(0) }
-                }
-                for r in 0..SQUARE {
-                    let query = g * GROUP + r / 4 * 8 + half * 4 + r % 4;
-                    if query < count {
-                        let at = ((self.seq.q + first + query) * s.heads + self.head) * width;
-                        // SAFETY: a query and head belong to one task.
-                        let to = unsafe { self.dq.part(at, width) };
-                        for (step, [low, high]) in turned.as_chunks::<2>().0.iter().enumerate() {
-                            round_row([low, high], r, s.scale, to, step * GROUP);
-                        }
-                    }
+            for (sums, rows) in sums.as_chunks::<4>().0.iter().zip(rows.as_chunks_mut::<2>().0) {
+                if of.seen(g) > 0 { round_turned(sums, factors, rows) } else { rows.as_flattened_mut().fill(0) }
+            }
+            for r in 0..GROUP {
+                let (half, r16) = (r / SQUARE, r % SQUARE);
+                let query = g * GROUP + r16 / 4 * 8 + half * 4 + r16 % 4;
+                if query < count {
+                    let at = ((self.seq.q + first + query) * s.heads + self.head) * width;
+                    // SAFETY: a query and head belong to one task.
+                    store_row(&rows[..2 * d], r, unsafe { self.dq.part(at, width) });
                 }
             }
         }
@@ -192,34 +190,16 @@ impl Task<'_> {
     fn store_keys(&self, keys: &Keys<'_>) {
         let s = &self.x.shape;
         let (Sizes { d, w }, width) = (Sizes::new(s), s.nope + s.v);
-        let up = |key: usize| {
-            // SAFETY: a key and head belong to one task.
-            unsafe { self.dkv_up.part(((self.seq.k + key) * s.heads + self.head) * width, width) }
-        };
         for key in 0..self.seq.k_len {
-            let (g, half, r) = (key / GROUP, key % GROUP / SQUARE, key % SQUARE);
-            let to = up(key);
-            for step in 0..w {
-                let [low, high] = super::two(keys.dv, (g * w + step) * 4 + 2 * half);
-                round_row([low, high], r, 1.0, &mut to[s.nope..], step * GROUP);
-            }
-            let at = self.head * self.nk + self.seq.k + key;
-            // SAFETY: as above.
-            let pe = unsafe { self.pe.part(at * s.rope, s.rope) };
-            for step in 0..d {
-                let sums = super::two(keys.dk, (g * d + step) * 4 + 2 * half);
-                round_row([&sums[0], &sums[1]], r, s.scale, &mut to[..s.nope], step * GROUP);
-                for (i, sums) in sums.iter().enumerate() {
-                    let first = step * GROUP + i * SQUARE;
-                    let row: &[f32] = bytemuck::cast_slice(&sums[r * TILE_COLUMNS..(r + 1) * TILE_COLUMNS]);
-                    let from = first.max(s.nope);
-                    let until = (first + SQUARE).min(s.nope + s.rope);
-                    if from < until {
-                        let pe = &mut pe[from - s.nope..until - s.nope];
-                        pe.iter_mut().zip(&row[from - first..]).for_each(|(pe, x)| *pe = x * s.scale);
-                    }
-                }
-            }
+            let (g, row, at) = (key / GROUP, key % GROUP, self.seq.k + key);
+            // SAFETY: a key and head belong to one task.
+            let (up, pe) = unsafe {
+                let up = self.dkv_up.part((at * s.heads + self.head) * width, width);
+                (up, self.pe.part((self.head * self.nk + at) * s.rope, s.rope))
+            };
+            let (of_key, of_value) = up.split_at_mut(s.nope);
+            store_sums(&keys.dk[g * 4 * d..][..4 * d], row, s.scale, of_key, pe);
+            store_sums(&keys.dv[g * 4 * w..][..4 * w], row, 1.0, of_value, &mut []);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! times weights (columns).
 
 use super::super::cpu::Disjoint;
-use super::pack::{Stage, round_row, turn};
+use super::pack::{Rows, columns, round_turned, store_row, turned};
 use super::weights::{Softmax, Weighing, hide, row, set_row};
 use super::*;
 use crate::isa::{SQUARE, TileJob};
@@ -54,7 +54,7 @@ impl TileJob for Task<'_> {
         let groups = self.seq.groups(self.part.end);
         let at_once = (CACHED / ((d + w) * 2 * size_of::<Tile>())).max(1);
         let together = if groups <= at_once { 1 } else { TOGETHER };
-        let tiles = groups * 2 * (d + w) + together * (2 * d + 4 * w) + 4 * WAITING + 8 + 2 * w;
+        let tiles = groups * 2 * (d + w) + together * (2 * d + 4 * w) + 4 * WAITING + 8 + 2 * d.max(w);
         with_tiles(tiles, |scratch| {
             // SAFETY: the level is AMX, which includes AVX-512 BF16. Registers are configured before all else and
             // released after.
@@ -72,7 +72,7 @@ struct Queries<'a> {
     /// First query, in the sequence, and their number.
     first: usize,
     count: usize,
-    /// `[half][step]`, queries as columns.
+    /// `[step][half]`, queries as columns.
     q: &'a [Tile],
     /// `[v / 16][half]`.
     sums: &'a mut [Tile],
@@ -85,9 +85,9 @@ struct Queries<'a> {
 struct Shared<'a> {
     sizes: Sizes,
     seq: Sequence,
-    /// `[group][half][step]`.
+    /// `[group][step][half]`, keys as rows.
     keys: &'a mut [Tile],
-    /// `[group][v / 16]`.
+    /// `[group][v / 16]`, elements as rows.
     values: &'a mut [Tile],
     /// Two blocks of scores.
     scores: &'a mut [[Tile; 4]; 2],
@@ -104,26 +104,24 @@ impl Task<'_> {
         let values = cut(scratch, groups * 2 * sizes.w);
         let (scores, _) = cut(scratch, 8).as_chunks_mut::<4>();
         let (weights, _) = cut(scratch, 4 * WAITING).as_chunks_mut::<2>();
-        let turned = cut(scratch, 2 * sizes.w);
+        let rows = cut(scratch, 2 * sizes.d.max(sizes.w));
         let (q, sums) = (cut(scratch, together * 2 * sizes.d), cut(scratch, together * 4 * sizes.w));
         let mut packed = 0;
-        let (mut key, mut value) = (Stage::new(sizes.d), Stage::new(sizes.w));
         let mut shared =
             Shared { sizes, seq, keys, values, scores: scores.first_chunk_mut().expect("two of two"), weights };
-        let mut stage = Stage::new(sizes.d);
         for from in self.part.clone().step_by(together * GROUP) {
             let mut batch = Vec::with_capacity(together);
             let parts = q.chunks_exact_mut(2 * sizes.d).zip(sums.chunks_exact_mut(4 * sizes.w));
             for (first, (q, sums)) in (from..self.part.end).step_by(GROUP).zip(parts) {
                 let count = (self.part.end - first).min(GROUP);
-                self.load_queries(&mut stage, first, count, q);
+                self.load_queries(first, count, rows, q);
                 batch.push(Queries { first, count, q, sums, begun: false, softmax: Softmax::new(s.scale) });
             }
             let seen = seq.groups((from + together * GROUP).min(self.part.end));
             for g in packed..seen {
-                load_keys(self.x, seq, self.head, g, &mut key, &mut value);
-                key.rows(&mut shared.keys[g * 2 * sizes.d..]);
-                value.turned(&mut shared.values[g * 2 * sizes.w..]);
+                let of_values = &mut rows[..2 * sizes.w];
+                load_keys(self.x, seq, self.head, g, &mut shared.keys[g * 2 * sizes.d..], of_values);
+                turned(of_values, &mut shared.values[g * 2 * sizes.w..]);
             }
             packed = packed.max(seen);
             let steps = seen * batch.len() * sizes.d;
@@ -136,7 +134,7 @@ impl Task<'_> {
                 }
             }
             for queries in &batch {
-                self.finish(queries, turned);
+                self.finish(queries, rows);
             }
         }
     }
@@ -152,34 +150,27 @@ impl Task<'_> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn load_queries(&self, stage: &mut Stage, first: usize, count: usize, tiles: &mut [Tile]) {
-        let s = &self.x.shape;
-        let (q, d) = (bf16::of(self.x.q), s.nope + s.rope);
-        stage.fill(count, d, |i, row| {
-            row.copy_from_slice(&q[((self.seq.q + first + i) * s.heads + self.head) * d..][..d]);
-        });
-        stage.columns(tiles);
+    fn load_queries(&self, first: usize, count: usize, rows: &mut [Tile], tiles: &mut [Tile]) {
+        let (s, rows) = (&self.x.shape, &mut rows[..tiles.len()]);
+        let width = s.nope + s.rope;
+        let of = &bf16::of(self.x.q)[((self.seq.q + first) * s.heads + self.head) * width..];
+        Rows { of, stride: s.heads * width, width }.gather(count, 0, rows);
+        columns(rows, tiles);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn finish(&self, queries: &Queries<'_>, turned: &mut [Tile]) {
+    fn finish(&self, queries: &Queries<'_>, rows: &mut [Tile]) {
         let (heads, v) = (self.x.shape.heads, self.x.shape.v);
-        let all = queries.softmax.finish();
-        let at = |i: usize| (self.seq.q + queries.first + i) * heads + self.head;
-        for i in 0..queries.count {
-            // SAFETY: a query and head belong to one task.
-            unsafe { self.lse.part(at(i), 1)[0] = all[i].1 }
+        let (factors, lse) = queries.softmax.finish();
+        for (sums, rows) in queries.sums.as_chunks::<4>().0.iter().zip(rows.as_chunks_mut::<2>().0) {
+            if queries.begun { round_turned(sums, factors, rows) } else { rows.as_flattened_mut().fill(0) }
         }
-        for half in 0..2 {
-            for (t, turned) in turned.iter_mut().enumerate() {
-                if queries.begun { turn(&queries.sums[2 * t + half], turned) } else { turned.fill(0) }
-            }
-            for i in half * SQUARE..queries.count.min((half + 1) * SQUARE) {
-                // SAFETY: as above.
-                let to = unsafe { self.out.part(at(i) * v, v) };
-                for (step, [low, high]) in turned.as_chunks::<2>().0.iter().enumerate() {
-                    round_row([low, high], i % SQUARE, all[i].0, to, step * GROUP);
-                }
+        for (i, lse) in lse.into_iter().enumerate().take(queries.count) {
+            let at = (self.seq.q + queries.first + i) * heads + self.head;
+            // SAFETY: a query and head belong to one task.
+            unsafe {
+                self.lse.part(at, 1)[0] = lse;
+                store_row(rows, i, self.out.part(at * v, v));
             }
         }
     }
@@ -191,18 +182,17 @@ pub fn key_row<'a>(x: &Problem<'a>, seq: Sequence, head: usize, i: usize) -> &'a
     &bf16::of(x.kv_up)[((seq.k + i) * s.heads + head) * width..][..width]
 }
 
-/// Reads group g of the sequence's keys and values.
-pub fn load_keys(x: &Problem<'_>, seq: Sequence, head: usize, g: usize, keys: &mut Stage, values: &mut Stage) {
+/// Reads group g of the sequence's keys and values as rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn load_keys(x: &Problem<'_>, seq: Sequence, head: usize, g: usize, keys: &mut [Tile], values: &mut [Tile]) {
     let s = &x.shape;
-    let k_pe = bf16::of(x.k_pe);
     let (at, count) = (seq.k + g * GROUP, (seq.k_len - g * GROUP).min(GROUP));
-    let up = |i: usize| key_row(x, seq, head, g * GROUP + i);
-    keys.fill(count, s.nope + s.rope, |i, row| {
-        let (nope, pe) = row.split_at_mut(s.nope);
-        nope.copy_from_slice(&up(i)[..s.nope]);
-        pe.copy_from_slice(&k_pe[(at + i) * s.k_pe_stride..][..s.rope]);
-    });
-    values.fill(count, s.v, |i, row| row.copy_from_slice(&up(i)[s.nope..]));
+    let width = s.nope + s.v;
+    let of = &bf16::of(x.kv_up)[(at * s.heads + head) * width..];
+    Rows { of, stride: s.heads * width, width: s.nope }.gather(count, 0, keys);
+    Rows { of: &bf16::of(x.k_pe)[at * s.k_pe_stride..], stride: s.k_pe_stride, width: s.rope }
+        .gather(count, s.nope, keys);
+    Rows { of: &of[s.nope..], stride: s.heads * width, width: s.v }.gather(count, 0, values);
 }
 
 /// Groups of keys whose weights wait in one of two places, and how many of the output's parts, of 32 elements each, have
@@ -339,7 +329,8 @@ unsafe fn score<T: Tiles>(
     unsafe {
         zero::<T>();
         for c in 0..d {
-            step!(T, load_once [&keys[c], &keys[d + c]], load [&q[c], &q[d + c]], weigh(beside));
+            let (keys, q) = (two(keys, 2 * c), two(q, 2 * c));
+            step!(T, load_once [&keys[0], &keys[1]], load [&q[0], &q[1]], weigh(beside));
             ahead.step();
         }
         let (top, bottom) = square(to, 0);

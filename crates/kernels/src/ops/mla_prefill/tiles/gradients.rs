@@ -15,11 +15,11 @@ pub const KEYS: usize = 8;
 
 /// Keys and values of the sequence, and the sums of their gradients.
 pub struct Keys<'a> {
-    /// `[group][half][step]`, keys as rows.
+    /// `[group][step][half]`, keys as rows.
     pub keys: &'a mut [Tile],
     /// `[group][step][2]`, elements as rows, pairs of keys.
     pub keys_turned: &'a mut [Tile],
-    /// `[group][half][step]`, keys as rows.
+    /// `[group][step][half]`, keys as rows.
     pub values: &'a mut [Tile],
     /// `[group][step][half][2]`.
     pub dk: &'a mut [Tile],
@@ -28,7 +28,7 @@ pub struct Keys<'a> {
 
 /// A block's queries and output gradients, and the sums of the queries' gradients.
 pub struct Queries<'a> {
-    /// `[group][half][step]`, queries as columns.
+    /// `[group][step][half]`, queries as columns.
     pub q: &'a mut [Tile],
     pub dout: &'a mut [Tile],
     /// `[step][group][2]`, pairs of queries as rows, elements as columns.
@@ -180,7 +180,8 @@ impl Extent {
             unsafe {
                 zero::<T>();
                 for c in 0..len {
-                    step!(T, load [&a[c], &a[len + c]], load_once [&b[c], &b[len + c]], turn(beside));
+                    let (a, b) = (two(a, 2 * c), two(b, 2 * c));
+                    step!(T, load [&a[0], &a[1]], load_once [&b[0], &b[1]], turn(beside));
                 }
                 let (top, bottom) = square(to, 0);
                 keep::<T>(top, bottom);

@@ -163,7 +163,7 @@ impl Softmax {
 
     /// What each query's sum of weighted values is to be multiplied by, and its log-sum-exp: 0 and -inf without keys.
     #[target_feature(enable = "avx512f")]
-    pub fn finish(&self) -> [(f32, f32); GROUP] {
+    pub fn finish(&self) -> ([__m512; 2], [f32; GROUP]) {
         let (mut base, mut sum) = ([0f32; GROUP], [0f32; GROUP]);
         for j in 0..2 {
             // SAFETY: 16 elements of the 32.
@@ -172,12 +172,14 @@ impl Softmax {
                 _mm512_storeu_ps(sum[j * SQUARE..].as_mut_ptr(), self.sum[j]);
             }
         }
-        std::array::from_fn(|i| {
-            if sum[i] == 0.0 {
-                return (0.0, f32::NEG_INFINITY);
-            }
-            (1.0 / sum[i], base[i].mul_add(std::f32::consts::LN_2, sum[i].ln()))
-        })
+        let factors = self.sum.map(|sum| {
+            let any = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(sum, _mm512_setzero_ps());
+            _mm512_maskz_div_ps(any, _mm512_set1_ps(1.0), sum)
+        });
+        let lse = std::array::from_fn(|i| {
+            if sum[i] == 0.0 { f32::NEG_INFINITY } else { base[i].mul_add(std::f32::consts::LN_2, sum[i].ln()) }
+        });
+        (factors, lse)
     }
 }
 
