@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Groups of queries that keys pass by together.
-pub const QUERIES: usize = 16;
+pub const QUERIES: usize = 8;
 /// Groups of keys that dQ takes in together.
 pub const KEYS: usize = 8;
 
