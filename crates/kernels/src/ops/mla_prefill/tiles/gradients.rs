@@ -272,18 +272,16 @@ pub struct Before {
     scores: usize,
 }
 
-/// What is done beside products: P = exp(S - lse) and dS = P (dP - D) of a block, a key at a time.
+/// What is done beside products: P = exp(S - lse) and dS = P (dP - D) of a block, two keys at a time.
 struct Turning<'a> {
     scores: &'a [[Tile; 4]; 2],
-    /// The first and the last are the tiles of the two halves of the keys.
-    p: &'a mut [Tile],
-    ds: &'a mut [Tile],
+    /// Of both halves of the keys.
+    p: [&'a mut Tile; 2],
+    ds: [&'a mut Tile; 2],
     pairs: &'a mut [Tile; 2],
     /// What the queries have, and by what scores become powers of two.
     of: &'a [[f32; GROUP]; 2],
     factor: __m512,
-    /// dS of the first key of a pair.
-    even: __m512i,
     pace: Pace,
 }
 
@@ -299,43 +297,40 @@ impl<'a> Turning<'a> {
         products: usize,
     ) -> Option<Self> {
         let Before { k, g, .. } = before?;
-        let halves = g..=g + QUERIES;
+        let halves =
+            |tiles: &'a mut [Tile]| tiles.get_disjoint_mut([g, g + QUERIES]).expect("each group has two tiles");
         Some(Self {
             scores,
-            p: &mut p[halves.clone()],
-            ds: &mut ds[halves],
+            p: halves(p),
+            ds: halves(ds),
             pairs: two_mut(pairs, (k % KEYS * QUERIES + g) * 2),
             of: &of_queries.of[g],
             factor: _mm512_set1_ps(factor),
-            even: _mm512_setzero_si512(),
             pace: Pace::new(products),
         })
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn key(&mut self, key: usize) {
-        let [scores, dp] = self.scores;
-        let (half, r) = (key / SQUARE, key % SQUARE);
-        let (mut p, mut ds) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 2]);
-        for j in 0..2 {
-            let [lse, mean] = self.of;
-            // SAFETY: 16 elements of 32.
-            let (lse, mean) =
-                unsafe { (_mm512_loadu_ps(lse[j * SQUARE..].as_ptr()), _mm512_loadu_ps(mean[j * SQUARE..].as_ptr())) };
-            p[j] = exp2(_mm512_fmsub_ps(row(&scores[half * 2 + j], r), self.factor, lse));
-            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(row(&dp[half * 2 + j], r), mean));
+    fn part(&mut self, part: usize) {
+        let ([scores, dp], [lse, mean]) = (self.scores, self.of);
+        let (half, at) = (part / 8 % 2, part % 8);
+        let mut both = [_mm512_setzero_si512(); 2];
+        for (i, both) in both.iter_mut().enumerate() {
+            let r = 2 * at + i;
+            let (mut p, mut ds) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 2]);
+            for j in 0..2 {
+                // SAFETY: 16 elements of 32.
+                let of = |x: &[f32; GROUP]| unsafe { _mm512_loadu_ps(x[j * SQUARE..].as_ptr()) };
+                p[j] = exp2(_mm512_fmsub_ps(row(&scores[half * 2 + j], r), self.factor, of(lse)));
+                ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(row(&dp[half * 2 + j], r), of(mean)));
+            }
+            *both = round(ds[0], ds[1]);
+            set_row(self.p[half], r, round(p[0], p[1]));
+            set_row(self.ds[half], r, *both);
         }
-        let tile = half * QUERIES;
-        let ds = round(ds[0], ds[1]);
-        set_row(&mut self.p[tile], r, round(p[0], p[1]));
-        set_row(&mut self.ds[tile], r, ds);
-        if key.is_multiple_of(2) {
-            self.even = ds;
-        } else {
-            set_row(&mut self.pairs[0], key / 2, _mm512_unpacklo_epi16(self.even, ds));
-            set_row(&mut self.pairs[1], key / 2, _mm512_unpackhi_epi16(self.even, ds));
-        }
+        set_row(&mut self.pairs[0], 8 * half + at, _mm512_unpacklo_epi16(both[0], both[1]));
+        set_row(&mut self.pairs[1], 8 * half + at, _mm512_unpackhi_epi16(both[0], both[1]));
     }
 }
 
@@ -344,9 +339,8 @@ impl<'a> Turning<'a> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn turn(beside: &mut Option<Turning<'_>>) {
     if let Some(turning) = beside {
-        turning.pace.product();
-        while let Some(key) = turning.pace.due() {
-            turning.key(key);
+        for part in turning.pace.due() {
+            turning.part(part);
         }
     }
 }
@@ -356,8 +350,8 @@ fn turn(beside: &mut Option<Turning<'_>>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn rest(turning: Option<Turning<'_>>) {
     if let Some(mut turning) = turning {
-        while let Some(key) = turning.pace.next() {
-            turning.key(key);
+        for part in turning.pace.rest() {
+            turning.part(part);
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{GROUP, Tile};
 use crate::isa::{SQUARE, TILE_COLUMNS};
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// 2^x for x <= 128 with a relative error of 3e-6; 0 of minus infinity.
 #[inline]
@@ -183,45 +184,37 @@ impl Softmax {
     }
 }
 
-/// How [`GROUP`] equal parts of some work are spread over a number of products.
+/// Equal parts of what is done of a block beside products.
+const PARTS: usize = 16;
+
+/// How a block's parts are spread over a number of products.
 pub struct Pace {
     done: usize,
-    products: usize,
-    credit: usize,
+    at_once: usize,
 }
 
 impl Pace {
     /// Nothing is done.
     pub fn new(products: usize) -> Self {
-        Self { done: 0, products, credit: 0 }
+        Self { done: 0, at_once: PARTS.div_ceil(products.max(1)) }
     }
 
-    /// A product more.
+    /// The parts that are due after a product.
     #[inline(always)]
-    pub fn product(&mut self) {
-        self.credit += GROUP;
+    pub fn due(&mut self) -> Range<usize> {
+        let from = self.done;
+        self.done = (from + self.at_once).min(PARTS);
+        from..self.done
     }
 
-    /// The next part that is due.
+    /// All that are left.
     #[inline(always)]
-    pub fn due(&mut self) -> Option<usize> {
-        if self.credit < self.products {
-            return None;
-        }
-        self.credit -= self.products;
-        self.next()
-    }
-
-    /// The next part, due or not.
-    #[inline(always)]
-    pub fn next(&mut self) -> Option<usize> {
-        let part = self.done;
-        self.done += 1;
-        (part < GROUP).then_some(part)
+    pub fn rest(&self) -> Range<usize> {
+        self.done..PARTS
     }
 }
 
-/// A block's scores on their way to weights, a pair of keys and 16 queries at a time.
+/// A block's scores on their way to weights, four keys and 16 queries at a time.
 pub struct Weighing<'a> {
     scores: &'a [Tile; 4],
     weights: &'a mut [Tile; 2],
@@ -240,9 +233,8 @@ impl Weighing<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
     pub fn beside(&mut self) {
-        self.pace.product();
-        while let Some(i) = self.pace.due() {
-            self.pair(i);
+        for part in self.pace.due() {
+            self.part(part);
         }
     }
 
@@ -250,27 +242,29 @@ impl Weighing<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
     pub fn rest(mut self) -> [__m512; 2] {
-        while let Some(i) = self.pace.next() {
-            self.pair(i);
+        for part in self.pace.rest() {
+            self.part(part);
         }
         [self.first, self.sum]
     }
 
-    /// Of the 32 pairs the first 16 are the first 16 queries'.
+    /// The first half of the parts are the first 16 queries'.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    fn pair(&mut self, pair: usize) {
+    fn part(&mut self, part: usize) {
         let cells = _mm512_set_epi16(
             31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
             1, 16, 0,
         );
-        let (j, i) = (pair / SQUARE, pair % SQUARE);
-        let scores = &self.scores[i / 8 * 2 + j];
-        let x = exp2(_mm512_fmsub_ps(row(scores, i % 8 * 2), self.factor, self.from));
-        let y = exp2(_mm512_fmsub_ps(row(scores, i % 8 * 2 + 1), self.factor, self.from));
-        self.sum = _mm512_add_ps(self.sum, _mm512_add_ps(x, y));
-        set_row(&mut self.weights[j], i, _mm512_permutexvar_epi16(cells, round(x, y)));
-        if pair == SQUARE - 1 {
+        let (j, half, at) = (part / 8 % 2, part / 4 % 2, part % 4);
+        let scores = &self.scores[half * 2 + j];
+        for i in 0..2 {
+            let x = exp2(_mm512_fmsub_ps(row(scores, 4 * at + 2 * i), self.factor, self.from));
+            let y = exp2(_mm512_fmsub_ps(row(scores, 4 * at + 2 * i + 1), self.factor, self.from));
+            self.sum = _mm512_add_ps(self.sum, _mm512_add_ps(x, y));
+            set_row(&mut self.weights[j], 8 * half + 2 * at + i, _mm512_permutexvar_epi16(cells, round(x, y)));
+        }
+        if part == PARTS / 2 - 1 {
             (self.first, self.from, self.sum) = (self.sum, self.next, _mm512_setzero_ps());
         }
     }
