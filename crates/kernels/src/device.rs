@@ -174,7 +174,7 @@ impl Cpu {
     }
 
     /// Runs `f` on one of these workers, with them as its rayon pool: for libraries that bring their own parallel loops, and
-    /// for many operations one after the other.
+    /// for many operations one after the other. It must not wait for another caller of this device, who may need this worker.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.pool.install(f)
     }
@@ -187,7 +187,7 @@ impl Cpu {
 
     /// Runs `f(0) .. f(n - 1)` on the workers, in any order and on any worker. How work is cut into tasks must depend
     /// on shapes alone, never on the number of workers, unless no bit depends on the cut: that is what keeps results
-    /// equal for every thread count.
+    /// equal for every thread count. With one thread the caller does all of it.
     pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
         use rayon::prelude::*;
         match n {

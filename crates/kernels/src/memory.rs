@@ -82,7 +82,7 @@ impl Block {
 #[cfg(target_os = "linux")]
 fn advise(raw: NonNull<u8>, bytes: usize) {
     use rustix::mm::{Advice, madvise};
-    /// Of a system with larger pages the advice is an error, and none is taken.
+    /// Of a system with larger pages the advice is an error, or of the whole page that the end is in.
     const PAGE: usize = 4096;
     if bytes < HUGE {
         return;

@@ -34,8 +34,8 @@ impl Arena {
         if let Some(((_, at), i)) = holes.min() {
             return self.spans[i].fill(at, bytes);
         }
-        let last = self.spans.iter_mut().find_map(|span| span.extend(bytes));
-        last.unwrap_or_else(|| {
+        let fits = self.spans.iter_mut().filter(|span| span.left() >= bytes).min_by_key(|span| span.left());
+        fits.and_then(|span| span.extend(bytes)).unwrap_or_else(|| {
             self.spans.push(Span { room: Room::new(bytes), end: 0, reached: 0, holes: BTreeMap::new() });
             let span = self.spans.last_mut().and_then(|span| span.extend(bytes));
             span.expect("a span has room for the block that it was made for")
@@ -75,6 +75,11 @@ impl Span {
         self.room.at(at)
     }
 
+    /// Bytes behind the last block that are none's.
+    fn left(&self) -> usize {
+        self.room.len - self.end
+    }
+
     /// Bytes behind the last block, if there is room.
     fn extend(&mut self, bytes: usize) -> Option<NonNull<u8>> {
         let at = self.end;
@@ -109,6 +114,7 @@ impl Span {
 struct Room {
     base: NonNull<u8>,
     len: usize,
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "held for its memory"))]
     of: Of,
 }
 
@@ -163,19 +169,20 @@ impl Room {
 mod pages {
     use super::{Of, Room};
     use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
+    use rustix::process::{Resource, getrlimit};
     use std::alloc::{Layout, handle_alloc_error};
     use std::ptr::{NonNull, null_mut};
 
-    /// A span's address space, less where a process may not have so much.
-    const RESERVED: usize = 1 << 36;
+    /// A span's address space; none to spare where addresses have 32 bits.
+    const RESERVED: usize = (1u64 << 36) as usize;
+    /// Of a process that may not have any amount of address space, a span takes this part of what it may have.
+    const PART: u64 = 64;
     /// Spans begin at, and are opened by, what a huge page holds.
     const HUGE: usize = 1 << 21;
-    /// Of a system with larger pages fewer are handed back: advice on a part of one is an error.
-    const PAGE: usize = 4096;
-
     pub fn reserve(bytes: usize) -> Option<Room> {
         let least = bytes.checked_next_multiple_of(HUGE)?;
-        let mut len = RESERVED.max(least);
+        let allowed = getrlimit(Resource::As).current.and_then(|bytes| usize::try_from(bytes / PART).ok());
+        let mut len = allowed.map_or(RESERVED, |bytes| bytes / HUGE * HUGE).max(least);
         loop {
             let all = len.checked_add(HUGE)?;
             // SAFETY: a new mapping at an address that the system chooses.
@@ -206,15 +213,17 @@ mod pages {
         let flags = MprotectFlags::READ | MprotectFlags::WRITE;
         // SAFETY: within the mapping, whose pages beyond what is open nobody has.
         if unsafe { mprotect(room.base.add(*open).as_ptr().cast(), more, flags) }.is_err() {
-            handle_alloc_error(Layout::from_size_align(more, PAGE).expect("less than the room"));
+            handle_alloc_error(Layout::from_size_align(more, HUGE).expect("less than the room"));
         }
         *open += more;
     }
 
     pub fn forget(room: &Room, at: usize, len: usize) {
-        let (first, end) = (at.next_multiple_of(PAGE), (at + len) / PAGE * PAGE);
+        // Whole pages: what the system is told of a part of one it takes to be of all of it.
+        let page = rustix::param::page_size();
+        let (first, end) = (at.next_multiple_of(page), (at + len) / page * page);
         if matches!(room.of, Of::Mapping { .. }) && first < end {
-            // SAFETY: pages of an open part in which no block lies. Where they are larger it is an error, and they stay.
+            // SAFETY: pages of an open part in which no block lies.
             let _ = unsafe { madvise(room.base.add(first).as_ptr().cast(), end - first, Advice::LinuxDontNeed) };
         }
     }
@@ -262,6 +271,8 @@ mod tests {
         assert_eq!(arena.extent(), 0);
     }
 
+    /// Where a span is one block's the order is another.
+    #[cfg(target_os = "linux")]
     #[test]
     fn the_smallest_hole_is_filled_and_the_end_moves() {
         let mut arena = Arena::default();

@@ -85,7 +85,7 @@ pub fn step(cpu: &Cpu, a: AdamW<'_>) {
     cpu.chunks_mut(&mut blocks, 1, |_, block| update_block(cpu.isa(), &constants, all, &mut block[0]));
 }
 
-/// Updates a block of an arena of `all` elements. The copy goes past the caches: nothing reads it before the next step.
+/// Updates a block of an arena of `all` elements. A large copy goes past the caches: nothing reads it before the next step.
 fn update_block(isa: Isa, c: &Constants, all: usize, b: &mut Block<'_>) {
     let decay = if b.decay { c.keep } else { 1.0 };
     let mut rounded = [bf16::ZERO; PIECE];

@@ -31,7 +31,7 @@ pub struct Product<'a> {
     pub ldc: usize,
 }
 
-/// Rows of a tile at most: what is packed of them for a span is to stay in the second-level cache. A multiple of every
+/// Rows of a tile at most, twice as many of pairs: what is packed of them for a span is to stay in the second-level cache. A multiple of every
 /// level's block.
 pub(super) const ROWS: usize = 120;
 /// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
@@ -40,7 +40,8 @@ const ROWS_ALONE: [usize; 2] = [480, 512];
 /// Columns of a tile at most, and where its sums wait for the next span beside rows that need no packing: those of the next
 /// tile would be packed again. Between the two, what is packed of the columns is to stay at about [`SHARED`].
 const COLUMNS: [usize; 2] = [2048, 512];
-/// Sums that wait in the second-level cache at most.
+/// Sums that wait in the second-level cache at most, beside rows that need no packing. Beside packed rows up to as many as a
+/// tile has wait, a few MB for each worker.
 const SUMS: usize = 1 << 17;
 /// Pieces of k that rows are packed for at once, and over which sums stay in registers.
 pub(super) const SPAN: usize = 4;

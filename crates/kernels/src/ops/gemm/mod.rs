@@ -101,7 +101,7 @@ pub fn scratch(
 }
 
 /// C (+)= op(A) op(B). See the module's contract.
-pub fn gemm(ctx: &Ctx, mut g: Gemm<'_>) {
+pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     let _timer =
         ctx.timer("gemm", sizes![g.m, g.n, g.k, g.a.data, g.a.ld, g.ta, g.b.data, g.b.ld, g.tb, g.c.data, g.c.ld]);
     let (m, n, k) = (g.m, g.n, g.k);
@@ -114,16 +114,14 @@ pub fn gemm(ctx: &Ctx, mut g: Gemm<'_>) {
     assert!(fits(ra, ca, g.a.ld, g.a.data.len()), "A [{ra}, {ca}] with ld {} in {}", g.a.ld, g.a.data.len());
     assert!(fits(rb, cb, g.b.ld, g.b.data.len()), "B [{rb}, {cb}] with ld {} in {}", g.b.ld, g.b.data.len());
     assert!(fits(m, n, g.c.ld, g.c.data.len()), "C [{m}, {n}] with ld {} in {}", g.c.ld, g.c.data.len());
-    // How far from a single row the next would be does not matter, and may be any number.
-    for (ld, rows, cols) in [(&mut g.a.ld, ra, ca), (&mut g.b.ld, rb, cb), (&mut g.c.ld, m, n)] {
-        *ld = if rows > 1 { *ld } else { cols };
-    }
-    let a = Operand { data: g.a.data, ld: g.a.ld, k_contiguous: !g.ta };
-    let b = Operand { data: g.b.data, ld: g.b.ld, k_contiguous: g.tb };
     match &ctx.device {
         Device::Cuda(cuda) => cuda::gemm(cuda, g),
         Device::Cpu(cpu) => {
-            let product = cpu::Product { m, n, k, a, b, c: 0, ldc: g.c.ld };
+            // How far from a single row the next would be does not matter, and may be any number.
+            let near = |ld: usize, rows: usize, cols: usize| if rows > 1 { ld } else { cols };
+            let a = Operand { data: g.a.data, ld: near(g.a.ld, ra, ca), k_contiguous: !g.ta };
+            let b = Operand { data: g.b.data, ld: near(g.b.ld, rb, cb), k_contiguous: g.tb };
+            let product = cpu::Product { m, n, k, a, b, c: 0, ldc: near(g.c.ld, m, n) };
             cpu::run(cpu, &[product], g.c.data, g.accumulate);
         }
     }

@@ -28,7 +28,7 @@ impl Scratch {
 }
 
 /// A tile that is computed: a span of k at a time, strips of one group of columns are summed, whose lanes stay in the
-/// first-level cache while all rows pass by. What must be packed of the rows is packed once for all columns.
+/// nearest caches while all rows pass by. What must be packed of the rows is packed once for all columns.
 pub(super) struct Tile<'a> {
     isa: Isa,
     p: &'a Product<'a>,

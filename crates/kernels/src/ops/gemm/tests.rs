@@ -389,14 +389,16 @@ fn linear_and_its_gradients() {
                 let mut dx = ctx.zeros(d, n * cols);
                 linear_backward_input(&ctx, dy.view(), &weight, dx.view_mut(), false);
                 assert_close("dx", &dx, &ex, op_tolerance(d));
-                // All of a matrix, and all but the first two columns of a wider one.
-                for first in [0, 2] {
-                    let ld = first + cols;
+                // All of a matrix, and all but the first columns of a wider one, whose rows may begin on lines of the cache, all
+                // between them, or as they come.
+                let wider = |first: usize| [(first, first + cols), (first, (first + cols).next_multiple_of(16))];
+                for (first, ld) in [0, 2, 16].into_iter().flat_map(wider) {
                     let mut dw = buf_on(&ctx, F32, &vec![1.0; rows * ld]);
                     let c = MatMut { data: dw.view_mut().slice(first..rows * ld), ld };
                     linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
                     let expected = |base: f64| -> Vec<f64> {
-                        let at = |i: usize| (i % ld).checked_sub(first).map(|c| ew[i / ld * cols + c] + base);
+                        let column = |i: usize| (i % ld).checked_sub(first).filter(|&c| c < cols);
+                        let at = |i: usize| column(i).map(|c| ew[i / ld * cols + c] + base);
                         (0..rows * ld).map(|i| at(i).unwrap_or(1.0)).collect()
                     };
                     assert_close("dw", &dw, &expected(1.0), op_tolerance(F32));

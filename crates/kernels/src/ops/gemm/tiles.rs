@@ -394,8 +394,8 @@ impl<'a> OnTiles<'a> {
         }
     }
 
-    /// Up to 32 rows over a piece that k runs along: where they lie, or packed. Fewer rows, and those that end within a step, are packed, so
-    /// that what lies behind them is not read.
+    /// Up to 32 rows over a piece that k runs along: where they lie, or packed. Fewer rows, and those that end within a
+    /// step, are packed, so that what lies behind them is not read.
     #[inline(always)]
     fn left(&self, rows: &Range<usize>, k: &Range<usize>) -> Left {
         let a = self.task.p.a;
