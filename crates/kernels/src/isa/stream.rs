@@ -115,8 +115,7 @@ mod x86 {
     impl Drop for Finish {
         #[inline]
         fn drop(&mut self) {
-            // SAFETY: part of x86-64.
-            unsafe { _mm_sfence() }
+            crate::isa::finish_streams();
         }
     }
 }
