@@ -2,11 +2,14 @@
 of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds hadal and restricts instruction sets.
 
     python pairs.py HADAL gemm|attention|grouped_gemm [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--device cpu|cuda]
-    python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 3]
-                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4] [--device cpu|cuda]
+    python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 1]
+                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4] [--turn-steps 3] [--device cpu|cuda]
 
 grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
 opening a GPU takes longer than measuring.
+On a CPU a pair of training runs goes in turns, since hosts that are shared swing by a factor of two within seconds: before each
+step of the rival but its first, hadal runs the first few steps in a process of its own, of which all but the first count. A row
+has the medians of all turns and of their ratios. Losses and memory are of runs of all steps.
 Every setting of a rival, where there are several, is run once beside ours and recorded; the fastest is the rival, and runs in
 as many pairs as asked for ("best": true). A training row whose losses differ from ours by over 0.5 % in the first step or 1 % on average is void,
 and the exit code then 1.
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import rival
 
@@ -57,15 +61,15 @@ def put(row: dict, record: bool) -> None:
 
 
 def paired(ours: list[dict], name: str, theirs: list[float], best: bool) -> dict:
-    """One row out of pairs: medians, and the least and largest ratio of a pair."""
+    """One row out of pairs: medians of both sides and of the pairs' ratios, and the least and largest of these."""
     found = [row["ours"] for row in ours]
+    ratios = [a / b for a, b in zip(found, theirs)]
     row = dict(ours[0])
     row["ours"], row["rival"] = statistics.median(found), statistics.median(theirs)
-    row["rival_name"], row["ratio"] = name, row["ours"] / row["rival"]
+    row["rival_name"], row["ratio"] = name, statistics.median(ratios)
     if row["share_of_peak"] is not None:
         row["share_of_peak"] = statistics.median(r["share_of_peak"] for r in ours)
-    row["spread"] = [min(found), max(found)]
-    ratios = [a / b for a, b in zip(found, theirs)]
+    row["spread"], row["rival_spread"] = [min(found), max(found)], [min(theirs), max(theirs)]
     row["ratio_spread"], row["pairs"], row["best"] = [min(ratios), max(ratios)], len(ours), best
     return row
 
@@ -148,27 +152,64 @@ class Training:
         command = [self.args.hadal, "bench", "train", "--json", "--from", self.directory, "--device", self.args.device]
         return lines([*command, "--dtype", self.args.dtype, "--steps", str(steps), *threads(self.args)])[-1]
 
-    def theirs(self, setting: str, steps: int) -> dict:
+    def command(self, setting: str, steps: int) -> list[str]:
         mode, dtype, experts = setting.split("/")
         command = [sys.executable, rival.__file__, self.directory, "--dtype", dtype, "--experts", experts]
         command += ["--compile"] if mode == "compiled" else []
         command += ["--device", self.args.device]
-        return lines([*command, "--steps", str(steps), *threads(self.args)])[-1]
+        return [*command, "--steps", str(steps), *threads(self.args)]
 
-    def row(self, setting: str, ours: list[dict], theirs: list[dict], best: bool) -> dict:
+    def theirs(self, setting: str, steps: int) -> dict:
+        return lines(self.command(setting, steps))[-1]
+
+    def pair(self, setting: str, steps: int) -> "Pair":
+        ours = self.ours(steps)
+        if self.args.device == "cuda" or steps < 2:
+            theirs = self.theirs(setting, steps)
+            return Pair(ours, theirs, [(ours, theirs["tokens_per_s"])])
+        ours_now, turns, said = None, [], {}
+        with tempfile.TemporaryFile("w+") as messages:
+            with subprocess.Popen([*self.command(setting, steps), "--paced"], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=messages, text=True) as theirs:
+                # Each step, the first of which compiles and pairs with nothing, and then the result.
+                for said in map(json.loads, theirs.stdout):
+                    if ours_now is not None and "step" in said:
+                        turns.append((ours_now, said["tokens_per_s"]))
+                    if said.get("step", steps) + 1 < steps:
+                        time.sleep(PAUSE)
+                        ours_now = self.ours(self.args.turn_steps)
+                        theirs.stdin.write("\n")
+                        theirs.stdin.flush()
+            if theirs.returncode:
+                messages.seek(0)
+                raise Failed((messages.read().strip().splitlines() or ["no message"])[-1])
+        return Pair(ours, said, turns)
+
+    def row(self, setting: str, pairs: list["Pair"], best: bool) -> dict:
+        theirs = [p.theirs for p in pairs]
         of = f"transformers {theirs[0]['transformers']}, torch {theirs[0]['torch'].split('+')[0]}, {setting}"
-        row = paired(ours, of, [t["tokens_per_s"] for t in theirs], best)
+        ours, rates = zip(*(turn for p in pairs for turn in p.turns))
+        row = paired(list(ours), of, list(rates), best)
         for key in ("first_loss", "mean_loss", "peak_bytes", "state_bytes"):
+            row[key] = statistics.median(p.ours[key] for p in pairs)
             row[f"rival_{key}"] = statistics.median(t[key] for t in theirs)
-        row["void"] = not all(close(a, b) for a, b in zip(ours, theirs))
+        row["void"] = not all(close(p.ours, p.theirs) for p in pairs)
         return row
 
 
-def memory(row: dict, ours: list[dict], lowest: dict) -> dict:
+class Pair(NamedTuple):
+    """Runs of all steps, and the turns: ours and the rival's tokens a second."""
+    ours: dict
+    theirs: dict
+    turns: list[tuple[dict, float]]
+
+
+def memory(row: dict, pairs: list[Pair], lowest: dict) -> dict:
     """The row of peak memory: ours beside the lower of the rival's eager and compiled."""
-    peak = [r["peak_bytes"] for r in ours]
+    peak = [p.ours["peak_bytes"] for p in pairs]
     row = dict(row, case=row["case"] + " peak memory", unit="bytes", ours=statistics.median(peak), share_of_peak=None,
                rival=lowest["rival_peak_bytes"], rival_name=lowest["rival_name"], spread=[min(peak), max(peak)])
+    row["rival_spread"], row["pairs"] = [row["rival"], row["rival"]], len(pairs)
     row["ratio"] = row["ours"] / row["rival"]
     row["ratio_spread"] = [p / row["rival"] for p in row["spread"]]
     return row
@@ -184,22 +225,21 @@ def train(args) -> bool:
         job, rows, settings = Training(args, directory), {}, args.settings.split(",")
         for setting in settings if len(settings) > 1 else []:
             try:
-                ours, theirs = job.ours(args.scan_steps), job.theirs(setting, args.scan_steps)
+                pair = job.pair(setting, args.scan_steps)
             except Failed as e:
                 print(f"{setting}: {e}", file=sys.stderr)
                 continue
-            rows[setting] = job.row(setting, [ours], [theirs], False)
+            rows[setting] = job.row(setting, [pair], False)
             put(rows[setting], args.record)
         if len(settings) > 1 and not rows:
             raise Failed("no setting of the rival ran")
         best = max(rows, key=lambda s: rows[s]["rival"], default=settings[0])
-        pairs = [(job.ours(args.steps), job.theirs(best, args.steps)) for _ in range(args.pairs)]
-        ours, theirs = (list(side) for side in zip(*pairs))
-        row = job.row(best, ours, theirs, True)
+        pairs = [job.pair(best, args.steps) for _ in range(args.pairs)]
+        row = job.row(best, pairs, True)
         put(row, args.record)
         # The same numbers and experts, eager or compiled, whichever needs less.
         alike = [r for s, r in rows.items() if s.split("/")[1:] == best.split("/")[1:] and s != best] + [row]
-        last = memory(row, ours, min(alike, key=lambda r: r["rival_peak_bytes"]))
+        last = memory(row, pairs, min(alike, key=lambda r: r["rival_peak_bytes"]))
         put(last, args.record)
         return not any(r["void"] for r in [*rows.values(), row])
 
@@ -220,9 +260,10 @@ def main() -> int:
     args.add_argument("--dtype", default="bf16")
     args.add_argument("--steps", type=int, default=20)
     args.add_argument("--scan-steps", type=int, default=4)
+    args.add_argument("--turn-steps", type=int, default=3)
     args.add_argument("--settings", default=",".join(SETTINGS))
     args = args.parse_args()
-    args.pairs = args.pairs or (3 if args.kind == "train" else 5)
+    args.pairs = args.pairs or (1 if args.kind == "train" and args.device == "cpu" else 3 if args.kind == "train" else 5)
     on_gpu = args.device == "cuda"
     run = train if args.kind == "train" else kernels_on_gpu if on_gpu else kernels
     try:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -275,8 +276,9 @@ def train_on_gpu(directory: Path, dtype: str, experts: str, compiled: bool, toke
     }
 
 
-def train(directory: Path, dtype: str, experts: str, compiled: bool, steps: int | None, device: str) -> dict:
-    """Steps of AdamW from the exported weights on the exported tokens."""
+def train(directory: Path, dtype: str, experts: str, compiled: bool, steps: int | None, device: str, paced: bool) -> dict:
+    """Steps of AdamW from the exported weights on the exported tokens. If paced, waits for a line before each but the first,
+    and says how fast it was."""
     import transformers
     from safetensors.torch import load_file
 
@@ -295,9 +297,13 @@ def train(directory: Path, dtype: str, experts: str, compiled: bool, steps: int 
     ctypes.CDLL(None).malloc_trim(0)
     losses, seconds = [], []
     for step, window in enumerate(tokens):
+        if paced and step > 0:
+            sys.stdin.readline()
         begin = time.perf_counter()
         losses.append(job.step(window))
         seconds.append(time.perf_counter() - begin)
+        if paced:
+            print(json.dumps({"step": step, "tokens_per_s": window[:, 1:].numel() / seconds[-1]}), flush=True)
         if step == 0 and len(tokens) > 1:
             # Compiling is no part of the steps; what it leaves resident is.
             Path("/proc/self/clear_refs").write_text("5")
@@ -320,9 +326,10 @@ def main() -> None:
     args.add_argument("--steps", type=int)
     args.add_argument("--threads", type=int)
     args.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args.add_argument("--paced", action="store_true", help="on a CPU: wait for a line before each step but the first")
     args = args.parse_args()
     threads(args.threads)
-    print(json.dumps(train(args.directory, args.dtype, args.experts, args.compile, args.steps, args.device)))
+    print(json.dumps(train(args.directory, args.dtype, args.experts, args.compile, args.steps, args.device, args.paced)))
 
 
 if __name__ == "__main__":

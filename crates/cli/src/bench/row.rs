@@ -193,9 +193,24 @@ pub fn machine(device: &Device) -> String {
         return slug(cuda.name());
     }
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, name)| name));
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    format!("{}-{cores}", slug(name.unwrap_or(std::env::consts::ARCH)))
+    format!("{}-{cores}", slug(&cpu_name(&text)))
+}
+
+/// The CPU's name in /proc/cpuinfo. Virtual machines leave out which one of a maker's line it is: where the name has no
+/// digit, family and model tell generations apart.
+fn cpu_name(info: &str) -> String {
+    let of = |key: &str| {
+        let mut found = info.lines().filter_map(|l| l.split_once(':')).filter(|(k, _)| k.trim() == key);
+        found.next().map(|(_, value)| value.trim())
+    };
+    let name = of("model name").unwrap_or(std::env::consts::ARCH);
+    match (of("cpu family"), of("model")) {
+        (Some(family), Some(model)) if !name.contains(|c: char| c.is_ascii_digit()) => {
+            format!("{name} family {family} model {model}")
+        }
+        _ => name.into(),
+    }
 }
 
 fn slug(name: &str) -> String {
@@ -230,6 +245,10 @@ mod tests {
     fn machines_have_plain_names() {
         assert_eq!(slug("Intel(R) Xeon(R) Platinum 8488C"), "intel-xeon-platinum-8488c");
         assert_eq!(slug(" AMD EPYC 9R14 96-Core Processor"), "amd-epyc-9r14-96-core-processor");
+        let info = |name: &str| format!("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n");
+        assert_eq!(slug(&cpu_name(&info("AMD EPYC"))), "amd-epyc-family-26-model-2");
+        assert_eq!(cpu_name(&info("AMD EPYC 9R14")), "AMD EPYC 9R14");
+        assert_eq!(cpu_name("CPU implementer\t: 0x41\n"), std::env::consts::ARCH);
         let device = Device::cpu(Some(1)).unwrap();
         assert!(machine(&device).chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'));
     }
