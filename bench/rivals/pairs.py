@@ -172,7 +172,7 @@ class Training:
             with subprocess.Popen([*self.command(setting, steps), "--paced"], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, stderr=messages, text=True) as theirs:
                 # Each step, the first of which compiles and pairs with nothing, and then the result.
-                for said in map(json.loads, theirs.stdout):
+                for said in (json.loads(line) for line in theirs.stdout if line.startswith("{")):
                     if ours_now is not None and "step" in said:
                         turns.append((ours_now, said["tokens_per_s"]))
                     if said.get("step", steps) + 1 < steps:
