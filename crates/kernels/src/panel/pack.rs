@@ -1,7 +1,7 @@
 //! Making panels of operands.
 
 use super::{CELLS, Cell, Operand, Part, ROW_CELLS, block_width};
-use crate::isa::{Isa, SQUARE, interleave, prefetch, transpose, vectorised};
+use crate::isa::{Cache, Isa, LINE, SQUARE, ask, interleave, prefetch, transpose, vectorised};
 use crate::ops::by_dtype;
 use crate::{DType, Elem, bf16};
 use std::marker::PhantomData;
@@ -176,11 +176,47 @@ fn steps<'a, S: Source>(src: &'a [S::T], ld: usize, p: &Part, c: usize) -> [&'a 
     [step(src, ld, p, k, 0, p.count), if S::DEPTH > 1 { step(src, ld, p, k + 1, 0, p.count) } else { &[] }]
 }
 
-/// Asks for the steps of the next cells.
+/// Asks for `N` outer indices from `l` on of each step of the next cells.
 #[inline(always)]
-fn ask<S: Source>(src: &[S::T], ld: usize, p: &Part, from: usize) {
-    for k in from * S::DEPTH..((from + TOGETHER) * S::DEPTH).min(p.kc) {
-        prefetch(step(src, ld, p, k, 0, p.count));
+fn ask_across<S: Source, const N: usize>(src: &[S::T], ld: usize, p: &Part, c0: usize, l: usize) {
+    for k in c0 * S::DEPTH..(c0 + TOGETHER) * S::DEPTH {
+        let x = src.as_ptr().wrapping_add((p.k0 + k) * ld + p.first + l).cast::<u8>();
+        for line in (0..N * size_of::<S::T>()).step_by(LINE) {
+            ask(Cache::Second, x.wrapping_add(line));
+        }
+    }
+}
+
+/// Cells that are whole, so that nothing of them has to be looked at one by one.
+struct Whole<'a, T> {
+    /// Both steps of each, of as many outer indices; the second any where a cell has one.
+    steps: [[&'a [T]; 2]; TOGETHER],
+    count: usize,
+}
+
+impl<'a, T: Elem> Whole<'a, T> {
+    /// Those from `c0` on, if all of them are.
+    #[inline(always)]
+    fn of<S: Source<T = T>>(src: &'a [T], ld: usize, p: &Part, c0: usize) -> Option<Self> {
+        let whole = (c0 + TOGETHER) * S::DEPTH <= p.kc;
+        whole.then(|| Self { steps: std::array::from_fn(|c| steps::<S>(src, ld, p, c0 + c)), count: p.count })
+    }
+
+    /// Writes those of `N` outer indices from `l` on, `apart` words from one to the next, if there are so many.
+    #[inline(always)]
+    fn write<S: Source<T = T>, const N: usize>(&self, isa: Isa, l: usize, apart: usize, to: &mut [u32]) -> bool {
+        if l + N > self.count || to.len() < (TOGETHER - 1) * apart + N {
+            return false;
+        }
+        for (c, x) in self.steps.iter().enumerate() {
+            debug_assert!(x[0].len() == self.count && (S::DEPTH == 1 || x[1].len() == self.count));
+            // SAFETY: every step has `count` elements, and `to` as many words as was just found.
+            unsafe {
+                let [first, next] = [x[0], if S::DEPTH > 1 { x[1] } else { x[0] }].map(|x| &*x.as_ptr().add(l).cast());
+                S::fixed::<N>(isa, first, next, &mut *to.as_mut_ptr().add(c * apart).cast());
+            }
+        }
+        true
     }
 }
 
@@ -193,9 +229,15 @@ vectorised! {
     fn lanes_straight<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, stride: usize, dst: &mut [u32]) {
         let src = S::T::of(op.data);
         for c0 in (0..p.cells).step_by(TOGETHER) {
-            ask::<S>(src, op.ld, &p, c0 + TOGETHER);
+            let whole = Whole::of::<S>(src, op.ld, &p, c0);
             for l in (0..p.count.next_multiple_of(width)).step_by(SQUARE) {
                 let group = &mut dst[l / width * stride + l % width..];
+                if l % width == 0 {
+                    ask_across::<S, { 2 * SQUARE }>(src, op.ld, &p, c0 + TOGETHER, l);
+                }
+                if let Some(whole) = &whole && whole.write::<S, SQUARE>(isa, l, width, &mut group[c0 * width..]) {
+                    continue;
+                }
                 for c in c0..p.cells.min(c0 + TOGETHER) {
                     let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, l));
                     let to = group[c * width..].first_chunk_mut().expect("room for whole groups");
@@ -212,8 +254,17 @@ vectorised! {
         let src = S::T::of(op.data);
         let width = block_width(rows);
         for c0 in (0..p.cells).step_by(TOGETHER) {
-            ask::<S>(src, op.ld, &p, c0 + TOGETHER);
+            let whole = Whole::of::<S>(src, op.ld, &p, c0);
             for (b, block) in dst.chunks_mut(p.cells * width).take(p.count.div_ceil(rows)).enumerate() {
+                ask_across::<S, SQUARE>(src, op.ld, &p, c0 + TOGETHER, b * rows);
+                let to = &mut block[c0 * width..];
+                if let Some(whole) = &whole && match width {
+                    16 => whole.write::<S, 16>(isa, b * rows, width, to),
+                    8 => whole.write::<S, 8>(isa, b * rows, width, to),
+                    _ => false,
+                } {
+                    continue;
+                }
                 for c in c0..p.cells.min(c0 + TOGETHER) {
                     let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, b * rows));
                     let to = &mut block[c * width..][..width];
