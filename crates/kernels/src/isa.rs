@@ -21,7 +21,7 @@ pub(crate) use moves::{
     Cache, SQUARE, ask, ask_for, finish_streams, interleave, pair_rows, prefetch, prefetch_line_to_write, round_row,
     stream_row, transpose, transpose_cells, transpose_halves,
 };
-pub(crate) use stream::{copied_rows, copy_rows};
+pub(crate) use stream::{copied_rows, copy_rows, streamed};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
 pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead};
 

@@ -20,6 +20,13 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn load(p: *const f32) -> Self;
     /// Writes N elements, unaligned.
     unsafe fn store(self, p: *mut f32);
+    /// As `store`, past the caches where the level has it for whole lines; p begins with a line. Another thread may read
+    /// them after a [`super::finish_streams`] of this one.
+    #[inline(always)]
+    unsafe fn stream(self, p: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(p) }
+    }
     /// self * b + c.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     /// Whether there is [`Lanes::dot`].
@@ -187,6 +194,11 @@ pub(super) mod x86 {
             unsafe { _mm512_storeu_ps(p, self.0) }
         }
         #[inline(always)]
+        unsafe fn stream(self, p: *mut f32) {
+            // SAFETY: as above, in a line of their own.
+            unsafe { _mm512_stream_ps(p, self.0) }
+        }
+        #[inline(always)]
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {
             // SAFETY: the caller is compiled for AVX512F.
             Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
@@ -258,6 +270,11 @@ pub(super) mod x86 {
         unsafe fn store(self, p: *mut f32) {
             // SAFETY: as above.
             unsafe { self.0.store(p) }
+        }
+        #[inline(always)]
+        unsafe fn stream(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { self.0.stream(p) }
         }
         #[inline(always)]
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {

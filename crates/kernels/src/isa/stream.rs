@@ -13,14 +13,15 @@ const STREAMED: usize = 4 << 20;
 #[cfg(target_arch = "x86_64")]
 const ROWS_AHEAD: usize = 2;
 
-fn streamed<T>(all: usize) -> bool {
-    cfg!(target_arch = "x86_64") && all * size_of::<T>() >= STREAMED
+/// Whether a buffer of so many bytes is.
+pub(crate) fn streamed(bytes: usize) -> bool {
+    cfg!(target_arch = "x86_64") && bytes >= STREAMED
 }
 
 /// Rows of one task of [`copy_rows`]. What is streamed is cut into larger pieces, for at the end of each its writes are
 /// waited for.
 pub(crate) fn copied_rows<T>(width: usize, all: usize) -> usize {
-    let elements = if streamed::<T>(all) { 1 << 17 } else { 1 << 14 };
+    let elements = if streamed(all * size_of::<T>()) { 1 << 17 } else { 1 << 14 };
     (elements / width.max(1)).max(1)
 }
 
@@ -35,11 +36,11 @@ pub(crate) fn copy_rows<'a, T: bytemuck::Pod>(
     source: impl Fn(usize) -> Option<&'a [T]>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let _finish = streamed::<T>(all).then_some(x86::Finish);
+    let _finish = streamed(all * size_of::<T>()).then_some(x86::Finish);
     for (i, to) in to.chunks_exact_mut(width).enumerate() {
         let from = &source(i).expect("a row for every row that is written")[..width];
         #[cfg(target_arch = "x86_64")]
-        if streamed::<T>(all) {
+        if streamed(all * size_of::<T>()) {
             let next = source(i + ROWS_AHEAD).unwrap_or(from);
             x86::stream(isa, bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to), next.as_ptr().cast());
             continue;

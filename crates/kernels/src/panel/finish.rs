@@ -19,6 +19,8 @@ pub(crate) struct Finish {
     apart: usize,
     columns: usize,
     accumulate: bool,
+    /// Whole groups are written past the caches.
+    streamed: bool,
 }
 
 /// Bytes of a cache line.
@@ -30,7 +32,24 @@ impl Finish {
     /// # Safety
     /// All of them may be read and written while this lives, and nobody else does.
     pub unsafe fn new(to: Pointer, (rows, apart): (usize, usize), columns: usize, accumulate: bool) -> Self {
-        Self { to, rows, apart, columns, accumulate }
+        Self { to, rows, apart, columns, accumulate, streamed: false }
+    }
+
+    /// Writes whole groups of sums past the caches if they fill lines; then [`crate::isa::finish_streams`] has to follow.
+    pub fn past_caches(mut self) -> Self {
+        self.streamed = match self.to {
+            Pointer::F32(c) => {
+                !self.accumulate && c.addr().is_multiple_of(LINE) && self.apart.is_multiple_of(LINE / size_of::<f32>())
+            }
+            Pointer::Bf16(_) => false,
+        };
+        self
+    }
+
+    /// Whether what [`Self::plain`] gives is to be streamed.
+    #[inline(always)]
+    pub fn streamed(&self) -> bool {
+        self.streamed
     }
 
     /// The output's row `i` if it takes `width` sums as they are, and whether they are added to it.
@@ -85,6 +104,9 @@ impl Finish {
     /// Asks for the lines of `count` rows from `first` on to be this core's to write soon.
     #[inline(always)]
     pub fn ask(&self, first: usize, count: usize) {
+        if self.streamed {
+            return;
+        }
         for i in first..first + count {
             let (at, bytes) = match self.to {
                 Pointer::F32(c) => (c.wrapping_add(i * self.apart).cast::<u8>(), self.columns * size_of::<f32>()),

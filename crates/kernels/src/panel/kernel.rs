@@ -287,6 +287,12 @@ impl Multiply<'_> {
         // SAFETY: as in `block`; the output has all rows, of one group of lanes, as `check` found.
         unsafe {
             let (to, apart, old) = match finish.and_then(|f| Some((f.plain(i, self.width)?, f.apart()))) {
+                Some(((to, _), apart)) if V::LEVEL >= Level::Avx512 && finish.is_some_and(Finish::streamed) => {
+                    for (r, row) in sum.into_iter().enumerate() {
+                        row.into_iter().enumerate().for_each(|(v, s)| s.stream(to.add(r * apart + v * V::N)));
+                    }
+                    return;
+                }
                 Some(((to, old), apart)) => (to, apart, old),
                 None => (self.sums.as_mut_ptr().add(i * self.width + first), self.width, false),
             };

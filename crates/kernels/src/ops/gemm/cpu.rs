@@ -384,6 +384,15 @@ impl<'a> Output<'a> {
         Self { data, len, life: PhantomData }
     }
 
+    /// Bytes of all of it.
+    pub fn bytes(&self) -> usize {
+        self.len
+            * match self.data {
+                Pointer::F32(_) => size_of::<f32>(),
+                Pointer::Bf16(_) => size_of::<bf16>(),
+            }
+    }
+
     /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises
     /// that nobody else has these elements meanwhile.
     #[inline(always)]

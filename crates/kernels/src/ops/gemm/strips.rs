@@ -2,7 +2,7 @@
 //! they are finished. What comes next is asked for beside the products.
 
 use super::cpu::{Output, Piece, Product, ROWS, SPAN, Task, apart, reserve};
-use crate::isa::{Isa, Level, SQUARE};
+use crate::isa::{Isa, Level, SQUARE, finish_streams, streamed};
 use crate::panel::{
     self, CELLS, Cell, Finish, Lines, Multiply, Panel, ROW_CELLS, Rows, block_rows, block_width, group_width, steps,
 };
@@ -120,6 +120,9 @@ impl<'a> Tile<'a> {
                 }
             }
         }
+        if self.streamed() {
+            finish_streams();
+        }
     }
 
     /// All rows with one group of columns, of those that lie in `s.lanes`, over a span.
@@ -168,7 +171,16 @@ impl<'a> Tile<'a> {
         let to = self.out.at(self.p.c + rows.start * ldc + cols.start, cols.len(), rows.len(), ldc);
         // SAFETY: products lie apart in the output (asserted by `run`), rows of one lie `ldc >= n` apart, and the tasks
         // partition its rows and columns: no other task touches these elements.
-        unsafe { Finish::new(to, (rows.len(), ldc), cols.len(), self.accumulate) }
+        let finish = unsafe { Finish::new(to, (rows.len(), ldc), cols.len(), self.accumulate) };
+        if self.streamed() { finish.past_caches() } else { finish }
+    }
+
+    /// Whether what is written is more than is to be in the caches.
+    fn streamed(&self) -> bool {
+        // On Intel only what nothing reads soon, weight gradients.
+        let level = self.isa.level();
+        let gains = level == Level::Avx512Bf16 || (level >= Level::Avx512 && !self.p.a.k_contiguous);
+        gains && !self.accumulate && streamed(self.out.bytes())
     }
 
     fn pack_rows(&self, piece: &Piece, rows: &mut [u32]) {

@@ -440,6 +440,49 @@ fn the_largest_tiles() {
     }
 }
 
+/// A result that is written past the caches has the bits of its parts, which are too small for that: of whole lines, with a
+/// last group that is none, and with rows that begin within lines.
+#[test]
+fn large_results_have_the_bits_of_their_parts() {
+    let (m, k) = (1036, 36);
+    for isa in isas() {
+        let ctx = crate::testing::ctx_of(2, isa);
+        for (n, dtype) in [(1040, F32), (1040, Bf16), (1050, F32)] {
+            for ta in [false, true] {
+                let case = Case::new((m, n, k), (dtype, dtype), ta, false);
+                let product = |rows: std::ops::Range<usize>, c: &mut Buf| {
+                    let a = case.a.view().slice(if ta { rows.start } else { rows.start * k }..m * k);
+                    let lda = if ta { m } else { k };
+                    gemm(
+                        &ctx,
+                        Gemm {
+                            m: rows.len(),
+                            n,
+                            k,
+                            a: Mat { data: a, ld: lda },
+                            ta,
+                            b: Mat { data: case.b.view(), ld: n },
+                            tb: false,
+                            c: MatMut { data: c.view_mut(), ld: n },
+                            accumulate: false,
+                        },
+                    );
+                };
+                let mut whole = ctx.zeros(F32, m * n);
+                product(0..m, &mut whole);
+                let whole = whole.view().to_f32();
+                for first in (0..m).step_by(259) {
+                    let rows = first..m.min(first + 259);
+                    let mut part = ctx.zeros(F32, rows.len() * n);
+                    product(rows.clone(), &mut part);
+                    let expected = buf(F32, &whole[rows.start * n..rows.end * n]);
+                    assert_same_bits("a part of a large result", &part, &expected);
+                }
+            }
+        }
+    }
+}
+
 /// What a product takes of the device's memory is what `scratch` says: of shapes with several tiles of rows and with one,
 /// of either type, on any number of threads.
 #[test]
