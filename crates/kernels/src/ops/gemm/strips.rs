@@ -73,7 +73,7 @@ impl<'a> Tile<'a> {
         accumulate: bool,
     ) -> Self {
         let cell = p.cell(isa.level());
-        let (left, right) = (Left::of(p, cell), Right::of(p, cell, t.shared.map(|at| &shared[at..])));
+        let (left, right) = (Left::of(p, cell), Right::of(isa.level(), p, cell, t.shared.map(|at| &shared[at..])));
         let group = group_width(isa.level());
         Self { isa, p, t, next, cell, group, pieces: p.pieces(cell), left, right, out, accumulate }
     }
@@ -333,6 +333,8 @@ impl<'a> Left<'a> {
 
 /// A product of so few rows does not pack its columns, where k runs across them: there are few blocks to share them.
 const FEW_ROWS: usize = 48;
+/// The same of weight gradients where cells fall on enough lines of a cache, on AMD.
+const SPREAD_ROWS: usize = 2 * ROWS;
 
 /// How the right operand's lanes are read.
 #[derive(Clone, Copy)]
@@ -346,10 +348,12 @@ enum Right<'a> {
 }
 
 impl<'a> Right<'a> {
-    fn of(p: &Product<'a>, cell: Cell, shared: Option<&'a [u32]>) -> Self {
+    fn of(level: Level, p: &Product<'a>, cell: Cell, shared: Option<&'a [u32]>) -> Self {
+        let spread = level == Level::Avx512Bf16 && !p.a.k_contiguous && !on_same_lines(p.b.ld);
+        let most = if spread { SPREAD_ROWS } else { FEW_ROWS };
         match (shared, p.b.cells(p.k, cell)) {
             (Some(panels), _) => Self::Shared(panels),
-            (_, Some(words)) if !p.b.k_contiguous && p.m <= FEW_ROWS => Self::Here(words),
+            (_, Some(words)) if !p.b.k_contiguous && p.m <= most => Self::Here(words),
             _ => Self::Packed(TOGETHER[usize::from(p.b.k_contiguous)]),
         }
     }
