@@ -35,8 +35,10 @@ pub struct Product<'a> {
 /// level's block.
 pub(super) const ROWS: usize = 120;
 /// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
-/// they are f32 that k runs across, which need no room for themselves.
+/// k runs across them and they are f32, which need no room for themselves, or are packed for many columns.
 const ROWS_ALONE: [usize; 2] = [480, 512];
+/// So many columns at least share what is packed of up to as many rows.
+const PACKING_COLUMNS: usize = 128;
 /// Columns of a tile at most, and where its sums wait for the next span beside rows that need no packing: those of the next
 /// tile would be packed again. Between the two, what is packed of the columns is to stay at about [`SHARED`].
 const COLUMNS: [usize; 2] = [2048, 512];
@@ -51,8 +53,8 @@ const BLOCK: usize = 12;
 const LEAST_ROWS: usize = 96;
 const LEAST_COLUMNS: usize = 64;
 /// Tasks for each worker to aim for, so that a slow one does not hold up all: fewer where k runs across the rows, whose
-/// packing each cut along columns repeats.
-const TASKS: [usize; 2] = [2, 4];
+/// packing each cut along columns repeats, and fewest where there is but one product.
+const TASKS: [[usize; 2]; 2] = [[2, 1], [4, 4]];
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 18;
 /// Words of columns that are packed before any of them is used, unless one part of them alone has more: what this takes adds
@@ -136,7 +138,9 @@ impl Product<'_> {
     /// have no other product to do.
     fn grid(&self, level: Level, work: usize, workers: usize) -> (usize, usize) {
         let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
-        let alone = self.m <= ROWS_ALONE[usize::from(in_place)];
+        // Each part of the columns packs these rows again.
+        let wide = !self.a.k_contiguous && self.n >= PACKING_COLUMNS * self.work().div_ceil(work);
+        let alone = self.m <= ROWS_ALONE[usize::from(in_place || wide)];
         // Pairs are multiplied twice as fast, so that each panel of columns must serve more rows.
         let tall = if self.cell(level) == Cell::Pair { 2 * ROWS } else { ROWS };
         let mut rows = if alone { 1 } else { self.m.div_ceil(tall) };
@@ -292,8 +296,10 @@ fn cut(
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
     for (product, p) in products.iter().enumerate().filter(|(_, p)| !idle(p)) {
-        let tasks = if threads > 1 { threads * TASKS[usize::from(p.a.k_contiguous)] } else { 1 };
-        let workers = if products.len() == 1 { threads } else { 1 };
+        let alone = products.len() == 1;
+        let each = TASKS[usize::from(p.a.k_contiguous)][usize::from(alone)];
+        let tasks = if threads > 1 { threads * each } else { 1 };
+        let workers = if alone { threads } else { 1 };
         let (rows, columns) = p.grid(level, (total / tasks).max(LEAST_WORK), workers);
         let shares = row_parts(p, rows).len() > 1 && p.k > 0;
         for cols in parts(p.n, columns, 32) {

@@ -13,6 +13,9 @@ use std::ops::Range;
 /// where k runs across them so many that what is read lies together.
 const TOGETHER: [usize; 2] = [8, 1];
 
+/// Words packed at once of rows that k runs across, if that is more than a piece: they are to stay in the second-level cache.
+const PACKED: usize = 160 << 10;
+
 /// A worker's panels and sums.
 pub(super) struct Scratch {
     lanes: AlignedVec<u32>,
@@ -85,6 +88,7 @@ impl<'a> Tile<'a> {
             Left::Here(_, Rows::Across(_)) => {
                 if self.isa.level() == Level::Avx512Bf16 && self.t.rows.len() <= 2 * ROWS { 2 } else { 1 }
             }
+            Left::Blocks => (PACKED / self.left.room(self.isa, self.t.rows.len()).max(1)).clamp(1, SPAN),
             _ => SPAN,
         }
     }
