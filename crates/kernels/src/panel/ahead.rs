@@ -1,6 +1,6 @@
 //! Lines of memory that are asked for before they are needed, a few in each step of a product.
 
-use super::{Operand, Pointer};
+use super::{Operand, Pointer, Tokens};
 use crate::Elem;
 use crate::isa::{Cache, ask, prefetch_line_to_write};
 use crate::ops::by_dtype;
@@ -11,10 +11,12 @@ const LINE: usize = 64;
 
 /// Rows of bytes, `apart` bytes from one to the next, that are asked for line by line.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lines {
+pub(crate) struct Lines<'a> {
     row: *const u8,
     len: usize,
     apart: usize,
+    /// Where they are of tokens: where the first token's begins, the tokens, and of which of them the last row is.
+    tokens: Option<(*const u8, Tokens<'a>, usize)>,
     /// Rows that are left, and the byte that is next in the first of them.
     rows: usize,
     next: usize,
@@ -22,21 +24,24 @@ pub(crate) struct Lines {
     each: usize,
 }
 
-impl Lines {
+impl<'a> Lines<'a> {
     /// None.
-    pub const NONE: Self = Self { row: std::ptr::null(), len: 0, apart: 0, rows: 0, next: 0, each: 0 };
+    pub const NONE: Self = Self { row: std::ptr::null(), len: 0, apart: 0, tokens: None, rows: 0, next: 0, each: 0 };
 
     /// All in about `steps` steps.
     fn new(row: *const u8, (rows, apart): (usize, usize), len: usize, steps: usize) -> Self {
         let lines = rows * len.div_ceil(LINE);
-        Self { row, len, apart, rows: if len == 0 { 0 } else { rows }, next: 0, each: lines.div_ceil(steps.max(1)) }
+        let rows = if len == 0 { 0 } else { rows };
+        Self { row, len, apart, tokens: None, rows, next: 0, each: lines.div_ceil(steps.max(1)) }
     }
 
     /// A part of an operand.
-    pub fn of_operand(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, steps: usize) -> Self {
-        fn of<E: Elem>(op: Operand<'_>, rows: &Range<usize>, along: &Range<usize>, steps: usize) -> Lines {
-            let row = E::of(op.data)[rows.start * op.ld + along.start..].as_ptr().cast();
-            Lines::new(row, (rows.len(), op.ld * size_of::<E>()), along.len() * size_of::<E>(), steps)
+    pub fn of_operand(op: Operand<'a>, outer: &Range<usize>, k: &Range<usize>, steps: usize) -> Self {
+        fn of<'a, E: Elem>(op: Operand<'a>, rows: &Range<usize>, along: &Range<usize>, steps: usize) -> Lines<'a> {
+            let at = |row: usize| E::of(op.data)[row + along.start..].as_ptr().cast();
+            let apart = op.ld * size_of::<E>();
+            let lines = Lines::new(at(op.row(rows.start)), (rows.len(), apart), along.len() * size_of::<E>(), steps);
+            Lines { tokens: op.tokens.map(|tokens| (at(0), tokens, rows.end - 1)), ..lines }
         }
         let (rows, along) = if op.k_contiguous { (outer, k) } else { (k, outer) };
         if rows.is_empty() || along.is_empty() {
@@ -52,7 +57,7 @@ impl Lines {
 
     /// `rows` rows of an output, `apart` elements from one to the next.
     pub fn of_output(at: Pointer, (rows, apart): (usize, usize), columns: usize, steps: usize) -> Self {
-        fn of<E: Elem>(at: *mut E, (rows, apart): (usize, usize), columns: usize, steps: usize) -> Lines {
+        fn of<'a, E: Elem>(at: *mut E, (rows, apart): (usize, usize), columns: usize, steps: usize) -> Lines<'a> {
             Lines::new(at.cast(), (rows, apart * size_of::<E>()), columns * size_of::<E>(), steps)
         }
         match at {
@@ -83,7 +88,13 @@ impl Lines {
             self.next += LINE;
             if self.next >= self.len {
                 (self.next, self.rows) = (0, self.rows - 1);
-                self.row = self.row.wrapping_add(self.apart);
+                self.row = match self.tokens {
+                    None => self.row.wrapping_add(self.apart),
+                    Some((first, tokens, last)) if self.rows > 0 => {
+                        first.wrapping_add(tokens.of(last + 1 - self.rows) * self.apart)
+                    }
+                    Some(_) => return,
+                };
             }
         }
     }
@@ -101,7 +112,7 @@ mod tests {
         let data = vec![bf16::ZERO; 100 * 50];
         let at = |i: usize| data[i..].as_ptr().addr();
         for (k_contiguous, first, apart) in [(true, 3 * 100 + 10, 100), (false, 10 * 50 + 3, 50)] {
-            let op = Operand { data: View::Bf16(&data), ld: apart, k_contiguous };
+            let op = Operand::new(View::Bf16(&data), apart, k_contiguous);
             let (rows, lines): (usize, usize) = if k_contiguous { (5, 2) } else { (40, 1) };
             let mut all = Lines::of_operand(op, &(3..8), &(10..50), 4);
             let seen = RefCell::new(vec![]);
@@ -115,8 +126,26 @@ mod tests {
     }
 
     #[test]
+    fn lines_of_tokens_are_asked_for() {
+        let data = vec![bf16::ZERO; 6 * 100];
+        let slots = [3, 0, 1, 8, 11, 2];
+        let tokens = Some(Tokens::new(&slots, 2));
+        let tokens_of_rows = [1, 0, 0, 4, 5, 1];
+        for k_contiguous in [true, false] {
+            let op = Operand { tokens, ..Operand::new(View::Bf16(&data), 100, k_contiguous) };
+            let (rows, along) = (1..5, 10..75);
+            let (outer, k) = if k_contiguous { (&rows, &along) } else { (&along, &rows) };
+            let mut all = Lines::of_operand(op, outer, k, 1);
+            let seen = RefCell::new(vec![]);
+            all.each_of_a_step(|at| seen.borrow_mut().push(at.addr()));
+            let line = |r: usize, l: usize| data[tokens_of_rows[r] * 100 + 10..].as_ptr().addr() + l * LINE;
+            assert_eq!(seen.into_inner(), rows.flat_map(|r| (0..3).map(move |l| line(r, l))).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
     fn nothing_is_no_line() {
-        let op = Operand { data: View::Bf16(&[]), ld: 7, k_contiguous: true };
+        let op = Operand::new(View::Bf16(&[]), 7, true);
         for mut none in [Lines::NONE, Lines::of_operand(op, &(0..0), &(0..5), 3)] {
             none.each_of_a_step(|_| panic!("nothing was to be asked for"));
         }

@@ -110,51 +110,67 @@ pub(crate) unsafe fn block<T: Tiles>(
     }
 }
 
+/// Where an operand's rows begin that a step has: those of the outer indices if k runs along them, else those of k.
+pub(crate) type Starts = [usize; BLOCK];
+
 /// Packs rows `outer` (32 at most) of the left operand at one step, `k` (32 at most); the rows and k that are missing are
 /// zeros. Called within work on tiles alone, whose CPUs have AVX-512.
 #[inline(always)]
-pub(crate) fn pack_left(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+pub(crate) fn pack_left(
+    op: Operand<'_>,
+    starts: &Starts,
+    outer: &Range<usize>,
+    k: &Range<usize>,
+    to: &mut [u32; STEP_CELLS],
+) {
     if op.k_contiguous {
-        rows_along(op, outer, k, to);
+        rows_along(op, starts, outer, k, to);
     } else if outer.len() == BLOCK && k.len() == BLOCK {
-        let part = &op.data.bf16()[k.start * op.ld + outer.start..(k.end - 1) * op.ld + outer.end];
-        let (at, stride, to) = (part.as_ptr(), 2 * op.ld, to.as_mut_ptr().cast());
-        // SAFETY: the part has 32 rows of 32 elements, `ld` apart, as has the copy; two tiles are written. Where there are
-        // tiles, or they are played, there is AVX-512.
+        let (src, stride, to) = (op.data.bf16(), 2 * op.ld, to.as_mut_ptr().cast());
+        check_rows(&op, starts, outer.end);
+        // SAFETY: rows of 32 elements are there, 32 of them and `ld` apart if they are not copied; two tiles are written.
+        // Where there are tiles, or they are played, there is AVX-512.
         unsafe {
-            if stride.is_multiple_of(CROWDED) {
-                let copy: [[bf16; BLOCK]; BLOCK] = std::array::from_fn(|k| *at.add(k * op.ld).cast());
+            let row = |k: usize| src.as_ptr().add(starts[k] + outer.start);
+            if op.tokens.is_some() || stride.is_multiple_of(CROWDED) {
+                let copy: [[bf16; BLOCK]; BLOCK] = std::array::from_fn(|k| *row(k).cast());
                 transpose_halves(copy.as_ptr().cast(), 2 * BLOCK, to);
             } else {
-                transpose_halves(at.cast(), stride, to);
+                transpose_halves(row(0).cast(), stride, to);
             }
         }
     } else {
         let mut across = [0; STEP_CELLS];
-        cells_across(op, outer, k, &mut across);
+        cells_across(op, starts, outer, k, &mut across);
         transpose_tiles(&across, to);
     }
 }
 
 /// Packs columns `outer` (32 at most) of the right operand at one step, as `pack_left` does rows.
 #[inline(always)]
-pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+pub(crate) fn pack_right(
+    op: Operand<'_>,
+    starts: &Starts,
+    outer: &Range<usize>,
+    k: &Range<usize>,
+    to: &mut [u32; STEP_CELLS],
+) {
     if !op.k_contiguous && outer.len() == BLOCK && k.len() == BLOCK {
-        let part = &op.data.bf16()[k.start * op.ld + outer.start..(k.end - 1) * op.ld + outer.end];
-        let (at, to) = (part.as_ptr(), to.as_mut_ptr());
+        let (src, to) = (op.data.bf16(), to.as_mut_ptr());
+        check_rows(&op, starts, outer.end);
         for i in 0..TILE_ROWS {
-            // SAFETY: the part has 32 rows of 32 elements, `ld` apart; a line of each of the two tiles is written. AVX-512 is
-            // there, as said above.
+            // SAFETY: 32 elements of each row are there, as was just checked; a line of each of the two tiles is
+            // written. AVX-512 is there, as said above.
             unsafe {
-                let rows = [2 * i, 2 * i + 1].map(|row| at.add(row * op.ld).cast());
+                let rows = [2 * i, 2 * i + 1].map(|row| src.as_ptr().add(starts[row] + outer.start).cast());
                 let low = to.add(i * TILE_COLUMNS);
                 pair_rows(rows, low, low.add(STEP_CELLS / 2));
             }
         }
     } else if !op.k_contiguous {
-        cells_across(op, outer, k, to);
-    } else if outer.len() == BLOCK && k.len() == BLOCK {
-        let part = &op.data.bf16()[outer.start * op.ld + k.start..(outer.end - 1) * op.ld + k.end];
+        cells_across(op, starts, outer, k, to);
+    } else if outer.len() == BLOCK && k.len() == BLOCK && op.tokens.is_none() {
+        let part = &op.data.bf16()[starts[0] + k.start..starts[BLOCK - 1] + k.end];
         let (at, stride, to) = (part.as_ptr().cast::<u8>(), 2 * op.ld, to.as_mut_ptr());
         // SAFETY: the part has 32 rows of 32 elements, `ld` apart; two tiles are written.
         unsafe {
@@ -163,9 +179,17 @@ pub(crate) fn pack_right(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>
         }
     } else {
         let mut along = [0; STEP_CELLS];
-        rows_along(op, outer, k, &mut along);
+        rows_along(op, starts, outer, k, &mut along);
         transpose_tiles(&along, to);
     }
+}
+
+/// That all rows of a step go as far as `end`.
+#[inline(always)]
+fn check_rows(op: &Operand<'_>, starts: &Starts, end: usize) {
+    // The last is the furthest of those that lie in their order.
+    let furthest = if op.tokens.is_some() { starts.iter().copied().fold(0, usize::max) } else { starts[BLOCK - 1] };
+    assert!(furthest + end <= op.data.len(), "a row from {furthest} to {end} of {}", op.data.len());
 }
 
 #[inline(always)]
@@ -180,12 +204,12 @@ fn transpose_tiles(from: &[u32; STEP_CELLS], to: &mut [u32; STEP_CELLS]) {
 
 /// The cells of up to 32 outer indices over up to 32 steps of k along which they lie: `[outer][cell]`.
 #[inline(always)]
-fn rows_along(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+fn rows_along(op: Operand<'_>, starts: &Starts, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
     let src = op.data.bf16();
     // A cell in memory is its two elements, the first one first.
     let rows = bytemuck::cast_slice_mut::<u32, bf16>(to).as_chunks_mut::<BLOCK>().0;
     for (r, row) in rows.iter_mut().enumerate() {
-        let from = if r < outer.len() { &src[(outer.start + r) * op.ld + k.start..][..k.len()] } else { &[] };
+        let from = if r < outer.len() { &src[starts[r] + k.start..][..k.len()] } else { &[] };
         match from.try_into() {
             Ok(from) => *row = from,
             Err(_) => {
@@ -198,9 +222,9 @@ fn rows_along(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut 
 
 /// The cells of up to 32 outer indices over up to 32 steps of k that lie `ld` apart: `[half][cell][16 outer]`.
 #[inline(always)]
-fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
+fn cells_across(op: Operand<'_>, starts: &Starts, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
     let src = op.data.bf16();
-    let row = |k: usize| &src[k * op.ld + outer.start..][..outer.len()];
+    let row = |k0: usize| &src[starts[k0 - k.start] + outer.start..][..outer.len()];
     let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
     let (left, right) = to.split_at_mut(STEP_CELLS / 2);
     let lines = left.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().zip(right.as_chunks_mut::<TILE_COLUMNS>().0);
@@ -221,6 +245,7 @@ fn cells_across(op: Operand<'_>, outer: &Range<usize>, k: &Range<usize>, to: &mu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::panel::Tokens;
     use crate::testing::isas;
     use crate::{Level, View};
 
@@ -240,12 +265,17 @@ mod tests {
             for (o, k) in (0..size).flat_map(|o| (0..size).map(move |k| (o, k))) {
                 data[at(o, k)] = value(o, k);
             }
-            let op = Operand { data: View::Bf16(&data), ld, k_contiguous };
+            // The same rows in their order, and as those of tokens.
+            let slots: Vec<i32> = (0..size).map(|i| ((i * 3 + i % 3) % (3 * size)) as i32).collect();
+            let in_order = Operand::new(View::Bf16(&data), ld, k_contiguous);
+            let of_tokens = Operand { tokens: Some(Tokens::new(&slots, 3)), ..in_order };
             let parts = [0..32, 3..35, 38..70, 1..2, 5..20, 64..70, 7..38, 16..32];
-            for (outer, k) in parts.iter().flat_map(|o| parts.iter().map(move |k| (o, k))) {
+            let all = parts.iter().flat_map(|o| parts.iter().map(move |k| (o, k)));
+            for (op, (outer, k)) in all.flat_map(|part| [(in_order, part), (of_tokens, part)]) {
                 let (mut left, mut right) = ([7; STEP_CELLS], [7; STEP_CELLS]);
-                pack_left(op, outer, k, &mut left);
-                pack_right(op, outer, k, &mut right);
+                let starts = op.rows(if k_contiguous { outer } else { k });
+                pack_left(op, &starts, outer, k, &mut left);
+                pack_right(op, &starts, outer, k, &mut right);
                 for (o, c) in (0..BLOCK).flat_map(|o| (0..TILE_COLUMNS).map(move |c| (o, c))) {
                     let held = |k0: usize| o < outer.len() && k0 < k.len();
                     let of = |k0: usize| if held(k0) { value(outer.start + o, k.start + k0) } else { bf16::ZERO };

@@ -66,7 +66,7 @@ impl Panel<'_> {
 }
 
 /// `sums[row][lane]` (+)= rows . lanes, over all cells of all panels: sums stay in registers from one to the next.
-pub(crate) struct Multiply<'a> {
+pub(crate) struct Multiply<'a, 'l> {
     pub panels: &'a [Panel<'a>],
     /// Words from one cell's lanes to the next: a group, or what it is where the lanes of a single group lie.
     pub lanes_apart: usize,
@@ -82,7 +82,7 @@ pub(crate) struct Multiply<'a> {
     /// Where sums go that are finished, of one group of lanes; what is in `sums` then is anything.
     pub finish: Option<Finish>,
     /// What is asked for beside, a few lines for every [`SQUARE`] cells of a block of rows.
-    pub ahead: &'a mut [Lines; 2],
+    pub ahead: &'a mut [Lines<'l>; 2],
 }
 
 /// The same pointer, of which the compiler knows nothing: that of each row it would compute anew from those before, one
@@ -106,7 +106,7 @@ pub(crate) fn steps(isa: Isa, count: usize, cells: usize) -> usize {
     count.div_ceil(block_rows(isa)) * cells.div_ceil(SQUARE)
 }
 
-impl Multiply<'_> {
+impl Multiply<'_, '_> {
     /// Computes it.
     pub fn run(self, isa: Isa, cell: Cell) {
         isa.run(OnVectors(self, cell));
@@ -134,9 +134,9 @@ impl Multiply<'_> {
     }
 }
 
-struct OnVectors<'a>(Multiply<'a>, Cell);
+struct OnVectors<'a, 'l>(Multiply<'a, 'l>, Cell);
 
-impl Job for OnVectors<'_> {
+impl Job for OnVectors<'_, '_> {
     #[inline(always)]
     fn run<V: Lanes>(mut self) {
         let pairs = self.1 == Cell::Pair;
@@ -145,7 +145,7 @@ impl Job for OnVectors<'_> {
     }
 }
 
-impl Multiply<'_> {
+impl Multiply<'_, '_> {
     #[inline(always)]
     fn groups<V: Lanes, const PAIRS: bool>(&mut self) {
         match V::LEVEL {

@@ -11,6 +11,7 @@ pub(crate) mod blocks;
 mod finish;
 mod kernel;
 mod pack;
+mod tokens;
 
 use crate::isa::{Level, SQUARE};
 use crate::{DType, View};
@@ -18,19 +19,42 @@ pub(crate) use ahead::Lines;
 pub(crate) use finish::{Finish, Pointer, finish};
 pub(crate) use kernel::{Multiply, Panel, Rows, WIDEST_GROUP, block_rows, block_width, group_width, steps};
 pub(crate) use pack::{lanes, row_blocks, rows};
+use std::ops::Range;
+pub(crate) use tokens::Tokens;
 
 /// op(A) or op(B) seen from its outer index: element (o, k) is at `o * ld + k` if `k_contiguous`, else at `k * ld + o`.
+/// What lies `ld` apart, outer indices or steps of k, are its rows; of tokens, row i is that of a token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operand<'a> {
     pub data: View<'a>,
     pub ld: usize,
     pub k_contiguous: bool,
+    /// The rows' tokens, of which the data then are the rows; None where rows lie in their order.
+    pub tokens: Option<Tokens<'a>>,
 }
 
 impl<'a> Operand<'a> {
+    /// Rows in their order.
+    pub fn new(data: View<'a>, ld: usize, k_contiguous: bool) -> Self {
+        Self { data, ld, k_contiguous, tokens: None }
+    }
+
+    /// Where row i begins.
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> usize {
+        self.ld * self.tokens.map_or(i, |tokens| tokens.of(i))
+    }
+
+    /// Where rows begin, at most `N`; zero for those that are not there.
+    #[inline(always)]
+    pub fn rows<const N: usize>(&self, rows: &Range<usize>) -> [usize; N] {
+        std::array::from_fn(|i| if i < rows.len() { self.row(rows.start + i) } else { 0 })
+    }
+
     /// Whether its elements are cells, where they lie as kernels read them; k has so many steps.
     pub fn has_cells(&self, k: usize, cell: Cell) -> bool {
         match (cell, self.data.dtype()) {
+            _ if self.tokens.is_some() => false,
             (Cell::Single, DType::F32) => true,
             (Cell::Pair, DType::Bf16) => self.k_contiguous && k.is_multiple_of(2) && self.ld.is_multiple_of(2),
             _ => false,

@@ -146,8 +146,8 @@ pub fn rows(isa: Isa, op: Operand<'_>, p: Part, cell: Cell, dst: &mut [u32]) {
 
 /// The elements at one step of k, none beyond the end.
 #[inline(always)]
-fn step<'a, T>(src: &'a [T], ld: usize, p: &Part, k: usize, first: usize, count: usize) -> &'a [T] {
-    if k < p.kc { &src[(p.k0 + k) * ld + p.first + first..][..count] } else { &[] }
+fn step<'a, T>(src: &'a [T], op: &Operand<'_>, p: &Part, k: usize, first: usize, count: usize) -> &'a [T] {
+    if k < p.kc { &src[op.row(p.k0 + k) + p.first + first..][..count] } else { &[] }
 }
 
 /// The cells of up to `N` outer indices at a step of k; zeros where there is no such index.
@@ -169,18 +169,31 @@ fn across<S: Source, const N: usize>(isa: Isa, first: &[S::T], next: &[S::T], to
 /// and so many that what is written lies together.
 const TOGETHER: usize = 8;
 
-/// The elements of the two steps of k at a cell, the second none where a cell has one step.
+/// The elements of the two steps of k at each of the cells that are packed together, the second none where a cell has one
+/// step.
 #[inline(always)]
-fn steps<'a, S: Source>(src: &'a [S::T], ld: usize, p: &Part, c: usize) -> [&'a [S::T]; 2] {
-    let k = c * S::DEPTH;
-    [step(src, ld, p, k, 0, p.count), if S::DEPTH > 1 { step(src, ld, p, k + 1, 0, p.count) } else { &[] }]
+fn steps<'a, S: Source>(src: &'a [S::T], op: &Operand<'_>, p: &Part, c0: usize) -> [[&'a [S::T]; 2]; TOGETHER] {
+    std::array::from_fn(|c| {
+        let k = (c0 + c) * S::DEPTH;
+        [step(src, op, p, k, 0, p.count), if S::DEPTH > 1 { step(src, op, p, k + 1, 0, p.count) } else { &[] }]
+    })
 }
 
-/// Asks for `N` outer indices from `l` on of each step of the next cells.
+/// Where the steps of the next cells begin. Those behind the last lie anywhere.
 #[inline(always)]
-fn ask_across<S: Source, const N: usize>(src: &[S::T], ld: usize, p: &Part, c0: usize, l: usize) {
-    for k in c0 * S::DEPTH..(c0 + TOGETHER) * S::DEPTH {
-        let x = src.as_ptr().wrapping_add((p.k0 + k) * ld + p.first + l).cast::<u8>();
+fn starts<S: Source>(src: &[S::T], op: &Operand<'_>, p: &Part, c0: usize) -> [*const S::T; 2 * TOGETHER] {
+    std::array::from_fn(|i| {
+        let k = p.k0 + c0 * S::DEPTH + i;
+        let is_there = op.tokens.is_none_or(|tokens| k < tokens.len());
+        src.as_ptr().wrapping_add(if is_there { op.row(k).wrapping_add(p.first) } else { 0 })
+    })
+}
+
+/// Asks for `N` outer indices from `l` on of the steps that begin there.
+#[inline(always)]
+fn ask_across<S: Source, const N: usize>(starts: &[*const S::T; 2 * TOGETHER], l: usize) {
+    for start in &starts[..TOGETHER * S::DEPTH] {
+        let x = start.wrapping_add(l).cast::<u8>();
         for line in (0..N * size_of::<S::T>()).step_by(LINE) {
             ask(Cache::Second, x.wrapping_add(line));
         }
@@ -190,16 +203,15 @@ fn ask_across<S: Source, const N: usize>(src: &[S::T], ld: usize, p: &Part, c0: 
 /// Cells that are whole, so that nothing of them has to be looked at one by one.
 struct Whole<'a, T> {
     /// Both steps of each, of as many outer indices; the second any where a cell has one.
-    steps: [[&'a [T]; 2]; TOGETHER],
+    steps: &'a [[&'a [T]; 2]; TOGETHER],
     count: usize,
 }
 
 impl<'a, T: Elem> Whole<'a, T> {
     /// Those from `c0` on, if all of them are.
     #[inline(always)]
-    fn of<S: Source<T = T>>(src: &'a [T], ld: usize, p: &Part, c0: usize) -> Option<Self> {
-        let whole = (c0 + TOGETHER) * S::DEPTH <= p.kc;
-        whole.then(|| Self { steps: std::array::from_fn(|c| steps::<S>(src, ld, p, c0 + c)), count: p.count })
+    fn of<S: Source<T = T>>(steps: &'a [[&'a [T]; 2]; TOGETHER], p: &Part, c0: usize) -> Option<Self> {
+        ((c0 + TOGETHER) * S::DEPTH <= p.kc).then_some(Self { steps, count: p.count })
     }
 
     /// Writes those of `N` outer indices from `l` on, `apart` words from one to the next, if there are so many.
@@ -229,17 +241,18 @@ vectorised! {
     fn lanes_straight<S: Source>(isa: Isa, op: Operand<'_>, p: Part, width: usize, stride: usize, dst: &mut [u32]) {
         let src = S::T::of(op.data);
         for c0 in (0..p.cells).step_by(TOGETHER) {
-            let whole = Whole::of::<S>(src, op.ld, &p, c0);
+            let (steps, starts) = (steps::<S>(src, &op, &p, c0), starts::<S>(src, &op, &p, c0 + TOGETHER));
+            let whole = Whole::of::<S>(&steps, &p, c0);
             for l in (0..p.count.next_multiple_of(width)).step_by(SQUARE) {
                 let group = &mut dst[l / width * stride + l % width..];
                 if l % width == 0 {
-                    ask_across::<S, { 2 * SQUARE }>(src, op.ld, &p, c0 + TOGETHER, l);
+                    ask_across::<S, { 2 * SQUARE }>(&starts, l);
                 }
                 if let Some(whole) = &whole && whole.write::<S, SQUARE>(isa, l, width, &mut group[c0 * width..]) {
                     continue;
                 }
-                for c in c0..p.cells.min(c0 + TOGETHER) {
-                    let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, l));
+                for (c, steps) in (c0..p.cells).zip(&steps) {
+                    let [first, next] = steps.map(|x| from(x, l));
                     let to = group[c * width..].first_chunk_mut().expect("room for whole groups");
                     across::<S, SQUARE>(isa, first, next, to);
                 }
@@ -254,9 +267,10 @@ vectorised! {
         let src = S::T::of(op.data);
         let width = block_width(rows);
         for c0 in (0..p.cells).step_by(TOGETHER) {
-            let whole = Whole::of::<S>(src, op.ld, &p, c0);
+            let (steps, starts) = (steps::<S>(src, &op, &p, c0), starts::<S>(src, &op, &p, c0 + TOGETHER));
+            let whole = Whole::of::<S>(&steps, &p, c0);
             for (b, block) in dst.chunks_mut(p.cells * width).take(p.count.div_ceil(rows)).enumerate() {
-                ask_across::<S, SQUARE>(src, op.ld, &p, c0 + TOGETHER, b * rows);
+                ask_across::<S, SQUARE>(&starts, b * rows);
                 let to = &mut block[c0 * width..];
                 if let Some(whole) = &whole && match width {
                     16 => whole.write::<S, 16>(isa, b * rows, width, to),
@@ -265,8 +279,8 @@ vectorised! {
                 } {
                     continue;
                 }
-                for c in c0..p.cells.min(c0 + TOGETHER) {
-                    let [first, next] = steps::<S>(src, op.ld, &p, c).map(|x| from(x, b * rows));
+                for (c, steps) in (c0..p.cells).zip(&steps) {
+                    let [first, next] = steps.map(|x| from(x, b * rows));
                     let to = &mut block[c * width..][..width];
                     if let Ok(to) = <&mut [u32; 16]>::try_from(&mut *to) {
                         across::<S, 16>(isa, first, next, to);
@@ -298,7 +312,7 @@ vectorised! {
             for (i, line) in stage.chunks_exact_mut(STAGED).enumerate() {
                 let held = if i < filled { p.kc.div_ceil(S::DEPTH) } else { 0 };
                 if i < filled {
-                    let (row, next) = src[(p.first + l0 + i) * op.ld + p.k0..].split_at(p.kc);
+                    let (row, next) = src[op.row(p.first + l0 + i) + p.k0..].split_at(p.kc);
                     prefetch(&next[..p.kc.min(next.len())]);
                     S::along(row, &mut line[..held]);
                 }
@@ -317,7 +331,7 @@ vectorised! {
         let src = S::T::of(op.data);
         for (r, row) in dst.chunks_exact_mut(ROW_CELLS).take(p.count).enumerate() {
             let held = p.kc.div_ceil(S::DEPTH);
-            S::along(&src[(p.first + r) * op.ld + p.k0..][..p.kc], &mut row[..held]);
+            S::along(&src[op.row(p.first + r) + p.k0..][..p.kc], &mut row[..held]);
             row[held..p.cells].fill(0);
         }
     }
@@ -338,8 +352,8 @@ vectorised! {
                 for (i, line) in stage.chunks_exact_mut(STAGED_ROW).enumerate() {
                     let k = (c + i) * S::DEPTH;
                     if k < p.kc {
-                        let next = if S::DEPTH > 1 { step(src, op.ld, &p, k + 1, r0, count) } else { &[] };
-                        S::across(step(src, op.ld, &p, k, r0, count), next, &mut line[..count]);
+                        let next = if S::DEPTH > 1 { step(src, &op, &p, k + 1, r0, count) } else { &[] };
+                        S::across(step(src, &op, &p, k, r0, count), next, &mut line[..count]);
                     } else {
                         line[..count].fill(0);
                     }

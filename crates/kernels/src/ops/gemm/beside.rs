@@ -28,9 +28,9 @@ pub(super) struct Beside<'a> {
     /// The sums were stored just now: who read them would wait.
     fresh: bool,
     /// What is to be in the cache soon: where the sums go that are computed now and next, and what is multiplied next.
-    output: Lines,
-    pub left: Lines,
-    pub right: Lines,
+    output: Lines<'a>,
+    pub left: Lines<'a>,
+    pub right: Lines<'a>,
 }
 
 impl blocks::Beside for Beside<'_> {

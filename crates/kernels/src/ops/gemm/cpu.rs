@@ -8,7 +8,7 @@ use super::strips::{self, Scratch, Tile};
 use super::{few, tiles};
 use crate::buffer::Pod;
 use crate::isa::{Level, SQUARE};
-use crate::panel::{self, Cell, Operand, Part, Pointer, group_width};
+use crate::panel::{self, Cell, Operand, Part, Pointer, Tokens, group_width};
 use crate::{AlignedVec, Cpu, DType, View, ViewMut, bf16};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -137,7 +137,7 @@ impl Product<'_> {
     /// Parts of rows and of columns when a task should do about `work` multiply-adds, as many for each worker if `workers`
     /// have no other product to do.
     fn grid(&self, level: Level, work: usize, workers: usize) -> (usize, usize) {
-        let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32;
+        let in_place = !self.a.k_contiguous && self.a.data.dtype() == DType::F32 && self.a.tokens.is_none();
         // Each part of the columns packs these rows again.
         let wide = !self.a.k_contiguous && self.n >= PACKING_COLUMNS * self.work().div_ceil(work);
         let alone = self.m <= ROWS_ALONE[usize::from(in_place || wide)];
@@ -263,19 +263,20 @@ fn pack(cpu: &Cpu, products: &[Product<'_>], columns: &[Columns], shared: &mut [
 const MANY: usize = 1 << 18;
 
 /// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]` on vectors, both operands of `dtype`,
-/// the rows' k along or across them.
+/// the rows' k along or across them; the left operand's may be of tokens.
 pub(super) fn shared_bytes(
     level: Level,
     threads: usize,
     products: &[[usize; 3]],
     dtype: DType,
-    k_contiguous: bool,
+    (k_contiguous, gathered): (bool, bool),
 ) -> usize {
     let data = if dtype == DType::Bf16 { View::Bf16(&[]) } else { View::F32(&[]) };
     let product = |&[m, n, k]: &[usize; 3]| {
         let (m, n) = (m.min(MANY), n.min(MANY));
-        let operand = |outer: usize| Operand { data, ld: if k_contiguous { k } else { outer }, k_contiguous };
-        Product { m, n, k, a: operand(m), b: operand(n), c: 0, ldc: n }
+        let operand = |outer: usize| Operand::new(data, if k_contiguous { k } else { outer }, k_contiguous);
+        let a = Operand { tokens: gathered.then(Tokens::none), ..operand(m) };
+        Product { m, n, k, a, b: operand(n), c: 0, ldc: n }
     };
     let products: Vec<_> = products.iter().map(product).collect();
     cut(level, threads, &products, false, |_, _| {}).saturating_mul(size_of::<u32>())

@@ -155,7 +155,7 @@ impl Job for OnVectors<'_> {
     }
 }
 
-impl OnVectors<'_> {
+impl<'a> OnVectors<'a> {
     /// All columns, a group at a time; within one, as many rows as have their sums in registers beside the words.
     #[inline(always)]
     fn groups<V: Lanes, W: Way>(&self) {
@@ -278,9 +278,9 @@ impl OnVectors<'_> {
 
     /// What comes after some columns over `k`, to be asked for meanwhile: their next `most` of k, or the first of the next
     /// group's, or of the next task's. A step goes so far along k.
-    fn ahead(&self, columns: &Range<usize>, k: Range<usize>, (most, step): (usize, usize)) -> Lines {
+    fn ahead(&self, columns: &Range<usize>, k: Range<usize>, (most, step): (usize, usize)) -> Lines<'a> {
         let Task { p, cols } = self.task;
-        let of = |p: &Product<'_>, first: usize, k0: usize| {
+        let of = |p: &Product<'a>, first: usize, k0: usize| {
             let columns = first..p.n.min(first + columns.len());
             Lines::of_operand(p.b, &columns, &(k0..p.k.min(k0 + most)), k.len().div_ceil(step))
         };
@@ -419,7 +419,7 @@ mod tests {
     #[test]
     fn tasks_partition_the_columns() {
         let data = crate::View::Bf16(&[]);
-        let none = panel::Operand { data, ld: 0, k_contiguous: true };
+        let none = panel::Operand::new(data, 0, true);
         for threads in [1, 2, 5, 64] {
             let product = |(m, n, k)| Product { m, n, k, a: none, b: none, c: 0, ldc: n };
             let products =

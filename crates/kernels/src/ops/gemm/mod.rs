@@ -78,13 +78,15 @@ pub enum Direction {
 }
 
 /// Bytes that a product on the host's cores, with both operands of `dtype`, takes of the device's memory while it runs:
-/// of a weight `[out, cols]` and as many rows as `rows` says, or of a stack of weights and the rows of each.
+/// of a weight `[out, cols]` and as many rows as `rows` says, or of a stack of weights and the rows of each. `gathered`
+/// says whether x (in [`Direction::Forward`]) or dy are the rows of tokens ([`super::gemm_grouped::Rows::Tokens`]).
 pub fn scratch(
     workers: Workers,
     dtype: DType,
     direction: Direction,
     rows: &[usize],
     (out, cols): (usize, usize),
+    gathered: bool,
 ) -> usize {
     let product = |&n: &usize| match direction {
         Direction::Forward => [n, out, cols],
@@ -96,7 +98,7 @@ pub fn scratch(
     if level == Level::Amx && dtype == DType::Bf16 {
         tiles::shared_bytes(&products, along, threads)
     } else {
-        cpu::shared_bytes(level, threads, &products, dtype, along)
+        cpu::shared_bytes(level, threads, &products, dtype, (along, gathered))
     }
 }
 
@@ -119,8 +121,8 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
         Device::Cpu(cpu) => {
             // How far from a single row the next would be does not matter, and may be any number.
             let near = |ld: usize, rows: usize, cols: usize| if rows > 1 { ld } else { cols };
-            let a = Operand { data: g.a.data, ld: near(g.a.ld, ra, ca), k_contiguous: !g.ta };
-            let b = Operand { data: g.b.data, ld: near(g.b.ld, rb, cb), k_contiguous: g.tb };
+            let a = Operand::new(g.a.data, near(g.a.ld, ra, ca), !g.ta);
+            let b = Operand::new(g.b.data, near(g.b.ld, rb, cb), g.tb);
             let product = cpu::Product { m, n, k, a, b, c: 0, ldc: near(g.c.ld, m, n) };
             cpu::run(cpu, &[product], g.c.data, g.accumulate);
         }

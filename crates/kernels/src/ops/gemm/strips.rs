@@ -130,7 +130,14 @@ impl<'a> Tile<'a> {
     }
 
     /// All rows with one group of columns, of those that lie in `s.lanes`, over a span.
-    fn strip(&self, span: Span<'_>, part: &Range<usize>, cols: Range<usize>, s: &mut Scratch, ahead: &mut [Lines; 2]) {
+    fn strip(
+        &self,
+        span: Span<'_>,
+        part: &Range<usize>,
+        cols: Range<usize>,
+        s: &mut Scratch,
+        ahead: &mut [Lines<'a>; 2],
+    ) {
         let (count, group) = (self.t.rows.len(), self.group);
         let (room, room_of_lanes) = (self.left.room(self.isa, count), self.right.room(group));
         let (g, g_packed) = ((cols.start - self.t.cols.start) / group, (cols.start - part.start) / group);
@@ -220,7 +227,7 @@ impl<'a> Tile<'a> {
 
     /// The panels that are multiplied after those of a span and group `g`. One that is shorter than the first begins a
     /// little earlier.
-    fn panels_ahead(&self, panels: &[u32], span: Span<'_>, g: usize) -> Lines {
+    fn panels_ahead(&self, panels: &[u32], span: Span<'_>, g: usize) -> Lines<'a> {
         let groups = self.t.cols.len().div_ceil(self.group);
         let (first, g) = if g + 1 < groups { (span.first, g + 1) } else { (span.first + span.pieces.len(), 0) };
         let count = (self.pieces.len() - first).min(span.pieces.len());
@@ -248,7 +255,7 @@ impl<'a> Tile<'a> {
 
     /// The rows of the span after this one. Not f32 that are packed, for which there is no room in the second-level cache
     /// beside what is packed of these; packing asks for itself.
-    fn left_ahead(&self, span: Span<'_>) -> Lines {
+    fn left_ahead(&self, span: Span<'_>) -> Lines<'a> {
         if self.p.a.data.dtype() == DType::F32 && !matches!(self.left, Left::Here(..)) {
             return Lines::NONE;
         }
@@ -263,12 +270,12 @@ impl<'a> Tile<'a> {
     }
 
     /// The columns after these, where they are not shared.
-    fn right_ahead(&self, span: Span<'_>, cols: &Range<usize>) -> Lines {
+    fn right_ahead(&self, span: Span<'_>, cols: &Range<usize>) -> Lines<'a> {
         if matches!(self.right, Right::Shared(_)) {
             return Lines::NONE;
         }
         let (steps, width) = (self.steps(span, cols.len()), self.right.together() * self.group);
-        let of = |p: &Product<'_>, cols: Range<usize>, k| {
+        let of = |p: &Product<'a>, cols: Range<usize>, k| {
             Lines::of_operand(p.b, &(cols.start..cols.end.min(cols.start + width)), &k, steps)
         };
         if cols.end < self.t.cols.end {

@@ -505,7 +505,7 @@ fn scratch_is_what_is_taken() {
                         linear_backward_weight(&ctx, x.view(), dy.view(), rows, cols, c, true);
                     }
                 });
-                let said = counted(scratch(workers, dtype, direction, &[n], (rows, cols)));
+                let said = counted(scratch(workers, dtype, direction, &[n], (rows, cols), false));
                 assert_eq!(taken, said, "{workers:?} {dtype:?} {n} x {rows} x {cols} {direction:?}");
                 most = most.max(said);
             }
@@ -537,7 +537,11 @@ fn scratch_of_several_rounds() {
             let weight = Weight { data: b.view(), experts: 1, rows: n, cols: k };
             let mut y = ctx.zeros(F32, m * n);
             let found = taken(&ctx, || linear(&ctx, a.view(), &weight, y.view_mut()));
-            assert_eq!(found, scratch(ctx.host().workers(), F32, Direction::Forward, &[m], (n, k)), "{m}, {n}, {k}");
+            assert_eq!(
+                found,
+                scratch(ctx.host().workers(), F32, Direction::Forward, &[m], (n, k), false),
+                "{m}, {n}, {k}"
+            );
         }
     }
 }
@@ -546,7 +550,7 @@ fn scratch_of_several_rounds() {
 #[test]
 fn scratch_of_large_products() {
     let (workers, v3) = (Workers { level: Level::Amx, threads: 2 }, (18432, 7168));
-    let all = |direction, rows: &[usize], size| scratch(workers, Bf16, direction, rows, size);
+    let all = |direction, rows: &[usize], size| scratch(workers, Bf16, direction, rows, size, false);
     assert_eq!(all(Direction::Forward, &[4096], v3), 2 * 18432 * 7168);
     assert_eq!(all(Direction::Input, &[4096], v3), 2 * 18432 * 7168);
     // The rows' gradients are packed too.
@@ -562,8 +566,9 @@ fn scratch_of_large_products_on_vectors() {
         if (level, dtype) == (Level::Amx, Bf16) {
             continue;
         }
-        let all =
-            |direction, rows: &[usize], size| scratch(Workers { level, threads: 2 }, dtype, direction, rows, size);
+        let all = |direction, rows: &[usize], size| {
+            scratch(Workers { level, threads: 2 }, dtype, direction, rows, size, false)
+        };
         let pairs = dtype == Bf16 && level == Level::Avx512Bf16;
         let group = if level >= Level::Avx512 { 32 } else { 16 };
         // Groups of lanes, each a line longer for each piece of 128 cells.

@@ -10,8 +10,8 @@
 
 use super::beside::Beside;
 use super::cpu::{Output, Product, reserve};
-use crate::isa::{TileJob, Tiles};
-use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, block, pack_left, pack_right};
+use crate::isa::{Cache, TileJob, Tiles, ask};
+use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, Starts, block, pack_left, pack_right};
 use crate::panel::{Lines, Operand};
 use crate::{AlignedVec, Cpu, View, bf16};
 use std::cell::RefCell;
@@ -84,7 +84,7 @@ const MANY: usize = 1 << 18;
 
 /// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows lie along k or across it.
 pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: bool, threads: usize) -> usize {
-    let none = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
+    let none = Operand::new(View::Bf16(&[]), 0, k_contiguous);
     let product = |&[m, n, k]: &[usize; 3]| {
         let (m, n) = (m.min(MANY), n.min(MANY));
         Product { m, n, k, a: none, b: none, c: 0, ldc: n }
@@ -153,7 +153,7 @@ fn parts(len: usize, parts: usize) -> impl Iterator<Item = Range<usize>> + Clone
 
 /// Whether rows of the left operand are read where they lie.
 fn in_place(a: &Operand<'_>) -> bool {
-    a.k_contiguous && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED)
+    a.k_contiguous && a.tokens.is_none() && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED)
 }
 
 /// The pieces of k, of about equal length and whole steps but for the last; one that is empty if there is no k.
@@ -314,7 +314,7 @@ impl<'a> OnTiles<'a> {
                 Some(at) => unsafe { Left::packed(at.add(r * steps * STEP_CELLS)) },
                 None => self.left(&rows, k),
             };
-            beside.left = self.left_ahead(rows.end, k, next, along * steps);
+            beside.left = self.left_ahead(&rows, k, next, along * steps);
             for c in 0..along {
                 let column = columns.start + c * BLOCK;
                 let columns = BLOCK.min(columns.end - column);
@@ -346,30 +346,50 @@ impl<'a> OnTiles<'a> {
         self.shared[at + panel_at(len, k, first)..].as_ptr()
     }
 
-    /// The rows from `first` on, or those that the next piece begins with, to be asked for in so many steps. Not those that
-    /// k runs across: whole rows of memory are packed at once, which the CPU asks for by itself.
-    fn left_ahead(&self, first: usize, k: &Range<usize>, next: Option<&Range<usize>>, steps: usize) -> Lines {
-        if !self.task.p.a.k_contiguous {
-            return Lines::NONE;
+    /// What comes after some rows of the piece `k`, to be asked for in so many steps: the rows after them, or those that the
+    /// next piece begins with. Not those that k runs across: whole rows of memory are packed at once, which the CPU asks for
+    /// by itself, but for rows of tokens.
+    fn left_ahead(
+        &self,
+        rows: &Range<usize>,
+        k: &Range<usize>,
+        next: Option<&Range<usize>>,
+        steps: usize,
+    ) -> Lines<'a> {
+        let (a, all) = (self.task.p.a, &self.task.rows);
+        let block = |task: &Task<'a>, first: usize, k: &Range<usize>| {
+            Lines::of_operand(task.p.a, &(first..task.rows.end.min(first + BLOCK)), k, steps)
+        };
+        let after = || match (next, self.next.filter(|task| task.p.a.tokens.is_some())) {
+            (Some(next), _) => Some((self.task, next.clone())),
+            (None, Some(task)) => pieces(task.p).next().map(|k| (task, k)),
+            (None, None) => None,
+        };
+        if a.k_contiguous {
+            return match after() {
+                _ if rows.end < all.end => block(self.task, rows.end, k),
+                Some((task, k)) => block(task, task.rows.start, &k),
+                None => Lines::NONE,
+            };
         }
-        let rows = &self.task.rows;
-        let of = |first: usize, k| Lines::of_operand(self.task.p.a, &(first..rows.end.min(first + BLOCK)), k, steps);
-        match next {
-            _ if first < rows.end => of(first, k),
-            Some(next) => of(rows.start, next),
-            None => Lines::NONE,
+        // A share of the next piece's for each 32 rows.
+        match after().filter(|(task, _)| task.p.a.tokens.is_some() && task.left.is_none()) {
+            Some((task, k)) if task.rows.start + rows.start - all.start < task.rows.end => {
+                block(task, task.rows.start + rows.start - all.start, &k)
+            }
+            _ => Lines::NONE,
         }
     }
 
     /// The columns of the next piece, or those that the next task begins with, to be asked for during the piece `k`. Those
     /// that are packed already lie one after the other, which the CPU notices by itself, as do those of a product of two
-    /// operands that k runs across.
-    fn right_ahead(&self, k: &Range<usize>, next: Option<&Range<usize>>) -> Lines {
+    /// operands that k runs across, but for rows of tokens.
+    fn right_ahead(&self, k: &Range<usize>, next: Option<&Range<usize>>) -> Lines<'a> {
         let Task { rows, columns, .. } = self.task;
         let steps = rows.len().div_ceil(BLOCK) * columns.len().div_ceil(BLOCK) * steps(k);
-        let of = |task: &Task<'_>, k: &Range<usize>| match task.right {
+        let of = |task: &Task<'a>, k: &Range<usize>| match task.right {
             Some(_) => Lines::NONE,
-            None if !task.p.a.k_contiguous => Lines::NONE,
+            None if !task.p.a.k_contiguous && task.p.b.tokens.is_none() => Lines::NONE,
             None => Lines::of_operand(task.p.b, &task.columns, k, steps),
         };
         match (next, self.next) {
@@ -429,16 +449,33 @@ unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usiz
     let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
     let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
     let (slow, fast) = if op.k_contiguous { (groups, steps) } else { (steps, groups) };
+    let rows = if op.k_contiguous { outer } else { k };
+    let mut starts: Starts = op.rows(&part(rows, 0));
     for i in 0..slow {
+        let next: Starts = if i + 1 < slow { op.rows(&part(rows, i + 1)) } else { starts };
         for j in 0..fast {
             let (g, s) = if op.k_contiguous { (i, j) } else { (j, i) };
             // SAFETY: the caller's promise.
             let to = unsafe { &mut *to.add((g * steps + s) * STEP_CELLS).cast::<[u32; STEP_CELLS]>() };
+            let (outer, k) = (part(outer, g), part(k, s));
+            if op.tokens.is_some() && !op.k_contiguous && i + 1 < slow {
+                ask_for_rows(&op, &next, outer.start);
+            }
             match side {
-                Side::Left => pack_left(op, &part(outer, g), &part(k, s), to),
-                Side::Right => pack_right(op, &part(outer, g), &part(k, s), to),
+                Side::Left => pack_left(op, &starts, &outer, &k, to),
+                Side::Right => pack_right(op, &starts, &outer, &k, to),
             }
         }
+        starts = next;
+    }
+}
+
+/// Asks for a line of each row: of tokens, whose rows the CPU does not fetch ahead by itself.
+#[inline(always)]
+fn ask_for_rows(op: &Operand<'_>, starts: &Starts, first: usize) {
+    let data = op.data.bf16().as_ptr();
+    for start in starts {
+        ask(Cache::First, data.wrapping_add(start + first).cast());
     }
 }
 
@@ -452,7 +489,7 @@ mod tests {
         for (m, n, k) in [(1, 1, 1), (33, 700, 64), (4096, 192, 512), (576, 2048, 512), (600, 31, 2000), (5, 9000, 70)]
         {
             for (threads, k_contiguous) in [(1, true), (2, false), (2, true), (64, true), (64, false)] {
-                let a = Operand { data: View::Bf16(&[]), ld: 0, k_contiguous };
+                let a = Operand::new(View::Bf16(&[]), 0, k_contiguous);
                 let p = [Product { m, n, k, a, b: a, c: 0, ldc: n }];
                 let (tasks, panels) = tasks(&p, threads, false);
                 let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
@@ -475,7 +512,7 @@ mod tests {
     #[test]
     fn pieces_are_whole_steps() {
         for (k, ld) in [0, 1, 31, 32, 512, 513, 768, 1408, 21888].iter().flat_map(|&k| [(k, 1000), (k, 2048)]) {
-            let a = Operand { data: View::Bf16(&[]), ld, k_contiguous: true };
+            let a = Operand::new(View::Bf16(&[]), ld, true);
             let most = if ld == 2048 { 512 } else { 768 };
             let all: Vec<_> = pieces(&Product { m: 1, n: 1, k, a, b: a, c: 0, ldc: 1 }).collect();
             assert_eq!((all[0].start, all[all.len() - 1].end), (0, k));

@@ -1,5 +1,10 @@
 //! The experts' linears in f64, row by row.
 
+/// The rows of tokens `[N, dim]` in the order of a plan.
+pub fn sorted(tokens: &[f64], slot_of_row: &[i32], top_k: usize, dim: usize) -> Vec<f64> {
+    slot_of_row.iter().flat_map(|&slot| tokens[slot as usize / top_k * dim..][..dim].iter().copied()).collect()
+}
+
 /// `y[row, out]` = `x[row, in]` W_e^T.
 pub fn forward(x: &[f64], offsets: &[i32], w: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     let mut y = vec![0.0; *offsets.last().unwrap() as usize * rows];

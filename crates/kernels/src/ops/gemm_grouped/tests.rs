@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::gemm;
+use crate::ops::{gemm, moe_permute};
 use crate::testing::{
     assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, invariant_gpu, isas, levels, normals,
     older_gpu, op_tolerance, thread_counts,
@@ -213,4 +213,175 @@ fn more_rows_than_the_capacity_are_refused() {
     let (x, w, mut y) = (ctx.zeros(F32, 20), ctx.zeros(F32, 24), ctx.zeros(F32, 27));
     let weight = Weight { data: w.view(), experts: 2, rows: 3, cols: 4 };
     grouped(&ctx, x.view(), ctx.from_i32(&[0, 4, 9]).view(), &weight, y.view_mut());
+}
+
+/// Tokens and a plan of where they go; of the experts one has no tokens, and of the others the first have the most.
+struct Routed {
+    top_k: usize,
+    experts: usize,
+    size: (usize, usize),
+    /// `[N, cols]` and `[N, rows]`.
+    x: Buf,
+    dy: Buf,
+    w: Buf,
+    offsets: Buf,
+    plan: [Buf; 2],
+}
+
+impl Routed {
+    fn new(ctx: &Ctx, (tokens, top_k): (usize, usize), (rows, cols): (usize, usize), d: DType) -> Self {
+        let experts = 2 * top_k + 2;
+        let chosen = |slot: usize| match (slot / top_k, slot % top_k) {
+            // All but the first tokens have the same experts, in an order of their own.
+            (n, k) if n > tokens / 3 => (n + k) % top_k,
+            (n, k) => (n / 2 + 2 * k) % (experts - 1),
+        };
+        let indices: Vec<i32> = (0..tokens * top_k).map(|slot| chosen(slot) as i32).collect();
+        let mut offsets = ctx.zeros(DType::I32, experts + 1);
+        let mut plan = [0; 2].map(|_| ctx.zeros(DType::I32, indices.len()));
+        let [r, s] = plan.each_mut().map(Buf::view_mut);
+        moe_permute::plan(ctx, ctx.from_i32(&indices).view(), experts, offsets.view_mut(), r, s);
+        let x = buf(d, &normals(1, tokens * cols, 1.0));
+        let dy = buf(d, &normals(2, tokens * rows, 1.0));
+        let w = buf(d, &normals(3, experts * rows * cols, 0.1));
+        Self { top_k, experts, size: (rows, cols), x, dy, w, offsets, plan }
+    }
+
+    fn slots(&self) -> usize {
+        self.plan[1].len()
+    }
+
+    /// The rows of tokens, by the plan or sorted into `room`.
+    fn rows<'a>(&'a self, ctx: &Ctx, tokens: &'a Buf, room: Option<&'a mut Buf>) -> Rows<'a> {
+        let (slot_of_row, top_k) = (self.plan[1].view(), self.top_k);
+        let Some(room) = room else { return Rows::Tokens { x: tokens.view(), slot_of_row, top_k } };
+        let dim = tokens.len() * top_k / self.slots();
+        *room = ctx.zeros(tokens.dtype(), self.slots() * dim);
+        moe_permute::permute(ctx, tokens.view(), dim, top_k, self.plan.each_ref().map(Buf::view), room.view_mut());
+        room.view().into()
+    }
+
+    /// y, dx, dW added to 5 and overwritten; x and dy are sorted before if `sorted` says so.
+    fn run(&self, ctx: &Ctx, sorted: [bool; 2]) -> [Buf; 4] {
+        let ((rows, cols), d, offsets) = (self.size, self.w.dtype(), self.offsets.view());
+        let w = Weight { data: self.w.view(), experts: self.experts, rows, cols };
+        let mut rooms = [0; 2].map(|_| ctx.zeros(d, 0));
+        let [a, b] = &mut rooms;
+        let x = self.rows(ctx, &self.x, sorted[0].then_some(a));
+        let dy = self.rows(ctx, &self.dy, sorted[1].then_some(b));
+        let (mut y, mut dx) = (ctx.zeros(d, self.slots() * rows), ctx.zeros(d, self.slots() * cols));
+        let mut dw = [0; 2].map(|_| buf(F32, &vec![5.0; self.w.len()]));
+        grouped(ctx, x, offsets, &w, y.view_mut());
+        grouped_backward_input(ctx, dy, offsets, &w, dx.view_mut());
+        for (dw, accumulate) in dw.iter_mut().zip([true, false]) {
+            grouped_backward_weight(ctx, x, dy, offsets, rows, cols, dw.view_mut(), accumulate);
+        }
+        let [added, fresh] = dw;
+        [y, dx, added, fresh]
+    }
+}
+
+/// Tokens and experts of each: few rows, ragged, some of more than a tile, over more than a piece of k.
+const ROUTED: [(usize, usize); 7] = [(1, 1), (5, 3), (9, 1), (40, 2), (70, 6), (333, 4), (1500, 2)];
+
+/// Products of tokens by their plan match the reference, and have the bits of the same rows sorted: rows shorter and longer
+/// than a step or a piece of k, and 4 KiB apart.
+#[test]
+fn rows_of_tokens() {
+    for isa in isas() {
+        let ctx = crate::testing::ctx_of(2, isa);
+        for routing in ROUTED {
+            for size in [(48, 64), (33, 257), (1, 5), (136, 264), (20, 2048), (1100, 17)] {
+                for d in [F32, Bf16] {
+                    let case = Routed::new(&ctx, routing, size, d);
+                    let sorted = case.run(&ctx, [true, true]);
+                    for which in [[false, false], [false, true], [true, false]] {
+                        for (name, (a, b)) in
+                            ["y", "dx", "dw", "new dw"].iter().zip(sorted.iter().zip(&case.run(&ctx, which)))
+                        {
+                            assert_same_bits(
+                                &format!("{name}, {isa:?}, {routing:?}, {size:?}, {d:?}, {which:?}"),
+                                a,
+                                b,
+                            );
+                        }
+                    }
+                    if routing.0 * size.0 * size.1 < 1 << 20 {
+                        routed_reference(&case, &sorted);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn routed_reference(case: &Routed, [y, dx, added, fresh]: &[Buf; 4]) {
+    let ((rows, cols), d, offsets) = (case.size, case.w.dtype(), case.offsets.view().i32());
+    let sorted = |tokens, dim| reference::sorted(&wide(tokens), case.plan[1].view().i32(), case.top_k, dim);
+    let (x, dy, w) = (sorted(&case.x, cols), sorted(&case.dy, rows), wide(&case.w));
+    assert_close("y", y, &reference::forward(&x, offsets, &w, rows, cols), op_tolerance(d));
+    let (ex, ew) = reference::backward(&x, &dy, offsets, &w, rows, cols);
+    assert_close("dx", dx, &ex, op_tolerance(d));
+    assert_close("dw", added, &ew.iter().map(|w| w + 5.0).collect::<Vec<_>>(), op_tolerance(F32));
+    assert_close("new dw", fresh, &ew, op_tolerance(F32));
+}
+
+#[test]
+fn rows_of_tokens_have_the_same_bits_for_every_thread_count() {
+    for isa in isas() {
+        let contexts = thread_counts(isa);
+        let case = Routed::new(&contexts[0], (900, 3), (130, 300), Bf16);
+        let first = case.run(&contexts[0], [false, false]);
+        for ctx in &contexts[1..] {
+            first.iter().zip(&case.run(ctx, [false, false])).for_each(|(a, b)| assert_same_bits("threads", a, b));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "6 slots of top 2, D 4: 8 elements of tokens")]
+fn a_plan_of_other_tokens_is_refused() {
+    let ctx = ctx();
+    let (x, w, mut y) = (ctx.zeros(F32, 8), ctx.zeros(F32, 12), ctx.zeros(F32, 18));
+    let weight = Weight { data: w.view(), experts: 1, rows: 3, cols: 4 };
+    let slots = ctx.from_i32(&[0, 1, 2, 3, 4, 5]);
+    let rows = Rows::Tokens { x: x.view(), slot_of_row: slots.view(), top_k: 2 };
+    grouped(&ctx, rows, ctx.from_i32(&[0, 6]).view(), &weight, y.view_mut());
+}
+
+/// A slot that no token has is never read, whichever kernel would.
+#[test]
+fn slots_of_no_token_are_refused() {
+    for isa in isas() {
+        let ctx = crate::testing::ctx_of(1, isa);
+        for (wrong, d) in [(-1, F32), (-1, Bf16), (64, F32), (64, Bf16)] {
+            let mut slots: Vec<i32> = (0..64).collect();
+            slots[40] = wrong;
+            let (slots, offsets) = (ctx.from_i32(&slots), ctx.from_i32(&[0, 64]));
+            let (x, w) = (ctx.zeros(d, 64 * 64), ctx.zeros(d, 64 * 64));
+            let rows = Rows::Tokens { x: x.view(), slot_of_row: slots.view(), top_k: 1 };
+            let refused = |f: &mut dyn FnMut()| {
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).expect_err("a slot of no token was read");
+            };
+            let weight = Weight { data: w.view(), experts: 1, rows: 64, cols: 64 };
+            let (mut y, mut dw) = (ctx.zeros(d, 64 * 64), ctx.zeros(F32, 64 * 64));
+            refused(&mut || grouped(&ctx, rows, offsets.view(), &weight, y.view_mut()));
+            let dy = x.view();
+            refused(&mut || grouped_backward_weight(&ctx, rows, dy, offsets.view(), 64, 64, dw.view_mut(), true));
+            refused(&mut || grouped_backward_weight(&ctx, dy, rows, offsets.view(), 64, 64, dw.view_mut(), true));
+        }
+    }
+}
+
+/// A GPU's kernels read sorted rows, and do not take tokens for them.
+#[test]
+fn a_gpu_refuses_rows_of_tokens() {
+    let Some(ctx) = gpu() else { return };
+    assert!(!gathers(&ctx.device));
+    let (x, w, mut y) = (ctx.zeros(F32, 16), ctx.zeros(F32, 16), ctx.zeros(F32, 16));
+    let (slots, offsets) = (ctx.from_i32(&[0, 1, 2, 3]), ctx.from_i32(&[0, 4]));
+    let rows = Rows::Tokens { x: x.view(), slot_of_row: slots.view(), top_k: 1 };
+    let weight = Weight { data: w.view(), experts: 1, rows: 4, cols: 4 };
+    let refused = std::panic::AssertUnwindSafe(|| grouped(&ctx, rows, offsets.view(), &weight, y.view_mut()));
+    std::panic::catch_unwind(refused).expect_err("rows of tokens on a GPU");
 }

@@ -91,7 +91,7 @@ impl Panels {
 
 /// Outer index: token; k: the elements of its head.
 pub fn by_token(data: View<'_>, from: usize, ld: usize) -> Operand<'_> {
-    Operand { data: data.slice(from.min(data.len())..data.len()), ld, k_contiguous: true }
+    Operand::new(data.slice(from.min(data.len())..data.len()), ld, true)
 }
 
 /// Outer index: the elements of a head; k: tokens.
