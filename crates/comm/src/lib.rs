@@ -69,6 +69,12 @@ pub trait Exchange: Send + Sync {
     /// The experts held here.
     fn experts(&self) -> ExpertRange;
 
+    /// The route of rows that all stay where they are, `offsets` as in `dispatch`; None where rows come and go. Rows that
+    /// stay need not be sorted: whoever multiplies them may read them where their tokens lie.
+    fn stay(&self, _offsets: &Buf) -> Option<Route> {
+        None
+    }
+
     /// `rows` `[n, dim]`, sorted by global expert with `offsets` (i32 `[E + 1]`), to the experts' ranks: the rows of
     /// the local experts and the route.
     fn dispatch(&self, ctx: &Ctx, rows: Buf, offsets: &Buf, dim: usize) -> (Buf, Route);
@@ -93,6 +99,10 @@ pub struct Identity {
 impl Exchange for Identity {
     fn experts(&self) -> ExpertRange {
         ExpertRange::all(self.experts)
+    }
+
+    fn stay(&self, offsets: &Buf) -> Option<Route> {
+        Some(Route { offsets: offsets.clone(), received: Vec::new(), sent: Vec::new() })
     }
 
     fn dispatch(&self, _: &Ctx, rows: Buf, offsets: &Buf, _: usize) -> (Buf, Route) {

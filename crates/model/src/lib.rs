@@ -33,4 +33,4 @@ pub use layout::{
 pub use params::{Params, Precision};
 pub use recompute::Recompute;
 pub use trunk::{Input, LayerTrace, Model, Options, Routing};
-pub use weight_grad::{Shared, WeightGrads};
+pub use weight_grad::{ExpertRows, Shared, WeightGrads};

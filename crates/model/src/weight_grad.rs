@@ -3,9 +3,10 @@
 
 use crate::{Grads, ParamId, Params};
 use hadal_kernels::ops::gemm::{self, MatMut};
+use hadal_kernels::ops::gemm_grouped::{self, Rows};
 use hadal_kernels::ops::rmsnorm::{self, InputGradient, WeightGradient};
-use hadal_kernels::ops::{embedding, gemm_grouped, head_loss};
-use hadal_kernels::{Buf, Ctx, ViewMut};
+use hadal_kernels::ops::{embedding, head_loss};
+use hadal_kernels::{Buf, Ctx, DType, ViewMut};
 use std::sync::Arc;
 
 /// An activation that both a pass and queued jobs may hold.
@@ -17,11 +18,55 @@ enum Job {
     /// dw += sum dy * x * rstd.
     Norm(NormJob),
     /// dW_e += dy_e^T x_e.
-    Grouped { id: ParamId, offsets: Shared, x: Shared, dy: Shared },
+    Grouped { id: ParamId, offsets: Shared, x: ExpertRows, dy: ExpertRows },
     /// Rows of the table, use `n`.
     Embedding { id: ParamId, n: usize, tokens: Shared, dy: Shared },
     /// The output head, use `n`.
     Head(HeadJob),
+}
+
+/// Rows of experts `[cap, D]`, sorted by expert, that both a pass and queued jobs may hold.
+#[derive(Clone, Debug)]
+pub enum ExpertRows {
+    /// As they are.
+    Sorted(Shared),
+    /// Those of tokens, read where they lie by the products ([`gemm_grouped::gathers`]).
+    Tokens {
+        /// `[n, D]`.
+        x: Shared,
+        /// i32 `[n K]`.
+        slot_of_row: Shared,
+        /// K.
+        top_k: usize,
+    },
+}
+
+impl ExpertRows {
+    /// As products take them.
+    pub(crate) fn view(&self) -> Rows<'_> {
+        match self {
+            Self::Sorted(rows) => rows.view().into(),
+            Self::Tokens { x, slot_of_row, top_k } => {
+                Rows::Tokens { x: x.view(), slot_of_row: slot_of_row.view(), top_k: *top_k }
+            }
+        }
+    }
+
+    /// Their type, and how many elements all rows have.
+    pub(crate) fn shape(&self) -> (DType, usize) {
+        match self {
+            Self::Sorted(rows) => (rows.dtype(), rows.len()),
+            Self::Tokens { x, top_k, .. } => (x.dtype(), x.len() * top_k),
+        }
+    }
+
+    fn held(&self) -> impl Iterator<Item = &Shared> {
+        let (first, second) = match self {
+            Self::Sorted(rows) => (rows, None),
+            Self::Tokens { x, slot_of_row, .. } => (x, Some(slot_of_row)),
+        };
+        std::iter::once(first).chain(second)
+    }
 }
 
 /// What the gradient of a norm's weight needs.
@@ -95,8 +140,8 @@ impl<'a> WeightGrads<'a> {
         }
     }
 
-    pub(crate) fn grouped(&mut self, id: ParamId, offsets: &Shared, x: &Shared, dy: &Shared) {
-        self.add(Job::Grouped { id, offsets: offsets.clone(), x: x.clone(), dy: dy.clone() });
+    pub(crate) fn grouped(&mut self, id: ParamId, offsets: &Shared, x: ExpertRows, dy: ExpertRows) {
+        self.add(Job::Grouped { id, offsets: offsets.clone(), x, dy });
     }
 
     pub(crate) fn embedding(&mut self, id: ParamId, n: usize, tokens: &Shared, dy: &Shared) {
@@ -152,7 +197,7 @@ impl Job {
         match self {
             Job::Linear { x, dy, .. } => vec![x, dy],
             Job::Norm(n) => vec![&n.x, &n.rstd, &n.dy],
-            Job::Grouped { offsets, x, dy, .. } => vec![offsets, x, dy],
+            Job::Grouped { offsets, x, dy, .. } => std::iter::once(offsets).chain(x.held()).chain(dy.held()).collect(),
             Job::Embedding { tokens, dy, .. } => vec![tokens, dy],
             Job::Head(h) => {
                 let optional = [&h.given, &h.d_entropy, &h.d_given].into_iter().flatten();

@@ -29,11 +29,6 @@ impl<'a> Tokens<'a> {
         let slot = self.slots[i] as u32;
         ((u128::from(slot) * u128::from(self.share)) >> 63) as usize
     }
-
-    /// Rows.
-    pub fn len(&self) -> usize {
-        self.slots.len()
-    }
 }
 
 #[cfg(test)]
@@ -48,7 +43,6 @@ mod tests {
             let slots = multiples.into_iter().flat_map(near).chain(near(i32::MAX as usize - 1));
             let slots: Vec<i32> = slots.filter_map(|slot| slot.try_into().ok()).collect();
             let tokens = Tokens::new(&slots, top_k);
-            assert_eq!(tokens.len(), slots.len());
             for (i, &slot) in slots.iter().enumerate() {
                 assert_eq!(tokens.of(i), slot as usize / top_k, "{slot} of top {top_k}");
             }

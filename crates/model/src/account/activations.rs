@@ -1,4 +1,4 @@
-//! Activations of a training step on one rank that holds the whole model: what forward keeps, and the most that is held
+//! Activations of a training step on one rank that holds the whole model, on the host's cores: what forward keeps, and the most that is held
 //! at any time until the step's last backward. The walk takes and gives back what the stages do, in their order;
 //! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack for their
 //! time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
@@ -72,8 +72,19 @@ struct Walk<'a> {
     p: Passes,
     held: usize,
     peak: usize,
-    /// What a product packs, by its sizes and whether it is the experts': layers repeat.
-    packed: HashMap<(Direction, bool, [usize; 3]), usize>,
+    /// What a product packs, by its sizes and whose rows they are: layers repeat.
+    packed: HashMap<(Direction, Rows, [usize; 3]), usize>,
+}
+
+/// Whose rows a product has.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Rows {
+    /// All tokens'.
+    All,
+    /// The experts', sorted.
+    Experts,
+    /// The experts', read where the tokens' lie.
+    Gathered,
 }
 
 /// Bytes of one block's buffers, named as in the stages.
@@ -136,19 +147,20 @@ impl Walk<'_> {
 
     /// What a product of n rows with a weight `[out, cols]` packs.
     fn product(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
-        self.packs(direction, false, [n, out, cols], |_| vec![n]);
+        self.packs(direction, Rows::All, [n, out, cols], |_| vec![n]);
     }
 
     fn packs(
         &mut self,
         direction: Direction,
-        experts: bool,
+        which: Rows,
         [n, out, cols]: [usize; 3],
         rows: impl Fn(&ModelConfig) -> Vec<usize>,
     ) {
         let (c, p) = (self.c, self.p);
-        let packed = self.packed.entry((direction, experts, [n, out, cols]));
-        let scratch = || gemm::scratch(p.workers, p.precision.act(), direction, &rows(c), (out, cols));
+        let packed = self.packed.entry((direction, which, [n, out, cols]));
+        let gathered = which == Rows::Gathered;
+        let scratch = || gemm::scratch(p.workers, p.precision.act(), direction, &rows(c), (out, cols), gathered);
         let bytes = *packed.or_insert_with(scratch);
         self.briefly(bytes);
     }
@@ -160,8 +172,8 @@ impl Walk<'_> {
     }
 
     /// As [`Walk::product`], of the experts' rows, which lie even.
-    fn experts(&mut self, direction: Direction, n: usize, out: usize, cols: usize) {
-        self.packs(direction, true, [n, out, cols], |c| {
+    fn experts(&mut self, direction: Direction, which: Rows, [n, out, cols]: [usize; 3]) {
+        self.packs(direction, which, [n, out, cols], |c| {
             let (slots, e) = (n * c.num_experts_per_tok, c.n_routed_experts);
             (0..e).map(|i| (i + 1) * slots / e - i * slots / e).collect()
         });
@@ -318,7 +330,7 @@ impl Walk<'_> {
         self.take(b.h + b.stat);
         if let Some(m) = b.moe {
             // Logits are gone after the dispatch.
-            self.take(3 * m.scores + 4 * m.slots + 3 * m.offsets + m.balance + m.rows);
+            self.take(3 * m.scores + 4 * m.slots + 3 * m.offsets + m.balance);
             self.give(m.scores);
         }
         let (d, c) = (self.c.hidden_size, self.c);
@@ -326,10 +338,10 @@ impl Walk<'_> {
         self.product(Direction::Forward, b.n, 2 * b.width, d);
         if let Some(m) = b.moe {
             self.take(m.gate_up);
-            self.experts(Direction::Forward, b.n, 2 * c.moe_intermediate_size, d);
+            self.experts(Direction::Forward, Rows::Gathered, [b.n, 2 * c.moe_intermediate_size, d]);
         }
         if !self.stages_keep() {
-            self.give(b.h + b.moe.map_or(0, |m| m.rows));
+            self.give(b.h);
         }
         if !outputs {
             return;
@@ -345,7 +357,7 @@ impl Walk<'_> {
         self.give(b.every / 2);
         if let Some(m) = b.moe {
             self.take(m.gate_up / 2 + m.rows);
-            self.experts(Direction::Forward, b.n, d, c.moe_intermediate_size);
+            self.experts(Direction::Forward, Rows::Experts, [b.n, d, c.moe_intermediate_size]);
             self.give(m.gate_up / 2);
             self.take(b.h);
             self.give(m.rows + shared);
@@ -431,7 +443,7 @@ impl Walk<'_> {
     fn feed_forward_backward(&mut self, b: Block) {
         let (d, width) = (self.c.hidden_size, self.c.moe_intermediate_size);
         if let Some(m) = b.moe {
-            self.take(m.rows + m.slots);
+            self.take(m.slots);
         }
         if b.every > 0 {
             self.normed_again(b);
@@ -444,21 +456,17 @@ impl Walk<'_> {
         }
         if let Some(m) = b.moe {
             self.take(m.gate_up / 2);
-            self.experts(Direction::Input, b.n, d, width);
+            self.experts(Direction::Input, Rows::Gathered, [b.n, d, width]);
             self.take(m.slots);
-            self.experts(Direction::Weight, b.n, d, width);
-            self.give(m.gate_up / 2 + m.rows + m.slots);
+            self.experts(Direction::Weight, Rows::Gathered, [b.n, d, width]);
+            self.give(m.gate_up / 2 + m.slots);
             // The inputs again, or those that were kept; then their gradient.
             if b.every == 0 {
                 self.normed_again(b);
             }
-            if !self.stages_keep() {
-                self.take(m.rows);
-            }
-            self.experts(Direction::Weight, b.n, 2 * width, d);
-            self.give(m.rows);
+            self.experts(Direction::Weight, Rows::Experts, [b.n, 2 * width, d]);
             self.take(m.rows);
-            self.experts(Direction::Input, b.n, 2 * width, d);
+            self.experts(Direction::Input, Rows::Experts, [b.n, 2 * width, d]);
             self.give(m.gate_up);
             self.take(if b.every > 0 { 0 } else { b.h });
             self.give(m.rows);

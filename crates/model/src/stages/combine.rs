@@ -8,7 +8,7 @@
 use super::dispatch;
 use super::mlp::ExpertOutput;
 use crate::Model;
-use crate::weight_grad::Shared;
+use crate::weight_grad::{ExpertRows, Shared};
 use hadal_kernels::ops::{add, moe_permute, rows};
 use hadal_kernels::{Buf, Ctx, DType};
 use std::sync::Arc;
@@ -49,11 +49,11 @@ pub fn forward(ctx: &Ctx, model: &Model, dispatched: &dispatch::Saved, output: E
     (Arc::new(y), Saved)
 }
 
-/// On the experts' side, by row.
+/// Of the experts' outputs and the weights they are summed with, on the experts' side, by row.
 #[derive(Debug)]
 pub struct ExpertGradient {
     /// `[cap, D]`.
-    pub rows: Buf,
+    pub rows: ExpertRows,
     /// f32 `[cap]`.
     pub weights: Buf,
 }
@@ -65,15 +65,11 @@ pub fn backward_input(
     model: &Model,
     dispatched: &dispatch::Saved,
     _: Saved,
-    dy: &Buf,
+    dy: &Shared,
 ) -> Option<ExpertGradient> {
     let gate = dispatched.gate.as_ref()?;
-    let (d, k, slots) = (model.config.hidden_size, model.config.num_experts_per_tok, gate.weights.len());
-    let mut dy_rows = ctx.empty(dy.dtype(), slots * d);
-    let plan = [gate.row_of_slot.view(), gate.slot_of_row.view()];
-    moe_permute::permute(ctx, dy.view(), d, k, plan, dy_rows.view_mut());
-    let mut weights = ctx.empty(DType::F32, slots);
+    let rows = gate.rows_of(ctx, model, dy);
+    let mut weights = ctx.empty(DType::F32, gate.weights.len());
     rows::gather(ctx, gate.weights.view(), 1, gate.slot_of_row.view(), weights.view_mut());
-    let rows = model.exchange.redispatch(ctx, dy_rows, &gate.route, d);
     Some(ExpertGradient { rows, weights: model.exchange.redispatch(ctx, weights, &gate.route, 1) })
 }

@@ -1,12 +1,13 @@
 //! From h1 to the experts' inputs: x = RMSNorm(h1), the gate, rows sorted by expert, and the exchange that carries them
-//! to the ranks that hold their experts. A dense layer has only the norm.
+//! to the ranks that hold their experts. Where all stay, and products read rows by the plan, they are not sorted. A dense
+//! layer has only the norm.
 
 use super::Norm;
-use super::combine::ExpertGradient;
-use crate::weight_grad::{Shared, WeightGrads};
+use super::mlp::InputGradient;
+use crate::weight_grad::{ExpertRows, Shared, WeightGrads};
 use crate::{BlockIds, FeedForwardIds, Model, MoeIds, Params};
 use hadal_comm::Route;
-use hadal_kernels::ops::{gemm, moe_permute, router, rows, seq_balance};
+use hadal_kernels::ops::{gemm, gemm_grouped, moe_permute, router, rows, seq_balance};
 use hadal_kernels::{Buf, Ctx, DType, View};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub struct ExpertInput {
     /// `[n, D]`: the normed stream, for dense and shared MLPs.
     pub x: Shared,
     /// Rows `[cap, D]` of the local experts and their offsets (i32 `[local + 1]`); None in a dense layer.
-    pub rows: Option<(Shared, Shared)>,
+    pub rows: Option<(ExpertRows, Shared)>,
 }
 
 /// What forward keeps.
@@ -42,7 +43,9 @@ pub struct Gate {
     /// i32 `[n K]`.
     pub row_of_slot: Buf,
     /// i32 `[n K]`.
-    pub slot_of_row: Buf,
+    pub slot_of_row: Shared,
+    /// The experts' products read the rows of tokens: nobody sorts them.
+    gathered: bool,
     /// i32 `[E + 1]`: rows of each global expert on the tokens' side; their differences are the load.
     pub offsets: Shared,
     /// How the rows went.
@@ -64,11 +67,10 @@ impl Saved {
     }
 
     /// The local experts' rows `[cap, D]`, gathered and sent again.
-    pub(crate) fn rows(&mut self, ctx: &Ctx, model: &Model, params: &Params) -> Shared {
+    pub(crate) fn rows(&mut self, ctx: &Ctx, model: &Model, params: &Params) -> ExpertRows {
         let x = self.x(ctx, params);
         let Some(gate) = &self.gate else { unreachable!("a dense layer has no experts") };
-        let rows = gather(ctx, model, &x, [&gate.row_of_slot, &gate.slot_of_row]);
-        Arc::new(model.exchange.redispatch(ctx, rows, &gate.route, model.config.hidden_size))
+        gate.rows_of(ctx, model, &x)
     }
 
     /// Bytes kept until backward (h1 included, the expert rows not: the MLP stage keeps them).
@@ -85,6 +87,17 @@ impl Saved {
                 + extra
         });
         self.norm.bytes_with_input() + self.x.as_ref().map_or(0, |x| x.bytes()) + gate
+    }
+}
+
+impl Gate {
+    /// Rows `[cap, D]` of the local experts, from those of the tokens, `[n, D]`.
+    pub(super) fn rows_of(&self, ctx: &Ctx, model: &Model, x: &Shared) -> ExpertRows {
+        if self.gathered {
+            return tokens(model, x, &self.slot_of_row);
+        }
+        let rows = gather(ctx, model, x, [&self.row_of_slot, &self.slot_of_row]);
+        ExpertRows::Sorted(Arc::new(model.exchange.redispatch(ctx, rows, &self.route, model.config.hidden_size)))
     }
 }
 
@@ -116,7 +129,7 @@ pub fn forward(
     };
     let (gate, rows) = route(ctx, model, params, moe, &x, n, options);
     let offsets = Arc::new(gate.route.offsets.clone());
-    let input = ExpertInput { x: x.clone(), rows: Some((Arc::new(rows), offsets)) };
+    let input = ExpertInput { x: x.clone(), rows: Some((rows, offsets)) };
     (input, Saved { norm, x: keep(x), gate: Some(gate) })
 }
 
@@ -130,7 +143,7 @@ fn route(
     x: &Shared,
     n: usize,
     options: GateOptions<'_>,
-) -> (Gate, Buf) {
+) -> (Gate, ExpertRows) {
     let c = model.config.router();
     let (e, k, d) = (c.experts, c.top_k, model.config.hidden_size);
     let mut logits = ctx.empty(DType::F32, n * e);
@@ -151,8 +164,17 @@ fn route(
     let mut offsets = ctx.empty(DType::I32, e + 1);
     let (mut row_of_slot, mut slot_of_row) = (ctx.empty(DType::I32, n * k), ctx.empty(DType::I32, n * k));
     moe_permute::plan(ctx, indices.view(), e, offsets.view_mut(), row_of_slot.view_mut(), slot_of_row.view_mut());
-    let rows = gather(ctx, model, x, [&row_of_slot, &slot_of_row]);
-    let (rows, route) = model.exchange.dispatch(ctx, rows, &offsets, d);
+    let slot_of_row = Arc::new(slot_of_row);
+    let stay = if gemm_grouped::gathers(&ctx.device) { model.exchange.stay(&offsets) } else { None };
+    let gathered = stay.is_some();
+    let (rows, route) = match stay {
+        Some(route) => (tokens(model, x, &slot_of_row), route),
+        None => {
+            let rows = gather(ctx, model, x, [&row_of_slot, &slot_of_row]);
+            let (rows, route) = model.exchange.dispatch(ctx, rows, &offsets, d);
+            (ExpertRows::Sorted(Arc::new(rows)), route)
+        }
+    };
     let gate = Gate {
         ids,
         scores,
@@ -160,12 +182,19 @@ fn route(
         weights,
         row_of_slot,
         slot_of_row,
+        gathered,
         offsets: Arc::new(offsets),
         route,
         d_scores,
         balance: balance.map(Arc::new),
     };
     (gate, rows)
+}
+
+/// Rows that products read from x `[n, D]`.
+fn tokens(model: &Model, x: &Shared, slot_of_row: &Shared) -> ExpertRows {
+    let (x, slot_of_row) = (x.clone(), slot_of_row.clone());
+    ExpertRows::Tokens { x, slot_of_row, top_k: model.config.num_experts_per_tok }
 }
 
 /// x `[n, D]` to rows `[n K, D]` sorted by expert; `plan` is row_of_slot and slot_of_row.
@@ -202,7 +231,7 @@ pub struct Gradient {
     /// `[n, D]`: of the normed stream through dense or shared MLP; None without shared experts.
     pub dx: Option<Buf>,
     /// Of the expert rows and their weights, on the experts' side.
-    pub experts: Option<ExpertGradient>,
+    pub experts: Option<InputGradient>,
 }
 
 /// To dh1 `[n, D]`; weight gradients go to `jobs`.

@@ -4,7 +4,7 @@
 use super::combine::ExpertGradient;
 use super::dispatch::{self, ExpertInput};
 use super::{linear, linear_backward};
-use crate::weight_grad::{Shared, WeightGrads};
+use crate::weight_grad::{ExpertRows, Shared, WeightGrads};
 use crate::{BlockIds, FeedForwardIds, MlpIds, Model, Params};
 use hadal_kernels::ops::{gemm_grouped, swiglu};
 use hadal_kernels::{Buf, Ctx, DType, View};
@@ -76,10 +76,16 @@ pub(crate) fn inner(ctx: &Ctx, model: &Model, params: &Params, ids: &BlockIds, i
     let routed = match (ids.feed_forward, input.rows) {
         (FeedForwardIds::Moe(moe), Some((x, offsets))) => {
             let w = params.weight(moe.experts.gate_up);
-            let mut gate_up = ctx.empty(x.dtype(), x.len() / w.cols * w.rows);
+            let (dtype, len) = x.shape();
+            let mut gate_up = ctx.empty(dtype, len / w.cols * w.rows);
             gemm_grouped::grouped(ctx, x.view(), offsets.view(), &w, gate_up.view_mut());
             let keep = model.recompute.stages_keep() || !model.alone();
-            Some(Routed { ids: moe.experts, x: keep.then_some(x), gate_up, offsets })
+            // What the dispatch stage keeps is enough for rows of tokens.
+            let x = match x {
+                ExpertRows::Sorted(x) if keep => Some(x),
+                _ => None,
+            };
+            Some(Routed { ids: moe.experts, x, gate_up, offsets })
         }
         _ => None,
     };
@@ -97,6 +103,15 @@ fn live(offsets: &Buf) -> View<'_> {
     offsets.view().slice(offsets.len() - 1..offsets.len())
 }
 
+/// Of the experts' inputs and of the routing weights, on the experts' side, by row.
+#[derive(Debug)]
+pub struct InputGradient {
+    /// `[cap, D]`.
+    pub rows: Buf,
+    /// f32 `[cap]`.
+    pub weights: Buf,
+}
+
 /// From the gradients of both outputs to those of both inputs: dx `[n, D]`, and by row of the experts that of their
 /// inputs and of the routing weights; weight gradients go to `jobs`.
 pub fn backward_input(
@@ -108,7 +123,7 @@ pub fn backward_input(
     dy: &Shared,
     experts: Option<ExpertGradient>,
     jobs: &mut WeightGrads<'_>,
-) -> (Option<Buf>, Option<ExpertGradient>) {
+) -> (Option<Buf>, Option<InputGradient>) {
     let dx = saved.every.map(|(ids, gate_up)| {
         let x = dispatched.x(ctx, params);
         every_backward(ctx, params, ids, gate_up, &x, dy, jobs)
@@ -116,14 +131,13 @@ pub fn backward_input(
     let experts = saved.routed.zip(experts).map(|(r, g)| {
         let Routed { ids, x, gate_up, offsets } = r;
         let (d_gate_up, weights) = experts_backward(ctx, params, ids, gate_up, &offsets, g, jobs);
-        let x = x.unwrap_or_else(|| dispatched.rows(ctx, model, params));
-        jobs.grouped(ids.gate_up, &offsets, &x, &d_gate_up);
-        let (dtype, len) = (x.dtype(), x.len());
-        drop(x);
+        let x = x.map_or_else(|| dispatched.rows(ctx, model, params), ExpertRows::Sorted);
+        let (dtype, len) = x.shape();
+        jobs.grouped(ids.gate_up, &offsets, x, ExpertRows::Sorted(d_gate_up.clone()));
         let mut rows = ctx.empty(dtype, len);
         let w = params.weight(ids.gate_up);
         gemm_grouped::grouped_backward_input(ctx, d_gate_up.view(), offsets.view(), &w, rows.view_mut());
-        ExpertGradient { rows, weights }
+        InputGradient { rows, weights }
     });
     (dx, experts)
 }
@@ -176,6 +190,6 @@ fn experts_backward(
     };
     swiglu::backward(ctx, b);
     // The outputs' gradients are not weighted; the activations that they meet in the weights' gradient now are.
-    jobs.grouped(ids.down, offsets, &Arc::new(d_act), &Arc::new(g.rows));
+    jobs.grouped(ids.down, offsets, ExpertRows::Sorted(Arc::new(d_act)), g.rows);
     (Arc::new(gate_up), d_weights)
 }
