@@ -13,7 +13,7 @@ pub enum Recompute {
     /// Nothing else: all that backward reads is kept.
     None,
     /// The set of the V3 report (3.2.3): outputs of RMSNorm, MLA's up-projections from its latents, SwiGLU's output; and
-    /// the experts' input rows, which are copies of rows that are there. Rows that came from other ranks are kept.
+    /// the experts' input rows where they are copies of rows that are there. Rows that came from other ranks are kept.
     #[default]
     Paper,
     /// Whole blocks, each from its input, with the experts that were chosen.

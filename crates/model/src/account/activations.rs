@@ -1,7 +1,7 @@
-//! Activations of a training step on one rank that holds the whole model, on the host's cores: what forward keeps, and the most that is held
-//! at any time until the step's last backward. The walk takes and gives back what the stages do, in their order;
-//! `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack for their
-//! time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
+//! Activations of a training step on one rank that holds the whole model, on the host's cores: what forward keeps, and
+//! the most that is held at any time until the step's last backward. The walk takes and gives back what the stages do, in
+//! their order; `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack
+//! for their time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
 
 use crate::stages::attention;
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};
@@ -120,7 +120,7 @@ struct Moe {
     offsets: usize,
     /// f32 `[S]`.
     balance: usize,
-    /// `[n K, D]`.
+    /// `[n K, D]`: the experts' outputs, and the gradient of their inputs; inputs are read where the tokens' rows lie.
     rows: usize,
     gate_up: usize,
 }
@@ -460,7 +460,7 @@ impl Walk<'_> {
             self.take(m.slots);
             self.experts(Direction::Weight, Rows::Gathered, [b.n, d, width]);
             self.give(m.gate_up / 2 + m.slots);
-            // The inputs again, or those that were kept; then their gradient.
+            // The tokens' rows again, or those that were kept; then the gradient of the experts' inputs.
             if b.every == 0 {
                 self.normed_again(b);
             }
