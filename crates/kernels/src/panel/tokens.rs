@@ -29,6 +29,11 @@ impl<'a> Tokens<'a> {
         let slot = self.slots[i] as u32;
         ((u128::from(slot) * u128::from(self.share)) >> 63) as usize
     }
+
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
 }
 
 #[cfg(test)]
