@@ -1,7 +1,18 @@
 //! Elementary functions as straight-line arithmetic, which LLVM turns into vector code inside a loop: a call into the
 //! C library per element would cost more than all else a softmax does.
 
-use crate::isa::fma;
+use crate::isa::{Lanes, fma};
+
+// The ends of the range in which e^x is a normal number; beyond them exponent arithmetic would wrap.
+const LOWEST: f32 = -87.336_54;
+const HIGHEST: f32 = 88.722_83;
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+// ln 2 in two parts, the first of 9 bits: its product with an integer below 2^9 is exact.
+const LN2_HIGH: f32 = 355.0 / 512.0;
+const LN2_LOW: f32 = -2.121_944_4e-4;
+// Of r^4, r^3, ... in P.
+const P: [f32; 5] = [1.393_403_5e-3, 8.369_464e-3, 4.166_647_5e-2, 1.666_651_3e-1, 0.5];
 
 /// e^x with an error below 1.5 units in the last place. Results below the smallest normal number are zero, those above
 /// the largest are infinite, and a NaN stays one. Multiplications and additions are never fused, so that the result has
@@ -14,23 +25,14 @@ pub(crate) fn exp(x: f32) -> f32 {
 /// As [`exp`], with multiply-adds that round once if `fused`: faster where they are instructions, in other bits.
 #[inline(always)]
 pub(crate) fn exp_fused(fused: bool, x: f32) -> f32 {
-    // The ends of the range in which e^x is a normal number; beyond them the exponent arithmetic below would wrap.
-    const LOWEST: f32 = -87.336_54;
-    const HIGHEST: f32 = 88.722_83;
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, the first of 9 bits: its product with an integer below 2^9 is exact.
-    const LN2_HIGH: f32 = 355.0 / 512.0;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-
     // x = n ln 2 + r with |r| <= ln(2) / 2.
     let shifted = fma(fused, x, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = fma(fused, n, -LN2_LOW, fma(fused, n, -LN2_HIGH, x));
     // e^r = 1 + r + r^2 P(r): P interpolates at nodes chosen so that the relative error stays below 4.1e-9.
-    let mut p = 1.393_403_5e-3;
-    for c in [8.369_464e-3, 4.166_647_5e-2, 1.666_651_3e-1, 0.5] {
-        p = fma(fused, p, r, c);
+    let mut p = P[0];
+    for c in &P[1..] {
+        p = fma(fused, p, r, *c);
     }
     let y = fma(fused, p, r * r, r) + 1.0;
     // Times 2^n: n moves into the exponent field, and what the shift pushes out is the rounding constant's.
@@ -41,6 +43,32 @@ pub(crate) fn exp_fused(fused: bool, x: f32) -> f32 {
         y
     } else {
         x + f32::INFINITY
+    }
+}
+
+/// [`exp_fused`] of vectors, in their level's bits, of all but positive infinity. In instructions by name: loops over
+/// arrays of a group's scores leave them in memory.
+///
+/// # Safety
+/// The caller is compiled for the level.
+#[inline(always)]
+pub(crate) unsafe fn exp_of<V: Lanes>(x: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let shifted = x.mul_add(V::splat(std::f32::consts::LOG2_E), V::splat(ROUND));
+        let n = shifted.sub(V::splat(ROUND));
+        let r = n.mul_add(V::splat(-LN2_LOW), n.mul_add(V::splat(-LN2_HIGH), x));
+        let mut p = V::splat(P[0]);
+        for c in &P[1..] {
+            p = p.mul_add(r, V::splat(*c));
+        }
+        let y = p.mul_add(r.mul(r), r).add(V::splat(1.0));
+        let y = if V::SCALES {
+            y.scale(n)
+        } else {
+            V::splat(HIGHEST.next_up()).greater(x, y.raise(shifted), x.add(V::splat(f32::INFINITY)))
+        };
+        V::splat(LOWEST).greater(x, V::splat(0.0), y)
     }
 }
 
@@ -95,7 +123,7 @@ pub(crate) fn sin_cos(x: f64) -> (f64, f64) {
 
 #[cfg(test)]
 mod tests {
-    use super::{exp, exp_fused, sigmoid, sin_cos};
+    use super::{exp, exp_fused, exp_of, sigmoid, sin_cos};
     use crate::Isa;
     use crate::isa::{Job, Lanes, vectorised};
     use crate::testing::isas;
@@ -128,6 +156,34 @@ mod tests {
             for ((x, y), z) in x.iter().zip(&y).zip(&z) {
                 assert_eq!(black_box(exp(black_box(*x))).to_bits(), y.to_bits(), "{isa:?} {x}");
                 assert_eq!(exp_fused(fused, *x).to_bits(), z.to_bits(), "{isa:?} {x}");
+            }
+        }
+    }
+
+    struct ExpOf<'a>(&'a mut [f32]);
+
+    impl Job for ExpOf<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            for some in self.0.chunks_exact_mut(V::N) {
+                // SAFETY: compiled for the level; a vector is read and written.
+                unsafe { exp_of(V::load(some.as_ptr())).store(some.as_mut_ptr()) }
+            }
+        }
+    }
+
+    /// Vectors give the bits of single calls, beyond the normal range too.
+    #[test]
+    fn exp_of_vectors_has_the_same_bits() {
+        let mut x: Vec<f32> = (0..200_000).map(|i| -100.0 + 1e-3 * i as f32).collect();
+        x.extend([-87.336_54_f32, 88.722_83].iter().flat_map(|x| [*x, x.next_up(), x.next_down(), 0.0]));
+        x.extend([f32::NEG_INFINITY, -3e38, -1e30, -1e4, -0.0, 1e-30, 200.0, f32::NAN]);
+        for isa in isas() {
+            let (mut y, mut z, mut fused) = (x.clone(), x.clone(), false);
+            isa.run(ExpAll(&mut y, &mut fused));
+            isa.run(ExpOf(&mut z));
+            for ((x, y), z) in x.iter().zip(&y).zip(&z) {
+                assert!(y.to_bits() == z.to_bits() || y.is_nan() && z.is_nan(), "{isa:?} {x}: {y}, {z}");
             }
         }
     }

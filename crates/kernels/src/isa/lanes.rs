@@ -2,6 +2,10 @@
 
 use super::Level;
 
+mod four;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86;
+
 /// A vector of f32 of one level.
 ///
 /// # Safety
@@ -29,11 +33,35 @@ pub(crate) unsafe trait Lanes: Copy {
     }
     /// self * b + c.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn sub(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
+    /// Where self > b, self, elsewhere b.
+    unsafe fn max(self, b: Self) -> Self;
+    /// Where self > b, x, elsewhere y.
+    unsafe fn greater(self, b: Self, x: Self, y: Self) -> Self;
+    /// The bits of n, shifted into the exponent's field, are added to those of self.
+    unsafe fn raise(self, n: Self) -> Self;
+    /// Whether there is [`Lanes::scale`].
+    const SCALES: bool = false;
+    /// self times 2^n.
+    unsafe fn scale(self, _n: Self) -> Self {
+        unreachable!("asked for only where SCALES says so")
+    }
     /// Whether there is [`Lanes::dot`].
     const PAIRS: bool = false;
     /// With each lane of self and b holding two bf16: c plus the products of both, the second's (in the high half)
     /// added first, each addition rounded.
     unsafe fn dot(self, _b: Self, _c: Self) -> Self {
+        unreachable!("asked for only where PAIRS says so")
+    }
+    /// With [`Lanes::PAIRS`]: both rounded to bf16 (subnormal numbers to zero, which is what `dot` takes them for), those of
+    /// self in the low halves.
+    unsafe fn paired(self, _high: Self) -> Self {
+        unreachable!("asked for only where PAIRS says so")
+    }
+    /// With [`Lanes::PAIRS`]: rounded likewise, first self's lanes in their order, then those of next.
+    unsafe fn joined(self, _next: Self) -> Self {
         unreachable!("asked for only where PAIRS says so")
     }
     /// Whether there are [`Lanes::turned`] and [`Lanes::halves`].
@@ -93,279 +121,126 @@ unsafe impl Lanes for Portable {
         // SAFETY: part of the build's target.
         Self(unsafe { four::mul_add(self.0, b.0, c.0) })
     }
-}
-
-// Intrinsics, because arrays of four are taken apart into scalars when many of them should stay in registers.
-
-/// SSE2.
-#[cfg(target_arch = "x86_64")]
-mod four {
-    pub use std::arch::x86_64::{
-        __m128 as Four, _mm_add_ps, _mm_loadu_ps as load, _mm_mul_ps, _mm_set1_ps as splat, _mm_storeu_ps as store,
-    };
-    pub const FMA: bool = false;
     #[inline(always)]
-    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
-        // SAFETY: SSE2 is part of x86-64.
-        unsafe { _mm_add_ps(_mm_mul_ps(a, b), c) }
-    }
-}
-
-/// NEON.
-#[cfg(target_arch = "aarch64")]
-mod four {
-    pub use std::arch::aarch64::{
-        float32x4_t as Four, vdupq_n_f32 as splat, vfmaq_f32, vld1q_f32 as load, vst1q_f32 as store,
-    };
-    pub const FMA: bool = true;
-    #[inline(always)]
-    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
-        // SAFETY: NEON is part of aarch64.
-        unsafe { vfmaq_f32(c, a, b) }
-    }
-}
-
-/// Whatever there is.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-mod four {
-    pub type Four = [f32; 4];
-    pub const FMA: bool = false;
-    #[inline(always)]
-    pub unsafe fn splat(x: f32) -> Four {
-        [x; 4]
+    unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: as above, here and below.
+        Self(unsafe { four::add(self.0, b.0) })
     }
     #[inline(always)]
-    pub unsafe fn load(p: *const f32) -> Four {
-        // SAFETY: the caller vouches for four elements.
-        unsafe { p.cast::<Four>().read_unaligned() }
+    unsafe fn sub(self, b: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { four::sub(self.0, b.0) })
     }
     #[inline(always)]
-    pub unsafe fn store(p: *mut f32, x: Four) {
-        // SAFETY: the caller vouches for four elements.
-        unsafe { p.cast::<Four>().write_unaligned(x) }
+    unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { four::mul(self.0, b.0) })
     }
     #[inline(always)]
-    pub unsafe fn mul_add(a: Four, b: Four, c: Four) -> Four {
-        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    unsafe fn max(self, b: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { four::greater(self.0, b.0, self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn greater(self, b: Self, x: Self, y: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { four::greater(self.0, b.0, x.0, y.0) })
+    }
+    #[inline(always)]
+    unsafe fn raise(self, n: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { four::raise(self.0, n.0) })
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(super) mod x86 {
-    use super::{Job, Lanes, Level, TURNED};
-    use std::arch::x86_64::*;
+#[cfg(test)]
+mod tests {
+    use super::{Job, Lanes};
+    use crate::testing::isas;
+    use crate::{Elem, bf16};
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub fn run_avx512<J: Job>(job: J) {
-        job.run::<Avx512>();
-    }
+    /// What every operation makes of two vectors.
+    struct Each<'a>([&'a [f32]; 2], &'a mut Vec<[f32; 7]>);
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    pub fn run_avx512bf16<J: Job>(job: J) {
-        job.run::<Avx512Bf16>();
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub fn run_avx2<J: Job>(job: J) {
-        job.run::<Avx2>();
-    }
-
-    #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
-
-    // SAFETY: reached only through functions compiled for AVX-512, `run_avx512` and `run_avx512bf16`.
-    unsafe impl Lanes for Avx512 {
-        const LEVEL: Level = Level::Avx512;
-        const N: usize = 16;
-        const FMA: bool = true;
+    impl Job for Each<'_> {
         #[inline(always)]
-        unsafe fn splat(x: f32) -> Self {
-            // SAFETY: the caller is compiled for AVX512F.
-            Self(unsafe { _mm512_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self {
-            // SAFETY: as above, and the caller vouches for 16 elements.
-            Self(unsafe { _mm512_loadu_ps(p) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, p: *mut f32) {
-            // SAFETY: as above, and the caller vouches for 16 elements.
-            unsafe { _mm512_storeu_ps(p, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn stream(self, p: *mut f32) {
-            // SAFETY: as above, in a line of their own.
-            unsafe { _mm512_stream_ps(p, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: the caller is compiled for AVX512F.
-            Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
-        }
-        const TURNS: bool = true;
-        /// Rows are read to vectors in pairs, so that three rounds of merging do what takes four for whole rows.
-        #[inline(always)]
-        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
-            // SAFETY: the caller is compiled for AVX512F, and vouches for 32 bytes of 16 rows.
-            unsafe {
-                let mut x = [_mm512_setzero_si512(); 8];
-                for (i, x) in x.iter_mut().enumerate() {
-                    // Row i of the first or the last eight, and the row four later.
-                    let row = rows.add((i / 4 * 8 + i % 4) * apart);
-                    let half = |row: *const u8| _mm256_loadu_si256(row.cast());
-                    *x = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(row)), half(row.add(4 * apart)));
+        fn run<V: Lanes>(self) {
+            let [a, b] = self.0;
+            let mut out = [[0.0; 16]; 7];
+            for i in (0..a.len()).step_by(V::N) {
+                // SAFETY: compiled for the level; both have whole vectors, and no vector is longer than 16.
+                unsafe {
+                    let (x, y) = (V::load(a[i..].as_ptr()), V::load(b[i..].as_ptr()));
+                    let all = [
+                        x.add(y),
+                        x.sub(y),
+                        x.mul(y),
+                        x.max(y),
+                        x.greater(y, y, x),
+                        V::splat(1.5).raise(y),
+                        if V::SCALES { x.scale(y) } else { x },
+                    ];
+                    all.into_iter().zip(&mut out).for_each(|(x, out)| x.store(out.as_mut_ptr()));
                 }
-                let mut y = [_mm512_setzero_si512(); 8];
-                for (x, y) in x.chunks_exact(4).zip(y.chunks_exact_mut(4)) {
-                    let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-                    let (c, d) = (_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-                    y[0] = _mm512_unpacklo_epi64(a, c);
-                    y[1] = _mm512_unpackhi_epi64(a, c);
-                    y[2] = _mm512_unpacklo_epi64(b, d);
-                    y[3] = _mm512_unpackhi_epi64(b, d);
-                }
-                // Quarters of y[i]: word i of rows 0 to 3, word 4 + i of them, then the same of rows 4 to 7.
-                let mut words = [Self(_mm512_setzero_ps()); TURNED];
-                for i in 0..4 {
-                    let (first, last) = (_mm512_castsi512_ps(y[i]), _mm512_castsi512_ps(y[4 + i]));
-                    words[i].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(first, last);
-                    words[4 + i].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(first, last);
-                }
-                words
-            }
-        }
-        #[inline(always)]
-        unsafe fn halves(self) -> [Self; 2] {
-            // SAFETY: the caller is compiled for AVX512F.
-            unsafe {
-                let words = _mm512_castps_si512(self.0);
-                let high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-                [_mm512_slli_epi32::<16>(words), high].map(|x| Self(_mm512_castsi512_ps(x)))
+                self.1.extend((0..V::N).map(|lane| out.map(|out| out[lane])));
             }
         }
     }
 
-    /// [`Avx512`] on a CPU that also multiplies pairs of bf16.
-    #[derive(Clone, Copy)]
-    pub struct Avx512Bf16(Avx512);
-
-    // SAFETY: reached only through `run_avx512bf16`.
-    unsafe impl Lanes for Avx512Bf16 {
-        const LEVEL: Level = Level::Avx512Bf16;
-        const N: usize = 16;
-        const FMA: bool = true;
-        const PAIRS: bool = true;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> Self {
-            // SAFETY: passed on from the caller, here and below.
-            Self(unsafe { Avx512::splat(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self {
-            // SAFETY: as above.
-            Self(unsafe { Avx512::load(p) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, p: *mut f32) {
-            // SAFETY: as above.
-            unsafe { self.0.store(p) }
-        }
-        #[inline(always)]
-        unsafe fn stream(self, p: *mut f32) {
-            // SAFETY: as above.
-            unsafe { self.0.stream(p) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: as above.
-            Self(unsafe { self.0.mul_add(b.0, c.0) })
-        }
-        #[inline(always)]
-        unsafe fn dot(self, b: Self, c: Self) -> Self {
-            // SAFETY: the caller is compiled for AVX512-BF16; the casts only name the bits anew.
-            let pairs = |x: Avx512| unsafe { std::mem::transmute::<__m512, __m512bh>(x.0) };
-            // SAFETY: as above.
-            Self(Avx512(unsafe { _mm512_dpbf16_ps(c.0.0, pairs(self.0), pairs(b.0)) }))
-        }
-        const TURNS: bool = true;
-        #[inline(always)]
-        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
-            // SAFETY: as above.
-            unsafe { Avx512::turned(rows, apart) }.map(Self)
-        }
-        #[inline(always)]
-        unsafe fn halves(self) -> [Self; 2] {
-            // SAFETY: as above.
-            unsafe { self.0.halves() }.map(Self)
-        }
-    }
-
-    /// AMD's vdpbf16ps does twice the work of an f32 multiply-add in the same time; Intel's before AMX does less.
-    pub fn is_amd() -> bool {
-        let v = __cpuid(0);
-        let name = [v.ebx, v.edx, v.ecx].map(u32::to_le_bytes);
-        name.as_flattened() == b"AuthenticAMD"
-    }
-
-    #[derive(Clone, Copy)]
-    pub struct Avx2(__m256);
-
-    // SAFETY: reached only through `run_avx2`.
-    unsafe impl Lanes for Avx2 {
-        const LEVEL: Level = Level::Avx2;
-        const N: usize = 8;
-        const FMA: bool = true;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> Self {
-            // SAFETY: the caller is compiled for AVX2.
-            Self(unsafe { _mm256_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self {
-            // SAFETY: as above, and the caller vouches for 8 elements.
-            Self(unsafe { _mm256_loadu_ps(p) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, p: *mut f32) {
-            // SAFETY: as above, and the caller vouches for 8 elements.
-            unsafe { _mm256_storeu_ps(p, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: the caller is compiled for FMA.
-            Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
-        }
-        const TURNS: bool = true;
-        /// As for AVX-512, of eight rows: two rounds are left.
-        #[inline(always)]
-        unsafe fn turned(rows: *const u8, apart: usize) -> [Self; TURNED] {
-            // SAFETY: the caller is compiled for AVX2, and vouches for 32 bytes of 8 rows.
-            unsafe {
-                let mut words = [Self(_mm256_setzero_ps()); TURNED];
-                for (half, words) in words.chunks_exact_mut(4).enumerate() {
-                    let mut x = [_mm256_setzero_si256(); 4];
-                    for (i, x) in x.iter_mut().enumerate() {
-                        let of = |row: usize| _mm_loadu_si128(rows.add(row * apart + 16 * half).cast());
-                        *x = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(of(i)), of(i + 4));
-                    }
-                    let (a, b) = (_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
-                    let (c, d) = (_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
-                    words[0].0 = _mm256_castsi256_ps(_mm256_unpacklo_epi64(a, c));
-                    words[1].0 = _mm256_castsi256_ps(_mm256_unpackhi_epi64(a, c));
-                    words[2].0 = _mm256_castsi256_ps(_mm256_unpacklo_epi64(b, d));
-                    words[3].0 = _mm256_castsi256_ps(_mm256_unpackhi_epi64(b, d));
-                }
-                words
+    #[test]
+    fn operations_are_those_of_scalars() {
+        let a: Vec<f32> = (0..64).map(|i| (i as f32 - 30.0) * 0.375).collect();
+        let mut b: Vec<f32> = (0..64).map(|i| ((i * 37 % 64) as f32 - 32.0).trunc()).collect();
+        b[5] = f32::NEG_INFINITY;
+        for isa in isas() {
+            let mut found = Vec::new();
+            isa.run(Each([&a, &b], &mut found));
+            for ((&x, &y), found) in a.iter().zip(&b).zip(found) {
+                let raised = f32::from_bits(1.5f32.to_bits().wrapping_add(y.to_bits() << 23));
+                let (larger, smaller) = if x > y { (x, y) } else { (y, x) };
+                let expected = [x + y, x - y, x * y, larger, smaller, raised];
+                assert_eq!(
+                    found[..6].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                    expected.map(f32::to_bits),
+                    "{isa:?}"
+                );
+                assert!(found[6] == x || found[6] == x * y.exp2(), "{isa:?} {x} times 2^{y}: {}", found[6]);
             }
         }
+    }
+
+    /// Cells of the rounded elements of two rows, side by side and one after the other.
+    struct Pairs<'a>([&'a [f32; 32]; 2], &'a mut Vec<[bf16; 32]>);
+
+    impl Job for Pairs<'_> {
         #[inline(always)]
-        unsafe fn halves(self) -> [Self; 2] {
-            // SAFETY: the caller is compiled for AVX2.
+        fn run<V: Lanes>(self) {
+            if !V::PAIRS {
+                return;
+            }
+            let [a, b] = self.0;
+            let mut out = [[bf16::ZERO; 32]; 2];
+            // SAFETY: compiled for the level, whose vectors have 16 lanes.
             unsafe {
-                let words = _mm256_castps_si256(self.0);
-                let high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
-                [_mm256_slli_epi32::<16>(words), high].map(|x| Self(_mm256_castsi256_ps(x)))
+                let (x, y) = (V::load(a.as_ptr()), V::load(b.as_ptr()));
+                x.paired(y).store(out[0].as_mut_ptr().cast());
+                x.joined(y).store(out[1].as_mut_ptr().cast());
+            }
+            self.1.extend(out);
+        }
+    }
+
+    #[test]
+    fn pairs_are_rounded() {
+        let a: [f32; 32] = std::array::from_fn(|i| 1.0 + i as f32 * 0.001_3);
+        let b: [f32; 32] = std::array::from_fn(|i| -3.0 - i as f32 * 0.004_7);
+        for isa in isas() {
+            let mut found = Vec::new();
+            isa.run(Pairs([&a, &b], &mut found));
+            if let [paired, joined] = &found[..] {
+                let of = |from: &[f32; 32], i: usize| <bf16 as Elem>::round(from[i]);
+                assert_eq!(*paired, std::array::from_fn(|i| of(if i % 2 == 0 { &a } else { &b }, i / 2)), "{isa:?}");
+                assert_eq!(*joined, std::array::from_fn(|i| of(if i < 16 { &a } else { &b }, i % 16)), "{isa:?}");
             }
         }
     }

@@ -186,6 +186,21 @@ pub(crate) fn prefetch_line_to_write(at: *const u8) {
 #[inline(always)]
 pub(crate) fn interleave<const N: usize>(isa: Isa, low: Option<&[bf16; N]>, high: &[bf16; N], to: &mut [u32; N]) {
     #[cfg(target_arch = "x86_64")]
+    if isa.level() >= Level::Avx512 && N == 32 {
+        let to = to.as_mut_ptr();
+        // SAFETY: an Isa is a level that this CPU has; all arrays have 32 elements.
+        unsafe {
+            match low {
+                Some(low) => x86::pair_rows([low.as_ptr().cast(), high.as_ptr().cast()], to, to.add(16)),
+                None => {
+                    x86::interleave16(None, high.as_ptr().cast(), to);
+                    x86::interleave16(None, high.as_ptr().add(16).cast(), to.add(16));
+                }
+            }
+        }
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
     if isa.level() >= Level::Avx512 && N == 16 {
         // SAFETY: an Isa is a level that this CPU has; all arrays have 16 elements.
         return unsafe { x86::interleave16(low.map(|x| x.as_ptr().cast()), high.as_ptr().cast(), to.as_mut_ptr()) };
@@ -516,6 +531,14 @@ mod tests {
         let (low, high): ([bf16; 16], [bf16; 16]) = (std::array::from_fn(half), std::array::from_fn(|i| half(i + 16)));
         for isa in isas() {
             let mut words = [0; 16];
+            interleave(isa, Some(&low), &high, &mut words);
+            let expected = |i: usize| u32::from(low[i].to_bits()) | u32::from(high[i].to_bits()) << 16;
+            assert_eq!(words, std::array::from_fn(expected), "{isa:?}");
+            interleave(isa, None, &high, &mut words);
+            assert_eq!(words, std::array::from_fn(|i| u32::from(high[i].to_bits()) << 16), "{isa:?}");
+            let (low, high): ([bf16; 32], [bf16; 32]) =
+                (std::array::from_fn(half), std::array::from_fn(|i| half(i + 32)));
+            let mut words = [0; 32];
             interleave(isa, Some(&low), &high, &mut words);
             let expected = |i: usize| u32::from(low[i].to_bits()) | u32::from(high[i].to_bits()) << 16;
             assert_eq!(words, std::array::from_fn(expected), "{isa:?}");
