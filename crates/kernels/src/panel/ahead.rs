@@ -31,8 +31,23 @@ impl<'a> Lines<'a> {
     /// All in about `steps` steps.
     fn new(row: *const u8, (rows, apart): (usize, usize), len: usize, steps: usize) -> Self {
         let lines = rows * len.div_ceil(LINE);
+        Self::each(row, (rows, apart), len, lines.div_ceil(steps.max(1)))
+    }
+
+    /// So many lines in a step.
+    fn each(row: *const u8, (rows, apart): (usize, usize), len: usize, each: usize) -> Self {
         let rows = if len == 0 { 0 } else { rows };
-        Self { row, len, apart, tokens: None, rows, next: 0, each: lines.div_ceil(steps.max(1)) }
+        Self { row, len, apart, tokens: None, rows, next: 0, each }
+    }
+
+    /// `rows` rows of `width` elements, `apart` elements from one to the next, `each` lines in a step.
+    pub fn of_rows<T>(at: *const T, (rows, apart): (usize, usize), width: usize, each: usize) -> Self {
+        Self::each(at.cast(), (rows, apart * size_of::<T>()), width * size_of::<T>(), each)
+    }
+
+    /// Whether all were asked for.
+    pub fn done(&self) -> bool {
+        self.rows == 0
     }
 
     /// A part of an operand.

@@ -243,18 +243,29 @@ vectorised! {
         for c0 in (0..p.cells).step_by(TOGETHER) {
             let (steps, starts) = (steps::<S>(src, &op, &p, c0), starts::<S>(src, &op, &p, c0 + TOGETHER));
             let whole = Whole::of::<S>(&steps, &p, c0);
-            for l in (0..p.count.next_multiple_of(width)).step_by(SQUARE) {
+            // A whole group of the widest level takes fewer instructions than two halves.
+            let step = if width.is_multiple_of(2 * SQUARE) { 2 * SQUARE } else { SQUARE };
+            for l in (0..p.count.next_multiple_of(width)).step_by(step) {
                 let group = &mut dst[l / width * stride + l % width..];
                 if l % width == 0 {
                     ask_across::<S, { 2 * SQUARE }>(&starts, l);
                 }
-                if let Some(whole) = &whole && whole.write::<S, SQUARE>(isa, l, width, &mut group[c0 * width..]) {
+                let to = &mut group[c0 * width..];
+                if let Some(whole) = &whole && match step {
+                    SQUARE => whole.write::<S, SQUARE>(isa, l, width, to),
+                    _ => whole.write::<S, { 2 * SQUARE }>(isa, l, width, to),
+                } {
                     continue;
                 }
                 for (c, steps) in (c0..p.cells).zip(&steps) {
                     let [first, next] = steps.map(|x| from(x, l));
-                    let to = group[c * width..].first_chunk_mut().expect("room for whole groups");
-                    across::<S, SQUARE>(isa, first, next, to);
+                    let to = &mut group[c * width..];
+                    if step == SQUARE {
+                        across::<S, SQUARE>(isa, first, next, to.first_chunk_mut().expect("room for whole groups"));
+                    } else {
+                        let to = to.first_chunk_mut().expect("room for whole groups");
+                        across::<S, { 2 * SQUARE }>(isa, first, next, to);
+                    }
                 }
             }
         }
