@@ -5,12 +5,15 @@
 //! whole sequence stay in f32 until the end; the rope part of dK goes to a plane per head, and the planes are summed
 //! in head order afterwards.
 
-use super::cpu::{Disjoint, QueryTile, query_tiles};
-use super::panels::{Panels, by_element, by_token, gather_keys, room, round_scaled, turn, values_at};
-use super::tile::{self, TILE, cut};
-use super::{Backward, Problem, Shape};
-use crate::isa::{Isa, Job, Lanes, fma, vectorised};
-use crate::math::exp_fused;
+use super::backward_tiles::{CACHED, KEYS, Sizes, Tiles};
+use super::cpu::Disjoint;
+use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gather, gathered, store};
+use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
+use super::tile;
+use super::weigh::Gradients;
+use super::{Backward, Problem};
+use crate::isa::{Isa, SQUARE, transpose, vectorised};
+use crate::panel::Rows;
 use crate::{Cpu, Elem, View};
 
 /// Keys per task of the sum over heads.
@@ -77,249 +80,247 @@ struct Task<'a, T> {
     pe: &'a Disjoint<'a, f32>,
 }
 
-/// Sizes of a task's scratch.
-#[derive(Clone, Copy)]
-struct Sizes {
-    /// P + R, and room for it.
-    d: usize,
-    dp: usize,
-    /// W, and room for it.
-    w: usize,
-    wp: usize,
-    /// Room for the sequence's keys.
-    keys: usize,
-}
-
-impl Sizes {
-    fn new(s: &Shape, keys: usize) -> Self {
-        let d = s.nope + s.rope;
-        Self { d, dp: room(d), w: s.v, wp: room(s.v), keys: keys.next_multiple_of(TILE) }
-    }
-
-    /// Words of the largest panel of rows.
-    fn rows(&self, p: &Panels) -> usize {
-        let by_token = p.rows_len(TILE, self.d).max(p.rows_len(TILE, self.w)).max(p.rows_len(TILE, TILE));
-        by_token.max(p.rows_len(self.d, TILE))
-    }
-
-    /// Words of all the scratch.
-    fn all(&self, p: &Panels) -> usize {
-        let Self { d, dp, w, wp, keys } = *self;
-        let queries = p.lanes_len(TILE, d) + p.lanes_len(TILE, w);
-        let elements = p.lanes_len(dp, TILE) + p.lanes_len(wp, TILE) + p.lanes_len(TILE, TILE);
-        queries + elements + self.rows(p) + keys * (dp + wp) + TILE * (2 * TILE + 2 * dp)
-    }
-}
-
-/// Bytes of what grows with the sequence.
-pub fn bytes_of_keys(s: &Shape, keys: usize) -> usize {
-    let Sizes { dp, wp, keys, .. } = Sizes::new(s, keys);
-    keys * (dp + wp) * size_of::<f32>()
-}
-
-/// The panels and tiles of a task.
-struct Tiles<'a> {
-    /// Lanes: queries; k: elements.
-    query: &'a mut [u32],
-    dout: &'a mut [u32],
-    /// Lanes: elements; k: queries.
-    query_t: &'a mut [u32],
-    dout_t: &'a mut [u32],
-    /// Lanes: queries; k: keys.
-    ds_lanes: &'a mut [u32],
-    /// Rows of whatever is multiplied next.
-    rows: &'a mut [u32],
-    /// `[keys][queries]`: scores, then probabilities.
-    p: &'a mut [f32],
-    /// `[keys][queries]`: gradients of the probabilities, then of the scores.
-    ds: &'a mut [f32],
-    /// `[elements][queries]`.
-    dq: &'a mut [f32],
-    /// `[queries][elements]`.
-    turned: &'a mut [f32],
-    /// Log-sum-exp of each query.
-    lse: [f32; TILE],
-    /// rowsum(dout * out) of each query.
-    d: [f32; TILE],
-}
-
 impl<T: Elem> Task<'_, T> {
     fn keys(&self) -> std::ops::Range<usize> {
         self.x.cu_k[self.seq] as usize..self.x.cu_k[self.seq + 1] as usize
     }
 
     fn run(&self) {
-        let sizes = Sizes::new(&self.x.shape, self.keys().len());
-        tile::with_scratch(sizes.all(&self.panels), |scratch| self.walk(sizes, scratch));
+        let queries = self.x.cu_q[self.seq + 1] - self.x.cu_q[self.seq];
+        let sizes = Sizes::new(&self.x.shape, &self.panels, queries as usize, self.keys().len());
+        let len = Tiles::lens(&sizes, &self.panels).iter().sum();
+        tile::with_scratch(len, |scratch| self.walk(sizes, Tiles::new(&sizes, &self.panels, scratch)));
     }
 
-    fn walk(&self, sizes: Sizes, mut scratch: &mut [f32]) {
-        let (p, Sizes { d, dp, w, wp, keys }) = (&self.panels, sizes);
-        let scratch = &mut scratch;
-        let dk = cut(scratch, keys * dp);
-        let dv = cut(scratch, keys * wp);
-        dk.fill(0.0);
-        dv.fill(0.0);
-        let mut tiles = Tiles {
-            query: bytemuck::cast_slice_mut(cut(scratch, p.lanes_len(TILE, d))),
-            dout: bytemuck::cast_slice_mut(cut(scratch, p.lanes_len(TILE, w))),
-            query_t: bytemuck::cast_slice_mut(cut(scratch, p.lanes_len(dp, TILE))),
-            dout_t: bytemuck::cast_slice_mut(cut(scratch, p.lanes_len(wp, TILE))),
-            ds_lanes: bytemuck::cast_slice_mut(cut(scratch, p.lanes_len(TILE, TILE))),
-            rows: bytemuck::cast_slice_mut(cut(scratch, sizes.rows(p))),
-            p: cut(scratch, TILE * TILE),
-            ds: cut(scratch, TILE * TILE),
-            dq: cut(scratch, TILE * dp),
-            turned: cut(scratch, TILE * dp),
-            lse: [0.0; TILE],
-            d: [0.0; TILE],
-        };
-        let mut keys = vec![T::round(0.0); TILE * d];
-        for t in query_tiles(self.x, self.seq) {
+    fn walk(&self, sizes: Sizes, mut tiles: Tiles<'_>) {
+        tiles.dk.fill(0.0);
+        tiles.dv.fill(0.0);
+        let ahead = &mut Ahead::new();
+        for t in query_tiles(self.x, self.seq, sizes.queries) {
             self.load_queries(t, sizes, &mut tiles);
-            for base in (0..t.keys).step_by(TILE) {
-                let nk = (t.keys - base).min(TILE);
-                gather_keys(self.x, self.head, t.k + base, nk, &mut keys);
-                self.score_gradients(t, base, (&keys, nk), &mut tiles);
-                self.accumulate(t, (&keys, nk), sizes, &mut tiles, &mut dk[base * dp..], &mut dv[base * wp..]);
+            self.ask_after(t, sizes, ahead);
+            for base in (0..t.keys).step_by(KEYS) {
+                let nk = (t.keys - base).min(KEYS);
+                self.load_keys(Keys { h: self.head, at: t.k + base, n: nk }, sizes, &mut tiles);
+                self.ask_sums(base, nk, sizes, &tiles, ahead);
+                let mut seen = [Seen::default(); QUERIES / LEAST_GROUP];
+                let seen = &mut seen[..t.nq.div_ceil(self.panels.group)];
+                for (g, seen) in seen.iter_mut().enumerate() {
+                    *seen = t.seen(g, self.panels.group, base, nk);
+                    if seen.keys > 0 {
+                        self.score_gradients(g, *seen, sizes, &mut tiles, ahead);
+                    }
+                }
+                ahead.keys::<T>(self.x, Keys { h: self.head, at: t.k + base + nk, n: (t.keys - base - nk).min(KEYS) });
+                self.accumulate_keys(base, seen, sizes, &mut tiles, ahead);
+                self.accumulate_queries(t, nk, seen, sizes, &mut tiles, ahead);
             }
-            turn(p.isa, tiles.dq, d, tiles.turned);
-            self.store_queries(t, tiles.turned);
+            self.store_queries(t, sizes, tiles.dq);
         }
-        self.store_keys(dk, dv);
+        self.store_keys(sizes, tiles.dk, tiles.dv);
+    }
+
+    /// Asks for what comes after a tile: its gradients' rows, the next tile, or the next head's first.
+    fn ask_after(&self, t: QueryTile, z: Sizes, ahead: &mut Ahead) {
+        let heads = self.x.shape.heads;
+        ahead.rows(self.dq.at((t.q * heads + self.head) * z.d), (t.nq, heads * z.d), z.d);
+        let queries = self.x.cu_q[self.seq] as usize..self.x.cu_q[self.seq + 1] as usize;
+        let (mut h, mut at) = (self.head, t.q + t.nq);
+        if at == queries.end {
+            let s = &self.x.shape;
+            let up = s.nope + s.v;
+            ahead.rows(self.dkv_up.at((t.k * heads + h) * up), (z.keys, heads * up), up);
+            // This core's next task, mostly.
+            (h, at) = (h + 1, queries.start);
+            if h == heads {
+                return;
+            }
+            ahead.keys::<T>(self.x, Keys { h, at: t.k, n: self.keys().len().min(KEYS) });
+        }
+        for (data, width) in [(self.x.q, z.d), (self.dout, z.w), (self.out, z.w)] {
+            ahead.tokens::<T>(data, (at, h, heads), (queries.end - at).min(z.queries), width);
+        }
+    }
+
+    /// Asks for the sums of some keys, if they may have left the second-level cache.
+    fn ask_sums(&self, base: usize, nk: usize, z: Sizes, tiles: &Tiles<'_>, ahead: &mut Ahead) {
+        if z.sums() * size_of::<f32>() <= CACHED {
+            return;
+        }
+        let group = self.panels.group;
+        for (sums, width) in [(&tiles.dv, z.w), (&tiles.dk, z.d)] {
+            ahead.rows(sums[base * group..].as_ptr(), (width.div_ceil(group), z.keys * group), nk * group);
+        }
     }
 
     /// Queries and output gradients of one tile, both ways round, and what the softmax's gradient needs of them.
-    fn load_queries(&self, t: QueryTile, Sizes { d, dp, w, wp, .. }: Sizes, tiles: &mut Tiles<'_>) {
-        let (p, heads) = (&self.panels, self.x.shape.heads);
+    fn load_queries(&self, t: QueryTile, z: Sizes, tiles: &mut Tiles<'_>) {
+        let (p, heads, Sizes { d, d_cells, w, w_cells, .. }) = (&self.panels, self.x.shape.heads, z);
         let at = t.q * heads + self.head;
-        p.lanes(by_token(self.x.q, at * d, heads * d), t.nq, TILE, d, tiles.query);
-        p.lanes(by_token(self.dout, at * w, heads * w), t.nq, TILE, w, tiles.dout);
-        p.lanes(by_element(self.x.q, at * d, heads * d), d, dp, t.nq, tiles.query_t);
-        p.lanes(by_element(self.dout, at * w, heads * w), w, wp, t.nq, tiles.dout_t);
-        tiles.dq.fill(0.0);
-        let (out, dout) = (T::of(self.out), T::of(self.dout));
-        for q in 0..t.nq {
-            let at = at + q * heads;
-            tiles.d[q] = dot(p.isa, &out[at * w..][..w], &dout[at * w..][..w]);
-            tiles.lse[q] = self.lse[at];
+        let q_cells = p.cells(t.nq.next_multiple_of(p.group));
+        p.lanes(by_token(self.x.q, at * d, heads * d), t.nq, (d, d_cells), tiles.query);
+        p.lanes(by_token(self.dout, at * w, heads * w), t.nq, (w, w_cells), tiles.dout);
+        p.lanes(by_element(self.x.q, at * d, heads * d), d, (t.nq, q_cells), tiles.query_t);
+        p.lanes(by_element(self.dout, at * w, heads * w), w, (t.nq, q_cells), tiles.dout_t);
+        for sums in tiles.dq.chunks_exact_mut(z.queries * p.group) {
+            sums[..t.nq * p.group].fill(0.0);
+        }
+        dots(p.isa, T::of(self.out), T::of(self.dout), (at * w, heads * w, w), &mut tiles.d[..t.nq]);
+        for (q, lse) in tiles.lse[..t.nq].iter_mut().enumerate() {
+            *lse = self.lse[at + q * heads];
         }
     }
 
-    /// p = P and ds = dS of the tile that is loaded; both are exactly 0 where a query does not see a key.
-    fn score_gradients(&self, t: QueryTile, base: usize, (keys, nk): (&[T], usize), tiles: &mut Tiles<'_>) {
+    /// Keys, both ways round, and values.
+    fn load_keys(&self, which: Keys, z: Sizes, tiles: &mut Tiles<'_>) {
+        let p = &self.panels;
+        gather::<T>(p, self.x, which, tiles.keys, tiles.values);
+        p.lanes(gathered(p, tiles.keys, z.d_cells), z.d, (which.n, p.cells(which.n)), tiles.keys_t);
+    }
+
+    /// P and dS of a group of queries; both are exactly 0 where a query does not see a key.
+    fn score_gradients(&self, g: usize, seen: Seen, z: Sizes, tiles: &mut Tiles<'_>, ahead: &mut Ahead) {
         let (s, p) = (&self.x.shape, &self.panels);
-        let d = s.nope + s.rope;
-        p.rows(by_token(T::view(keys), 0, d), nk, d, tiles.rows);
-        p.multiply((tiles.query, TILE), (tiles.rows, nk), d, tiles.p, false);
-        let (at, ld) = values_at(s, self.head, t.k + base);
-        p.rows(by_token(self.x.kv_up, at, ld), nk, s.v, tiles.rows);
-        p.multiply((tiles.dout, TILE), (tiles.rows, nk), s.v, tiles.ds, false);
-        p.isa.run(ScoreGradients {
-            p: &mut tiles.p[..nk * TILE],
-            ds: &mut tiles.ds[..nk * TILE],
-            lse: &tiles.lse,
-            d: &tiles.d,
-            visible: &seen(t, base),
+        let at = g * p.group;
+        let keys = (&*tiles.keys, Rows::Along(z.d_cells));
+        p.multiply(&tiles.query[at * z.d_cells..], keys, (seen.keys, z.d_cells), tiles.scores, false, ahead);
+        let values = (&*tiles.values, Rows::Along(z.w_cells));
+        p.multiply(&tiles.dout[at * z.w_cells..], values, (seen.keys, z.w_cells), tiles.dp, false, ahead);
+        p.isa.run(Gradients {
+            scores: tiles.scores,
+            dp: tiles.dp,
+            lse: &tiles.lse[at..],
+            d: &tiles.d[at..],
             scale: s.scale,
+            seen,
+            pairs: p.pairs(),
+            apart: z.queries,
+            p: &mut tiles.p[p.cells(at)..],
+            ds: if p.pairs() { &mut tiles.ds[p.cells(at)..] } else { &mut [] },
+            ds_cells: &mut tiles.ds_cells[at..],
         });
     }
 
-    /// dV += P^T dout, dK += dS^T Q, dQ += dS K.
-    fn accumulate(
+    /// dV += P^T dout, dK += dS^T Q: keys that the same groups see, from the first of these groups on.
+    fn accumulate_keys(&self, base: usize, seen: &[Seen], z: Sizes, tiles: &mut Tiles<'_>, ahead: &mut Ahead) {
+        let p = &self.panels;
+        let (all, apart) = (p.cells(seen.len() * p.group), p.cells(z.queries));
+        let ds = if p.pairs() { &*tiles.ds } else { &*tiles.ds_cells };
+        let mut from = 0;
+        for (g, seen) in seen.iter().enumerate() {
+            let (first, to) = (p.cells(g * p.group), seen.keys);
+            let mut add = |lanes: &[u32], rows: &[u32], sums: &mut [f32]| {
+                let sums = sums.chunks_exact_mut(z.keys * p.group);
+                for (lanes, sums) in lanes.chunks_exact(all * p.group).zip(sums) {
+                    let (lanes, sums) = (&lanes[first * p.group..], &mut sums[(base + from) * p.group..]);
+                    let rows = (&rows[from * apart + first..], Rows::Along(apart));
+                    p.multiply(lanes, rows, (to - from, all - first), sums, true, ahead);
+                }
+            };
+            if from < to {
+                add(&tiles.dout_t[..z.w.next_multiple_of(p.group) * all], tiles.p, tiles.dv);
+                add(&tiles.query_t[..z.d.next_multiple_of(p.group) * all], ds, tiles.dk);
+                from = to;
+            }
+        }
+    }
+
+    /// dQ += dS K.
+    fn accumulate_queries(
         &self,
         t: QueryTile,
-        (keys, nk): (&[T], usize),
-        Sizes { d, dp, wp, .. }: Sizes,
+        nk: usize,
+        seen: &[Seen],
+        z: Sizes,
         tiles: &mut Tiles<'_>,
-        dk: &mut [f32],
-        dv: &mut [f32],
+        ahead: &mut Ahead,
     ) {
         let p = &self.panels;
-        p.rows(by_token(View::F32(tiles.p), 0, TILE), nk, t.nq, tiles.rows);
-        p.multiply((tiles.dout_t, wp), (tiles.rows, nk), t.nq, dv, true);
-        p.rows(by_token(View::F32(tiles.ds), 0, TILE), nk, t.nq, tiles.rows);
-        p.multiply((tiles.query_t, dp), (tiles.rows, nk), t.nq, dk, true);
-        p.lanes(by_element(View::F32(tiles.ds), 0, TILE), TILE, TILE, nk, tiles.ds_lanes);
-        p.rows(by_element(T::view(keys), 0, d), d, nk, tiles.rows);
-        p.multiply((tiles.ds_lanes, TILE), (tiles.rows, d), nk, tiles.dq, true);
-    }
-
-    fn store_queries(&self, t: QueryTile, dq: &[f32]) {
-        let s = &self.x.shape;
-        let d = s.nope + s.rope;
-        for (q, row) in dq.chunks_exact(room(d)).enumerate().take(t.nq) {
-            let at = ((t.q + q) * s.heads + self.head) * d;
-            // SAFETY: a query and head belong to one task.
-            let to = unsafe { self.dq.part(at, d) };
-            round_scaled(self.panels.isa, &row[..d], 1.0, to);
+        let lanes = z.d.next_multiple_of(p.group) * p.cells(nk);
+        for (from, to, keys) in spans(seen) {
+            let (from, to) = (from * p.group, (to * p.group).min(t.nq));
+            let ds = (&tiles.ds_cells[from..], Rows::Across(z.queries));
+            let groups = tiles.keys_t[..lanes].chunks_exact(p.cells(nk) * p.group);
+            for (keys_t, sums) in groups.zip(tiles.dq.chunks_exact_mut(z.queries * p.group)) {
+                p.multiply(keys_t, ds, (to - from, p.cells(keys)), &mut sums[from * p.group..], true, ahead);
+            }
         }
     }
 
-    fn store_keys(&self, dk: &[f32], dv: &[f32]) {
-        let s = &self.x.shape;
-        let (d, isa) = (s.nope + s.rope, self.panels.isa);
+    fn store_queries(&self, t: QueryTile, z: Sizes, dq: &[f32]) {
+        let (p, heads) = (&self.panels, self.x.shape.heads);
+        let to = (self.dq, (t.q * heads + self.head) * z.d, heads * z.d);
+        store(p.isa, (dq, p.group, z.queries), &[1.0; QUERIES][..t.nq], z.d, to);
+    }
+
+    fn store_keys(&self, z: Sizes, dk: &[f32], dv: &[f32]) {
+        let (s, p) = (&self.x.shape, &self.panels);
         let nk = self.x.cu_k[self.x.cu_k.len() - 1] as usize;
-        for ((key, dk), dv) in self.keys().zip(dk.chunks_exact(room(d))).zip(dv.chunks_exact(room(s.v))) {
-            let at = (key * s.heads + self.head) * (s.nope + s.v);
-            // SAFETY: a key and head belong to one task.
-            let (row, pe) =
-                unsafe { (self.dkv_up.part(at, s.nope + s.v), self.pe.part((self.head * nk + key) * s.rope, s.rope)) };
-            round_scaled(isa, &dk[..s.nope], 1.0, &mut row[..s.nope]);
-            round_scaled(isa, &dv[..s.v], 1.0, &mut row[s.nope..]);
-            pe.copy_from_slice(&dk[s.nope..d]);
+        let (first, apart) = ((self.keys().start * s.heads + self.head) * (s.nope + s.v), s.heads * (s.nope + s.v));
+        for i in (0..z.keys).step_by(QUERIES) {
+            let ones = &[1.0; QUERIES][..QUERIES.min(z.keys - i)];
+            let to = first + i * apart;
+            store(p.isa, (&dk[i * p.group..], p.group, z.keys), ones, s.nope, (self.dkv_up, to, apart));
+            store(p.isa, (&dv[i * p.group..], p.group, z.keys), ones, s.v, (self.dkv_up, to + s.nope, apart));
         }
-    }
-}
-
-/// As `visible`, but nothing for queries that the tile does not have.
-fn seen(t: QueryTile, base: usize) -> [i32; TILE] {
-    let mut visible = t.visible(base);
-    visible[t.nq..].fill(0);
-    visible
-}
-
-/// From scores and gradients of the probabilities to the probabilities and the gradients of the scores.
-struct ScoreGradients<'a> {
-    p: &'a mut [f32],
-    ds: &'a mut [f32],
-    lse: &'a [f32; TILE],
-    d: &'a [f32; TILE],
-    visible: &'a [i32; TILE],
-    scale: f32,
-}
-
-impl Job for ScoreGradients<'_> {
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        let (p, _) = self.p.as_chunks_mut::<TILE>();
-        let (ds, _) = self.ds.as_chunks_mut::<TILE>();
-        for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
-            for q in 0..TILE {
-                let seen = (j as i32) < self.visible[q];
-                let weight = exp_fused(V::FMA, fma(V::FMA, p[q], self.scale, -self.lse[q]));
-                let weight = if seen { weight } else { 0.0 };
-                p[q] = weight;
-                ds[q] = if seen { weight * (ds[q] - self.d[q]) * self.scale } else { 0.0 };
+        for (i, key) in self.keys().enumerate() {
+            // SAFETY: a key and head belong to one task.
+            let pe = unsafe { self.pe.part((self.head * nk + key) * s.rope, s.rope) };
+            let mut e = s.nope;
+            while e < z.d {
+                let (group, lane) = (e / p.group, e % p.group);
+                let some = (p.group - lane).min(z.d - e);
+                let from = &dk[(group * z.keys + i) * p.group + lane..][..some];
+                pe[e - s.nope..][..some].copy_from_slice(from);
+                e += some;
             }
         }
     }
 }
 
 vectorised! {
-    /// a . b in 16 partial sums, added in order.
-    pub fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
-        let mut sums = [0.0f32; 16];
-        let (a_full, a_rest) = a.as_chunks::<16>();
-        let (b_full, b_rest) = b.as_chunks::<16>();
-        for (a, b) in a_full.iter().zip(b_full) {
-            for i in 0..16 {
-                sums[i] += a[i].f32() * b[i].f32();
+    /// out . dout of rows of `w` from `at` on, `ld` apart: in 16 partial sums, added in order.
+    fn dots<T: Elem>(isa: Isa, out: &[T], dout: &[T], rows: (usize, usize, usize), d: &mut [f32]) {
+        let (at, ld, w) = rows;
+        for (some, d) in d.chunks_mut(SQUARE).enumerate() {
+            let (mut sums, mut turned) = ([0u32; SQUARE * SQUARE], [0u32; SQUARE * SQUARE]);
+            for (q, sums) in sums.as_chunks_mut::<SQUARE>().0.iter_mut().enumerate().take(d.len()) {
+                let at = at + (some * SQUARE + q) * ld;
+                *sums = partial_sums(&out[at..][..w], &dout[at..][..w]).map(f32::to_bits);
             }
+            transpose(isa, &sums, SQUARE, &mut turned, SQUARE, SQUARE);
+            let mut all = [-0.0f32; SQUARE];
+            for line in turned.as_chunks::<SQUARE>().0 {
+                for q in 0..SQUARE {
+                    all[q] += f32::from_bits(line[q]);
+                }
+            }
+            d.copy_from_slice(&all[..d.len()]);
         }
-        for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-            sums[i] += a.f32() * b.f32();
+    }
+}
+
+/// a . b in 16 partial sums.
+#[inline(always)]
+fn partial_sums<T: Elem>(a: &[T], b: &[T]) -> [f32; SQUARE] {
+    let mut sums = [0.0f32; 16];
+    let (a_full, a_rest) = a.as_chunks::<16>();
+    let (b_full, b_rest) = b.as_chunks::<16>();
+    for (a, b) in a_full.iter().zip(b_full) {
+        for i in 0..16 {
+            sums[i] += a[i].f32() * b[i].f32();
         }
-        sums.iter().sum()
+    }
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[i] += a.f32() * b.f32();
+    }
+    sums
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+vectorised! {
+    /// out . dout of one row.
+    pub fn dot<T: Elem>(isa: Isa, a: &[T], b: &[T]) -> f32 {
+        partial_sums(a, b).iter().sum()
     }
 }

@@ -3,47 +3,14 @@
 //! bf16 the probabilities are rounded to bf16 for that product, their sum is not.
 
 use super::Problem;
-use super::panels::{Panels, by_element, by_token, gather_keys, room, round_scaled, scale_columns, turn, values_at};
-use super::tile::{self, Softmax, TILE, cut};
-use crate::isa::{Job, Lanes};
-use crate::{Cpu, Elem, View};
+use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gather, store, values_at};
+use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
+use super::tile::{self, cut};
+use super::weigh::{Softmax, Weigh};
+use crate::isa::{Isa, vectorised};
+use crate::panel::{Rows, WIDEST_GROUP};
+use crate::{Cpu, Elem};
 use std::marker::PhantomData;
-
-/// 64 queries (or fewer, at the end) of one sequence.
-#[derive(Clone, Copy)]
-pub struct QueryTile {
-    /// First query, in the packed batch.
-    pub q: usize,
-    /// Number of queries.
-    pub nq: usize,
-    /// First key of the sequence, in the packed batch.
-    pub k: usize,
-    /// Keys that the tile's last query sees: those of the others are fewer.
-    pub keys: usize,
-    /// Keys that the first query sees; not positive when it sees none.
-    pub first: i64,
-}
-
-impl QueryTile {
-    /// For every query, how many of the keys from `base` on it sees (any number <= 0 is none).
-    #[inline(always)]
-    pub fn visible(&self, base: usize) -> [i32; TILE] {
-        let first = (self.first - base as i64).clamp(-(TILE as i64), i64::from(i32::MAX / 2)) as i32;
-        std::array::from_fn(|i| first + i as i32)
-    }
-}
-
-/// The query tiles of sequence s, in order.
-pub fn query_tiles(x: &Problem<'_>, s: usize) -> impl Iterator<Item = QueryTile> + use<> {
-    let (q0, q1) = (x.cu_q[s] as usize, x.cu_q[s + 1] as usize);
-    let (k0, k1) = (x.cu_k[s] as usize, x.cu_k[s + 1] as usize);
-    (q0..q1).step_by(TILE).map(move |q| {
-        let nq = (q1 - q).min(TILE);
-        // Aligned at the end: the last query sees all keys.
-        let first = (k1 - k0) as i64 - (q1 - q) as i64 + 1;
-        QueryTile { q, nq, k: k0, keys: (first + nq as i64 - 1).max(0) as usize, first }
-    })
-}
 
 /// Shared memory of which tasks write parts that do not overlap.
 pub struct Disjoint<'a, T> {
@@ -61,6 +28,11 @@ impl<'a, T> Disjoint<'a, T> {
         Self { ptr: all.as_mut_ptr(), len: all.len(), life: PhantomData }
     }
 
+    /// Where element `at` is, to ask for it.
+    pub fn at(&self, at: usize) -> *const T {
+        self.ptr.wrapping_add(at)
+    }
+
     /// Elements `at .. at + len`.
     ///
     /// # Safety
@@ -73,10 +45,25 @@ impl<'a, T> Disjoint<'a, T> {
     }
 }
 
+/// Keys of a tile: how often the maxima, and with them the sums, may move.
+const KEYS: usize = 64;
+
+/// Fewest queries of a tile, but for what is left of a sequence.
+const LEAST_QUERIES: usize = 64;
+
+/// Tasks for each core that keep all of them busy to the end.
+const TASKS: usize = 4;
+
 /// See [`super::forward`].
 pub fn forward<T: Elem>(cpu: &Cpu, x: &Problem<'_>, out: &mut [T], lse: &mut [f32]) {
     let heads = x.shape.heads;
-    let mut tiles: Vec<_> = (0..x.cu_q.len() - 1).flat_map(|s| query_tiles(x, s)).collect();
+    // Smaller tiles where large ones would leave cores without work.
+    let tasks = |most: usize| x.q.len() / (x.shape.nope + x.shape.rope) / most;
+    let mut most = QUERIES;
+    while most > LEAST_QUERIES && tasks(most) < TASKS * cpu.threads() {
+        most /= 2;
+    }
+    let mut tiles: Vec<_> = (0..x.cu_q.len() - 1).flat_map(|s| query_tiles(x, s, most)).collect();
     // The longest first, so that none is left over at the end; the order of tasks changes no bit.
     tiles.sort_by_key(|t| std::cmp::Reverse(t.keys));
     let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
@@ -99,68 +86,125 @@ struct Forward<'a, T> {
 impl<T: Elem> Forward<'_, T> {
     fn run(&self) {
         let (s, p) = (&self.x.shape, &self.panels);
-        let d = s.nope + s.rope;
-        let lanes = p.lanes_len(TILE, d) + p.lanes_len(TILE, TILE);
-        let rows = p.rows_len(TILE, d).max(p.rows_len(s.v, TILE));
-        tile::with_scratch(lanes + rows + TILE * (TILE + 2 * room(s.v)), |scratch| self.walk(scratch));
+        let (key_cells, group, w) = (p.cells(s.nope + s.rope), p.group, s.v.next_multiple_of(p.group));
+        let (queries, cells) = (self.tile.nq.next_multiple_of(group), p.cells(KEYS));
+        let lanes = queries * key_cells + w * cells;
+        tile::with_scratch(lanes + KEYS * key_cells + cells * queries + KEYS * group + w * queries, |mut scratch| {
+            let scratch = &mut scratch;
+            self.walk(Parts {
+                query: bytemuck::cast_slice_mut(cut(scratch, queries * key_cells)),
+                values: bytemuck::cast_slice_mut(cut(scratch, w * cells)),
+                keys: bytemuck::cast_slice_mut(cut(scratch, KEYS * key_cells)),
+                weights: bytemuck::cast_slice_mut(cut(scratch, cells * queries)),
+                scores: cut(scratch, KEYS * group),
+                sums: cut(scratch, w * queries),
+            });
+        });
     }
 
-    fn walk(&self, mut scratch: &mut [f32]) {
+    fn walk(&self, mut parts: Parts<'_>) {
         let (x, t, s, p) = (self.x, self.tile, &self.x.shape, &self.panels);
         let d = s.nope + s.rope;
-        let query = bytemuck::cast_slice_mut(cut(&mut scratch, p.lanes_len(TILE, d)));
-        let weights = bytemuck::cast_slice_mut(cut(&mut scratch, p.lanes_len(TILE, TILE)));
-        let rows_len = p.rows_len(TILE, d).max(p.rows_len(s.v, TILE));
-        let rows: &mut [u32] = bytemuck::cast_slice_mut(cut(&mut scratch, rows_len));
-        let scores = cut(&mut scratch, TILE * TILE);
-        let sum = cut(&mut scratch, room(s.v) * TILE);
-        let turned = cut(&mut scratch, room(s.v) * TILE);
-        let mut keys = vec![T::round(0.0); TILE * d];
-        p.lanes(by_token(x.q, (t.q * s.heads + self.head) * d, s.heads * d), t.nq, TILE, d, query);
+        let mut ahead = Ahead::new();
+        ahead.rows(self.out.at((t.q * s.heads + self.head) * s.v), (t.nq, s.heads * s.v), s.v);
+        let token = by_token(x.q, (t.q * s.heads + self.head) * d, s.heads * d);
+        p.lanes(token, t.nq, (d, p.cells(d)), parts.query);
         let mut softmax = Softmax::new();
-        sum.fill(0.0);
-        for base in (0..t.keys).step_by(TILE) {
-            let nk = (t.keys - base).min(TILE);
-            gather_keys(x, self.head, t.k + base, nk, &mut keys);
-            p.rows(by_token(T::view(&keys), 0, d), nk, d, rows);
-            p.multiply((query, TILE), (rows, nk), d, scores, false);
-            let scores = &mut scores[..nk * TILE];
-            p.isa.run(Weigh { softmax: &mut softmax, scores, scale: s.scale, visible: &t.visible(base) });
-            scale_columns(p.isa, sum, &softmax.alpha);
-            p.lanes(by_element(View::F32(scores), 0, TILE), TILE, TILE, nk, weights);
-            let (at, ld) = values_at(s, self.head, t.k + base);
-            p.rows(by_element(x.kv_up, at, ld), s.v, nk, rows);
-            p.multiply((weights, TILE), (rows, s.v), nk, sum, true);
+        parts.sums.fill(0.0);
+        for base in (0..t.keys).step_by(KEYS) {
+            if base + KEYS >= t.keys && self.head + 1 < s.heads {
+                // This core's next task, mostly.
+                ahead.keys::<T>(x, Keys { h: self.head + 1, at: t.k, n: t.keys.min(KEYS) });
+                ahead.tokens::<T>(x.q, (t.q, self.head + 1, s.heads), t.nq, d);
+            }
+            self.keys(base, &mut softmax, &mut parts, &mut ahead);
         }
-        turn(p.isa, sum, s.v, turned);
-        self.finish(&softmax, turned);
+        let rows = t.nq.next_multiple_of(p.group);
+        let at = t.q * s.heads + self.head;
+        let mut factors = [0.0; QUERIES];
+        for (q, factor) in factors[..t.nq].iter_mut().enumerate() {
+            let lse;
+            (*factor, lse) = softmax.finish(q);
+            // SAFETY: a query and head belong to one task.
+            unsafe { self.lse.part(at + q * s.heads, 1)[0] = lse }
+        }
+        let (sums, to) = ((&*parts.sums, p.group, rows), (self.out, at * s.v, s.heads * s.v));
+        store(p.isa, sums, &factors[..t.nq], s.v, to);
     }
 
-    fn finish(&self, softmax: &Softmax, turned: &[f32]) {
-        let (t, s) = (self.tile, &self.x.shape);
-        for (q, row) in turned.chunks_exact(room(s.v)).enumerate().take(t.nq) {
-            let at = (t.q + q) * s.heads + self.head;
-            let (factor, lse) = softmax.finish(q);
-            // SAFETY: a query and head belong to one task.
-            unsafe {
-                round_scaled(self.panels.isa, &row[..s.v], factor, self.out.part(at * s.v, s.v));
-                self.lse.part(at, 1)[0] = lse;
+    /// Takes in the keys from `base` on.
+    fn keys(&self, base: usize, softmax: &mut Softmax, parts: &mut Parts<'_>, ahead: &mut Ahead) {
+        let (x, t, s, p) = (self.x, self.tile, &self.x.shape, &self.panels);
+        let (nk, group, key_cells) = ((t.keys - base).min(KEYS), p.group, p.cells(s.nope + s.rope));
+        gather::<T>(p, x, Keys { h: self.head, at: t.k + base, n: nk }, parts.keys, &mut []);
+        ahead.keys::<T>(x, Keys { h: self.head, at: t.k + base + nk, n: (t.keys - base - nk).min(KEYS) });
+        let (at, ld) = values_at(s, self.head, t.k + base);
+        let cells = p.cells(nk);
+        p.lanes(by_element(x.kv_up, at, ld), s.v, (nk, cells), parts.values);
+        let rows = t.nq.next_multiple_of(group);
+        let mut seen = [Seen::default(); QUERIES / LEAST_GROUP];
+        let seen = &mut seen[..t.nq.div_ceil(group)];
+        for (g, seen) in seen.iter_mut().enumerate() {
+            *seen = t.seen(g, group, base, nk);
+            if seen.keys == 0 {
+                continue;
+            }
+            let query = &parts.query[g * group * key_cells..];
+            let keys = (&*parts.keys, Rows::Along(key_cells));
+            p.multiply(query, keys, (seen.keys, key_cells), parts.scores, false, ahead);
+            p.isa.run(Weigh {
+                softmax,
+                at: g * group,
+                scores: parts.scores,
+                scale: s.scale,
+                seen: *seen,
+                pairs: p.pairs(),
+                apart: rows,
+                weights: &mut parts.weights[g * group..],
+            });
+        }
+        for (from, to, keys) in spans(seen) {
+            let (from, to) = (from * group, (to * group).min(t.nq));
+            let weights = (&parts.weights[from..], Rows::Across(rows));
+            let alpha = &softmax.alpha[from..to];
+            let grew = alpha.iter().any(|alpha| *alpha != 1.0);
+            for (values, sums) in parts.values.chunks(cells * group).zip(parts.sums.chunks_mut(rows * group)) {
+                let sums = &mut sums[from * group..to * group];
+                if grew {
+                    rescale(p.isa, sums, alpha);
+                }
+                p.multiply(values, weights, (to - from, p.cells(keys)), sums, true, ahead);
             }
         }
     }
 }
 
-/// One tile's step of the online softmax.
-struct Weigh<'a> {
-    softmax: &'a mut Softmax,
+/// Scratch of a task.
+struct Parts<'a> {
+    /// Lanes: queries; k: elements.
+    query: &'a mut [u32],
+    /// Lanes: elements; k: keys.
+    values: &'a mut [u32],
+    /// Rows: keys; k: elements.
+    keys: &'a mut [u32],
+    /// `[cell of keys][query]`.
+    weights: &'a mut [u32],
+    /// `[keys][lane]` of a group of queries.
     scores: &'a mut [f32],
-    scale: f32,
-    visible: &'a [i32; TILE],
+    /// `[group of elements][query][lane]`.
+    sums: &'a mut [f32],
 }
 
-impl Job for Weigh<'_> {
-    #[inline(always)]
-    fn run<V: Lanes>(self) {
-        self.softmax.tile::<V>(self.scores, TILE, self.scale, self.visible);
+vectorised! {
+    /// Multiplies every row by its alpha.
+    fn rescale(isa: Isa, sums: &mut [f32], alpha: &[f32]) {
+        let group = sums.len() / alpha.len();
+        for (row, alpha) in sums.chunks_exact_mut(group).zip(alpha) {
+            if let Some(row) = row.first_chunk_mut::<WIDEST_GROUP>() {
+                row.iter_mut().for_each(|s| *s *= alpha);
+            } else {
+                row.iter_mut().for_each(|s| *s *= alpha);
+            }
+        }
     }
 }

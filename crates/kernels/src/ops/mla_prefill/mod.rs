@@ -8,9 +8,11 @@
 
 mod any;
 mod backward;
+mod backward_tiles;
 mod cpu;
 mod cuda;
 mod panels;
+mod queries;
 #[cfg(test)]
 pub(super) mod reference;
 mod sm90_backward;
@@ -20,6 +22,7 @@ mod tests;
 pub(super) mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod weigh;
 
 #[cfg(target_arch = "x86_64")]
 use crate::bf16;
@@ -132,7 +135,12 @@ pub fn backward(ctx: &Ctx, shape: Shape, x: Inputs<'_>, b: Backward<'_>) {
 pub fn scratch(workers: Workers, dtype: DType, shape: &Shape, sequences: usize, tokens: usize) -> usize {
     let tasks = workers.threads.min(sequences * shape.heads);
     let on_tiles = workers.level == Level::Amx && dtype == DType::Bf16;
-    tasks * if on_tiles { tiles_of_keys(shape, tokens) * TILE_BYTES } else { backward::bytes_of_keys(shape, tokens) }
+    tasks
+        * if on_tiles {
+            tiles_of_keys(shape, tokens) * TILE_BYTES
+        } else {
+            backward_tiles::bytes_of_keys(shape, tokens)
+        }
 }
 
 /// Bytes of a tile.

@@ -1,4 +1,4 @@
-//! What prefill and decode share: the online softmax on a tile, and scratch; and decode's register-blocked f32 product over
+//! Scratch, which prefill and decode share; and decode's online softmax on a tile and its register-blocked f32 product over
 //! small dense tiles.
 //!
 //! Every element of that product is one sum over k in ascending order, whatever the block it is computed in: a row's bits
