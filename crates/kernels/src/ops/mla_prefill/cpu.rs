@@ -1,5 +1,5 @@
 //! Forward on the CPU: one task per sequence, query tile and head. Scores of a tile are keys (rows) times queries
-//! (lanes), and the output is kept turned, `[v][queries]`: values (rows) times probabilities (lanes). With operands of
+//! (lanes); weights then are the rows and values the lanes, so that the output lies as `[query][v]`. With operands of
 //! bf16 the probabilities are rounded to bf16 for that product, their sum is not.
 
 use super::Problem;
