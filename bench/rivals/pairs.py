@@ -178,8 +178,13 @@ class Training:
                     if said.get("step", steps) + 1 < steps:
                         time.sleep(PAUSE)
                         ours_now = self.ours(self.args.turn_steps)
-                        theirs.stdin.write("\n")
-                        theirs.stdin.flush()
+                        try:
+                            theirs.stdin.write("\n")
+                            theirs.stdin.flush()
+                        except BrokenPipeError:
+                            # It has ended; what it said last tells why.
+                            theirs.stdin = None
+                            break
             if theirs.returncode:
                 messages.seek(0)
                 raise Failed((messages.read().strip().splitlines() or ["no message"])[-1])
@@ -225,7 +230,7 @@ def train(args) -> bool:
         job, rows, settings = Training(args, directory), {}, args.settings.split(",")
         for setting in settings if len(settings) > 1 else []:
             try:
-                pair = job.pair(setting, args.scan_steps)
+                pair = job.pair(setting, min(args.scan_steps, args.steps))
             except Failed as e:
                 print(f"{setting}: {e}", file=sys.stderr)
                 continue
@@ -263,6 +268,9 @@ def main() -> int:
     args.add_argument("--turn-steps", type=int, default=3)
     args.add_argument("--settings", default=",".join(SETTINGS))
     args = args.parse_args()
+    if args.turn_steps < 2:
+        print("error: --turn-steps: expected at least 2, of which the first does not count", file=sys.stderr)
+        return 2
     args.pairs = args.pairs or (1 if args.kind == "train" and args.device == "cpu" else 3 if args.kind == "train" else 5)
     on_gpu = args.device == "cuda"
     run = train if args.kind == "train" else kernels_on_gpu if on_gpu else kernels

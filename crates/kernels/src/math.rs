@@ -46,7 +46,7 @@ pub(crate) fn exp_fused(fused: bool, x: f32) -> f32 {
     }
 }
 
-/// [`exp_fused`] of vectors, in their level's bits, of all but positive infinity. In instructions by name: loops over
+/// [`exp_fused`] of vectors, in their level's bits, of all up to 1e38. In instructions by name: loops over
 /// arrays of a group's scores leave them in memory.
 ///
 /// # Safety

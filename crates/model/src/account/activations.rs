@@ -1,7 +1,8 @@
 //! Activations of a training step on one rank that holds the whole model, on the host's cores: what forward keeps, and
 //! the most that is held at any time until the step's last backward. The walk takes and gives back what the stages do, in
 //! their order; `contracts/memory.rs` and the trainer's tests hold it against an allocator that counts. What products pack
-//! for their time is counted too, at every level of vector instructions, as if every expert had as many rows as the others.
+//! for their time is counted too, at every level of vector instructions, as if every expert had as many rows as the others: what
+//! experts really pack is more or less where that number is near one at which products are cut otherwise.
 
 use crate::stages::attention;
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};

@@ -4,7 +4,7 @@
 //! levels that multiply bf16, and GPUs, round the probabilities, and in backward the gradients of the scores, before the
 //! products with values, keys and queries, as FlashAttention does.
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
-//! others, to the bit.
+//! others, to the bit, if values are finite. A weight of zero may or may not meet an infinite one that a query does not see.
 
 mod any;
 mod backward;
