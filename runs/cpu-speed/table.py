@@ -42,9 +42,7 @@ def counted(preset):
         "gemm_grouped forward": m["gemm_grouped"],
         "gemm_grouped backward input": m["gemm_grouped"],
         "gemm_grouped backward weight": m["gemm_grouped"],
-        "head_loss forward": m["head_loss"],
-        # The logits once more, and both gradients.
-        "head_loss backward": 3 * m["head_loss"],
+        "head_loss forward and backward": 3 * m["head_loss"],
         "mla_prefill forward": m["score"] + m["value"],
         # Scores once more; gradients of queries, keys, values and probabilities.
         "mla_prefill backward": 3 * m["score"] + 2 * m["value"],

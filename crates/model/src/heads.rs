@@ -112,6 +112,45 @@ pub fn forward(ctx: &Ctx, model: &Model, params: &Params, hidden: &Shared, reque
     HeadOutput { hidden: Some(hidden.clone()), request, n, lse, logp, entropy, given_logp, top }
 }
 
+/// [`forward`] and [`backward`] of cross-entropy, if the head's own gradient is taken at once: the log-probabilities of
+/// `targets` (i32 `[n]`) and the gradient of the normed states, by that of each (f32 `[n]`). The bits are the same.
+pub(crate) fn at_once(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    (hidden, targets): (&Shared, &Shared),
+    n: usize,
+    d_logp: &Buf,
+    jobs: &mut WeightGrads<'_>,
+) -> (Shared, Buf) {
+    let id = head_id(model);
+    let [mut lse, mut logp, mut entropy] = [0; 3].map(|_| ctx.empty(DType::F32, targets.len()));
+    let mut d_hidden = ctx.empty(hidden.dtype(), hidden.len());
+    let inputs = head_loss::Inputs {
+        hidden: hidden.view(),
+        weight: params.weight(id),
+        targets: targets.view(),
+        temperature: 1.0,
+        given: None,
+    };
+    let outputs = head_loss::Outputs {
+        lse: lse.view_mut(),
+        logp: logp.view_mut(),
+        entropy: entropy.view_mut(),
+        given_logp: None,
+        top: None,
+    };
+    let gradients = head_loss::Gradients {
+        d_logp: d_logp.view(),
+        d_entropy: None,
+        d_given: None,
+        d_hidden: Some(d_hidden.view_mut()),
+        d_weight: jobs.head_at_once(id, n),
+    };
+    head_loss::forward_backward(ctx, inputs, outputs, gradients);
+    (Arc::new(logp), d_hidden)
+}
+
 fn head_id(model: &Model) -> ParamId {
     model.layout.head.unwrap_or_else(|| panic!("this part of the model has no head"))
 }

@@ -109,8 +109,8 @@ impl LossDownload {
 pub struct Forward {
     trunk: trunk::Saved,
     norm: Norm,
-    head: (HeadOutput, Shared),
-    mtp: Vec<(mtp::Saved, HeadOutput, Shared)>,
+    head: Head,
+    mtp: Vec<(mtp::Saved, Head)>,
     /// Parts of the loss, to be summed.
     pub losses: LossTerms,
     /// Routing of every MoE layer, MTP layers last.
@@ -120,13 +120,47 @@ pub struct Forward {
 impl Forward {
     /// Bytes kept until backward.
     pub fn bytes(&self) -> usize {
-        let head = |out: &HeadOutput, d: &Shared| out.bytes() + d.bytes();
-        let main = self.trunk.bytes() + self.norm.bytes_with_input() + head(&self.head.0, &self.head.1);
-        main + self.mtp.iter().map(|(s, out, d)| s.bytes() + head(out, d)).sum::<usize>()
+        let main = self.trunk.bytes() + self.norm.bytes_with_input() + self.head.bytes();
+        main + self.mtp.iter().map(|(saved, head)| saved.bytes() + head.bytes()).sum::<usize>()
     }
 }
 
-/// Runs a head on a depth: its output and d_logp.
+/// A head that has run on a depth.
+enum Head {
+    /// Its output and d_logp.
+    Forward(HeadOutput, Shared),
+    /// Both directions: the log-probabilities, and the gradient of the normed states.
+    Both(Shared, Buf),
+}
+
+impl Head {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Forward(out, d) => out.bytes() + d.bytes(),
+            Self::Both(logp, d_normed) => logp.bytes() + d_normed.bytes(),
+        }
+    }
+
+    fn logp(&self) -> &Shared {
+        match self {
+            Self::Forward(HeadOutput { logp, .. }, _) | Self::Both(logp, _) => logp,
+        }
+    }
+
+    /// Gradient of the normed states, which come from `norm`.
+    fn backward(self, ctx: &Ctx, model: &Model, params: &Params, norm: &Norm, jobs: &mut WeightGrads<'_>) -> Buf {
+        match self {
+            Self::Forward(mut out, d_logp) => {
+                out.restore(|| norm.again(ctx, params));
+                let gradient = HeadGradient { d_logp, d_entropy: None, d_given: None };
+                heads::backward(ctx, model, params, out, gradient, jobs)
+            }
+            Self::Both(_, d_normed) => d_normed,
+        }
+    }
+}
+
+/// Runs a head on a depth.
 fn predict(
     ctx: &Ctx,
     model: &Model,
@@ -134,15 +168,20 @@ fn predict(
     (k, depth): (usize, &Depth),
     hidden: &Shared,
     weight: f32,
-) -> (HeadOutput, Shared) {
+    jobs: Option<&mut WeightGrads<'_>>,
+) -> Head {
+    let mut d = ctx.empty(DType::F32, depth.n);
+    head_loss::target_weights(ctx, depth.targets.view(), -weight, d.view_mut());
+    if let Some(jobs) = jobs.filter(|jobs| jobs.runs_at_once()) {
+        let (logp, d_normed) = heads::at_once(ctx, model, params, (hidden, &depth.targets), k, &d, jobs);
+        return Head::Both(logp, d_normed);
+    }
     let request = Request { targets: depth.targets.clone(), temperature: 1.0, given: None, top_k: 0 };
     let mut out = heads::forward(ctx, model, params, hidden, request, k);
     if !model.recompute.keeps_norms() {
         out.forget();
     }
-    let mut d = ctx.empty(DType::F32, depth.n);
-    head_loss::target_weights(ctx, depth.targets.view(), -weight, d.view_mut());
-    (out, Arc::new(d))
+    Head::Forward(out, Arc::new(d))
 }
 
 /// f32 `[S]`: the balance weight of every sequence of a depth.
@@ -159,11 +198,36 @@ pub fn forward(
     weights: &LossWeights,
     routing: Option<&Routing>,
 ) -> Forward {
+    whole(ctx, model, params, batch, weights, routing, None)
+}
+
+/// As [`forward`], for a backward pass with the same `jobs`. If these run at once, so do the heads' gradients: each head's
+/// logits then serve both directions. The bits are the same.
+pub fn forward_to_train(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    batch: &Batch,
+    weights: &LossWeights,
+    jobs: &mut WeightGrads<'_>,
+) -> Forward {
+    whole(ctx, model, params, batch, weights, None, Some(jobs))
+}
+
+fn whole(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    batch: &Batch,
+    weights: &LossWeights,
+    routing: Option<&Routing>,
+    jobs: Option<&mut WeightGrads<'_>>,
+) -> Forward {
     let depth = &batch.depths[0];
     let balance = balance_weights(ctx, depth, weights, 0);
     let options = Options { routing, balance: balance.as_ref() };
     let (h, trunk, traces) = trunk::forward(ctx, model, params, depth, Input::Tokens, options);
-    tail(ctx, model, params, batch, weights, routing, h, trunk, traces)
+    heads(ctx, model, params, batch, weights, routing, (h, trunk, traces), jobs)
 }
 
 /// Final norm, head and MTP over a trunk's output: what the last pipeline stage does.
@@ -176,11 +240,24 @@ pub fn tail(
     routing: Option<&Routing>,
     h: Shared,
     trunk: trunk::Saved,
-    mut traces: Vec<LayerTrace>,
+    traces: Vec<LayerTrace>,
+) -> Forward {
+    heads(ctx, model, params, batch, weights, routing, (h, trunk, traces), None)
+}
+
+fn heads(
+    ctx: &Ctx,
+    model: &Model,
+    params: &Params,
+    batch: &Batch,
+    weights: &LossWeights,
+    routing: Option<&Routing>,
+    (h, trunk, mut traces): (Shared, trunk::Saved, Vec<LayerTrace>),
+    mut jobs: Option<&mut WeightGrads<'_>>,
 ) -> Forward {
     let (normed, norm) = heads::final_norm(ctx, model, params, &h);
-    let (out, d) = predict(ctx, model, params, (0, &batch.depths[0]), &normed, weights.token);
-    let mut losses = LossTerms { terms: vec![(Part::Main, out.logp.clone(), weights.token)] };
+    let head = predict(ctx, model, params, (0, &batch.depths[0]), &normed, weights.token, jobs.as_deref_mut());
+    let mut losses = LossTerms { terms: vec![(Part::Main, head.logp().clone(), weights.token)] };
     losses.balance(&traces, weights.balance.first().copied());
     let mut feed = match model.config.mtp_hidden {
         MtpHidden::PostNorm => normed,
@@ -192,14 +269,14 @@ pub fn tail(
         let balance = balance_weights(ctx, depth, weights, k);
         let options = Options { routing, balance: balance.as_ref() };
         let o = mtp::forward(ctx, model, params, k, depth, &feed, options);
-        let (head, d) = predict(ctx, model, params, (k, depth), &o.normed, weights.mtp);
-        losses.terms.push((Part::Mtp, head.logp.clone(), weights.mtp));
+        let head = predict(ctx, model, params, (k, depth), &o.normed, weights.mtp, jobs.as_deref_mut());
+        losses.terms.push((Part::Mtp, head.logp().clone(), weights.mtp));
         losses.balance(o.trace.as_slice(), weights.balance.get(k).copied());
         traces.extend(o.trace);
-        saved.push((o.saved, head, d));
+        saved.push((o.saved, head));
         feed = o.feed;
     }
-    Forward { trunk, norm, head: (out, d), mtp: saved, losses, traces }
+    Forward { trunk, norm, head, mtp: saved, losses, traces }
 }
 
 /// Backward of a whole model: all weight gradients as jobs, in the order they must run.
@@ -218,16 +295,12 @@ pub fn backward_input(ctx: &Ctx, model: &Model, params: &Params, f: Forward) -> 
 pub fn backward_into(ctx: &Ctx, model: &Model, params: &Params, f: Forward, jobs: &mut WeightGrads<'_>) -> Shared {
     // What watches the routing has seen it.
     drop(f.traces);
-    let gradient = |d_logp| HeadGradient { d_logp, d_entropy: None, d_given: None };
     let mut d_feed = None;
-    for (i, (saved, mut head, d)) in f.mtp.into_iter().enumerate().rev() {
-        head.restore(|| saved.norm.again(ctx, params));
-        let d_normed = heads::backward(ctx, model, params, head, gradient(d), jobs);
+    for (i, (saved, head)) in f.mtp.into_iter().enumerate().rev() {
+        let d_normed = head.backward(ctx, model, params, &saved.norm, jobs);
         d_feed = Some(mtp::backward(ctx, model, params, i + 1, saved, d_normed, d_feed, jobs));
     }
-    let (mut head, d) = f.head;
-    head.restore(|| f.norm.again(ctx, params));
-    let d_normed = heads::backward(ctx, model, params, head, gradient(d), jobs);
+    let d_normed = f.head.backward(ctx, model, params, &f.norm, jobs);
     let dh = mtp::norm_backward(ctx, model, params, f.norm, d_normed, d_feed, jobs);
     trunk::backward(ctx, model, params, f.trunk, dh, jobs)
 }

@@ -158,6 +158,16 @@ impl<'a> WeightGrads<'a> {
         }
     }
 
+    /// Where the head's own gradient goes, and whether it is added to what is there, if jobs do not wait.
+    pub(crate) fn head_at_once(&mut self, id: ParamId, n: usize) -> Option<(ViewMut<'_>, bool)> {
+        self.now.as_mut().map(|now| now.grads.first_of_use(id, n))
+    }
+
+    /// Whether jobs do not wait.
+    pub(crate) fn runs_at_once(&self) -> bool {
+        self.now.is_some()
+    }
+
     /// Appends later jobs.
     pub fn append(&mut self, later: WeightGrads<'_>) {
         later.jobs.into_iter().for_each(|job| self.add(job));
@@ -271,15 +281,14 @@ impl HeadJob {
             temperature: self.temperature,
             given: self.given.as_ref().map(|b| b.view()),
         };
-        let backward = head_loss::Backward {
-            lse: self.lse.view(),
-            entropy: self.entropy.view(),
+        let gradients = head_loss::Gradients {
             d_logp: self.d_logp.view(),
             d_entropy: self.d_entropy.as_ref().map(|b| b.view()),
             d_given: self.d_given.as_ref().map(|b| b.view()),
             d_hidden,
             d_weight,
         };
-        head_loss::backward(ctx, inputs, backward);
+        let (lse, entropy) = (self.lse.view(), self.entropy.view());
+        head_loss::backward(ctx, inputs, head_loss::Backward { lse, entropy, gradients });
     }
 }

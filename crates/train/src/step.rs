@@ -215,17 +215,18 @@ impl Trainer {
         self.grads.clear();
         self.counts.clear();
         let mut terms = Vec::new();
+        let mut pass = |ctx: &Ctx, batch: &Batch, jobs: &mut WeightGrads<'_>| {
+            let forward = pass::forward_to_train(ctx, &self.model, &self.params, batch, weights, jobs);
+            terms.push(forward.losses.clone());
+            self.counts.add(ctx, &forward.traces);
+            pass::backward_into(ctx, &self.model, &self.params, forward, jobs);
+        };
         let mut queue = WeightGrads::default();
         for (i, batch) in self.batches.iter().enumerate() {
             let ctx = Ctx { micro_batch: i as u32, ..ctx.clone() };
-            let forward = pass::forward(&ctx, &self.model, &self.params, batch, weights, None);
-            terms.push(forward.losses.clone());
-            self.counts.add(&ctx, &forward.traces);
-            if self.defer {
-                pass::backward_into(&ctx, &self.model, &self.params, forward, &mut queue);
-            } else {
-                let mut jobs = WeightGrads::at_once(&ctx, &self.params, &mut self.grads);
-                pass::backward_into(&ctx, &self.model, &self.params, forward, &mut jobs);
+            match self.defer {
+                true => pass(&ctx, batch, &mut queue),
+                false => pass(&ctx, batch, &mut WeightGrads::at_once(&ctx, &self.params, &mut self.grads)),
             }
         }
         queue.run(ctx, &self.params, &mut self.grads);

@@ -8,6 +8,7 @@ use crate::stages::attention;
 use crate::{ModelConfig, MtpHidden, Precision, Recompute};
 use hadal_kernels::Workers;
 use hadal_kernels::ops::gemm::{self, Direction};
+use hadal_kernels::ops::head_loss;
 use hadal_kernels::ops::mla_prefill;
 use std::collections::HashMap;
 
@@ -61,7 +62,7 @@ const NORM_BLOCK: usize = 64;
 /// Ids whose logits exist at once, and bytes that the head keeps a row while it walks over them (`ops/head_loss`).
 const SLICE: usize = 512;
 const HEAD_ROW: usize = 32;
-/// lse, logp, entropy, d_logp: for each position of each head.
+/// lse, logp, entropy, d_logp: for each position of a head; log-probabilities are kept.
 const HEAD_VECTORS: usize = 4;
 
 fn workers(c: &ModelConfig, p: &Passes) -> usize {
@@ -242,7 +243,7 @@ impl Walk<'_> {
             let b = self.block(layer, n);
             self.block_forward(b);
         }
-        self.head_forward(n);
+        self.head(n);
         for k in 1..=c.num_nextn_predict_layers {
             let (n, layer) = (self.depth(k), c.num_hidden_layers + k - 1);
             let b = self.block(layer, n);
@@ -257,7 +258,7 @@ impl Walk<'_> {
                 self.give(2 * b.h);
             }
             self.block_forward(b);
-            self.head_forward(n);
+            self.head(n);
             // The next depth goes on from these normed states, or all go on from the main model's own.
             let post = c.mtp_hidden == MtpHidden::PostNorm;
             self.give_normed(if post { k - 1 } else { k });
@@ -266,23 +267,27 @@ impl Walk<'_> {
         self.give_normed(if post { c.num_nextn_predict_layers } else { 0 });
     }
 
-    /// Normed states of a depth that nobody reads any more, unless its head keeps them.
+    /// Normed states of a depth that nobody reads any more.
     fn give_normed(&mut self, k: usize) {
-        if !self.p.recompute.keeps_norms() {
-            self.give(self.depth(k) * self.c.hidden_size * self.act());
-        }
+        self.give(self.depth(k) * self.c.hidden_size * self.act());
     }
 
-    /// A final norm and its head; the norm's input is held already.
-    fn head_forward(&mut self, n: usize) {
-        let h = n * self.c.hidden_size * self.act();
+    /// A final norm and its head, both directions; the norm's input is held already. Of the head log-probabilities and the
+    /// gradient of the normed states are kept.
+    fn head(&mut self, n: usize) {
+        let (v, d) = (self.c.vocab_size, self.c.hidden_size);
+        let h = n * d * self.act();
         self.take(h + n * WIDE);
-        self.take((HEAD_VECTORS - 1) * n * WIDE);
-        let logits = n * SLICE.min(self.c.vocab_size) * WIDE + n * HEAD_ROW;
+        self.take(HEAD_VECTORS * n * WIDE + h);
+        let (tokens, slice) = (head_loss::tokens_at_once(n, v), SLICE.min(v));
+        // Gradients of logits are rounded for their products where the other operands are, and so is that of the states.
+        let rounded = if self.p.precision == Precision::Bf16 { slice * self.act() + d * WIDE } else { 0 };
+        let logits = tokens * (v.next_multiple_of(slice) * WIDE + rounded + HEAD_ROW);
         self.take(logits);
-        self.product(Direction::Forward, n, SLICE.min(self.c.vocab_size), self.c.hidden_size);
+        self.product(Direction::Forward, tokens, slice, d);
+        self.gradients(tokens, slice, d);
         self.give(logits);
-        self.take(n * WIDE);
+        self.give((HEAD_VECTORS - 1) * n * WIDE);
     }
 
     fn block_forward(&mut self, b: Block) {
@@ -372,40 +377,27 @@ impl Walk<'_> {
         for k in (1..=depth).rev() {
             let (n, layer) = (self.depth(k), c.num_hidden_layers + k - 1);
             let b = self.block(layer, n);
-            self.head_backward(n, feed);
+            self.head_norm_backward(n, feed);
             self.block_backward(b);
             let previous = self.depth(k - 1) * c.hidden_size * self.act();
             self.mtp_backward(b, previous);
             feed = previous;
         }
         let n = self.depth(0);
-        self.head_backward(n, feed);
+        self.head_norm_backward(n, feed);
         for layer in (0..c.num_hidden_layers).rev() {
             let b = self.block(layer, n);
             self.block_backward(b);
         }
         self.give(n * c.hidden_size * self.act());
+        // Log-probabilities, of which the step's loss is the sum.
+        (0..=depth).for_each(|k| self.give(self.depth(k) * WIDE));
     }
 
-    /// A head and the norm before it; the gradient of the norm's input is held afterwards, that of what an MTP layer
-    /// read (`feed`) is not.
-    fn head_backward(&mut self, n: usize, feed: usize) {
+    /// The norm before a head, which has left its gradient; that of the norm's input is held afterwards, that of what an MTP
+    /// layer read (`feed`) is not.
+    fn head_norm_backward(&mut self, n: usize, feed: usize) {
         let h = n * self.c.hidden_size * self.act();
-        if !self.p.recompute.keeps_norms() {
-            self.take(h + n * WIDE);
-            self.give(n * WIDE);
-        }
-        self.take(h);
-        let sums = if self.p.precision == Precision::Bf16 { n * self.c.hidden_size * WIDE } else { 0 };
-        // Gradients of logits are rounded for their products where the other operands are.
-        let narrow = if sums > 0 { self.act() } else { 0 };
-        let (slice, d) = (SLICE.min(self.c.vocab_size), self.c.hidden_size);
-        let logits = sums + n * slice * (WIDE + narrow) + n * HEAD_ROW;
-        self.take(logits);
-        self.product(Direction::Forward, n, slice, d);
-        self.gradients(n, slice, d);
-        self.give(logits);
-        self.give(h + HEAD_VECTORS * n * WIDE);
         self.take(h);
         self.norm_weight(h);
         // The gradient of the head's states, the norm's input and statistics.

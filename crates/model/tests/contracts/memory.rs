@@ -116,9 +116,9 @@ fn activations_are_predicted() {
             );
             let mut grads = Grads::zeros(ctx, model.layout.clone());
             let mut run = || {
-                let f = pass::forward(ctx, &model, &params, &batch, &loss_weights(config), None);
-                assert_eq!(f.bytes(), predicted.saved, "{case}");
                 let mut jobs = WeightGrads::at_once(ctx, &params, &mut grads);
+                let f = pass::forward_to_train(ctx, &model, &params, &batch, &loss_weights(config), &mut jobs);
+                assert_eq!(f.bytes(), predicted.saved, "{case}");
                 pass::backward_into(ctx, &model, &params, f, &mut jobs);
             };
             // Scratch of this thread grows once.

@@ -3,18 +3,21 @@
 
 use crate::setup::*;
 use hadal_kernels::Ctx;
-use hadal_model::{Grads, Model, Params, Recompute, Routing, WeightGrads, pass};
+use hadal_model::{Grads, Model, Params, Recompute, WeightGrads, pass};
 
-/// A step whose weight gradients run at once.
-fn at_once(ctx: &Ctx, model: &Model, params: &Params, lengths: &[&[usize]], routing: Option<&Routing>) -> Step {
+/// A step whose weight gradients run at once; the heads' with their forward pass, or in backward.
+fn at_once(ctx: &Ctx, model: &Model, params: &Params, lengths: &[&[usize]], heads_too: bool) -> Step {
     let mut grads = Grads::zeros(ctx, model.layout.clone());
     let mut step = Step::default();
     for (i, lengths) in lengths.iter().enumerate() {
         let batch = batch(ctx, &model.config, lengths, 1 + i as u64);
-        let f = pass::forward(ctx, model, params, &batch, &loss_weights(&model.config), routing);
+        let (mut jobs, weights) = (WeightGrads::at_once(ctx, params, &mut grads), loss_weights(&model.config));
+        let f = match heads_too {
+            true => pass::forward_to_train(ctx, model, params, &batch, &weights, &mut jobs),
+            false => pass::forward(ctx, model, params, &batch, &weights, None),
+        };
         step.losses(i, &f.losses.read());
         step.traces(i, &f);
-        let mut jobs = WeightGrads::at_once(ctx, params, &mut grads);
         let dh = pass::backward_into(ctx, model, params, f, &mut jobs);
         assert!(jobs.is_empty(), "nothing waits");
         step.input(i, &dh);
@@ -37,8 +40,10 @@ fn what_is_computed_again_has_the_same_bits() {
             model.recompute = recompute;
             let queued = step(ctx, &model, &params, &batches.each_ref(), None);
             assert_same(&format!("{case}, {recompute}, queued"), &queued.values, &expected.values);
-            let direct = at_once(ctx, &model, &params, &lengths, None);
-            assert_same(&format!("{case}, {recompute}, at once"), &direct.values, &expected.values);
+            for heads_too in [false, true] {
+                let direct = at_once(ctx, &model, &params, &lengths, heads_too);
+                assert_same(&format!("{case}, {recompute}, at once"), &direct.values, &expected.values);
+            }
         }
     });
 }

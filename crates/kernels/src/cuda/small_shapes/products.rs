@@ -101,15 +101,14 @@ pub(in crate::cuda) fn head_loss(ctx: &Ctx, dtype: DType) -> Vec<Buf> {
         head::target_weights(ctx, targets.view(), 0.125, d_logp.view_mut());
         let (d_entropy, d_given) = (floats(ctx, 3, n), floats(ctx, 4, 2 * n));
         let (mut d_hidden, mut d_weight) = (ctx.empty(dtype, n * d), floats(ctx, 5, v * d));
-        let b = head::Backward {
-            lse: lse.view(),
-            entropy: entropy.view(),
+        let gradients = head::Gradients {
             d_logp: d_logp.view(),
             d_entropy: (!matches!(ask, Ask::Nothing)).then(|| d_entropy.view()),
             d_given: all.then(|| d_given.view()),
             d_hidden: Some(d_hidden.view_mut()),
             d_weight: Some((d_weight.view_mut(), all)),
         };
+        let b = head::Backward { lse: lse.view(), entropy: entropy.view(), gradients };
         head::backward(ctx, x, b);
         out.extend([lse, logp, entropy, d_logp, d_hidden, d_weight]);
         if all {

@@ -1,8 +1,9 @@
 //! All cores. The vocabulary is walked in slices of a fixed width; the logits of all tokens over one slice are all that
-//! ever exists of them. A row's sums are 16 interleaved f32 lanes within a slice and f64 across slices, in slice order:
-//! they depend on the row, the weight and nothing else of the batch. Non-finite logits give non-finite outputs.
+//! ever exists of them, or those of some tokens over all slices where both directions are computed at once. A row's sums are
+//! 16 interleaved f32 lanes within a slice and f64 across slices, in slice order: they depend on the row, the weight and
+//! nothing else of the batch. Non-finite logits give non-finite outputs.
 
-use super::{Backward, Inputs, Outputs};
+use super::{Backward, Gradients, Inputs, Outputs};
 use crate::isa::{Isa, vectorised};
 use crate::math::exp;
 use crate::ops::by_dtype;
@@ -16,17 +17,24 @@ pub(super) const SLICE: usize = 512;
 const ROWS: usize = 16;
 /// Partial sums that a row keeps within a slice.
 const LANES: usize = 16;
+/// Logits of a block of tokens, unless `TOKENS` have more. Tests are to have several blocks.
+const LOGITS: usize = if cfg!(test) { 1 << 12 } else { 1 << 23 };
+/// For each block the weight's gradient is read and written again, which takes long beside the products of fewer tokens.
+const TOKENS: usize = 256;
 
 /// See the module's contract; sizes have been checked.
-pub(super) fn forward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut out: Outputs<'_>) {
+pub(super) fn forward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, out: Outputs<'_>) {
+    let mut logits = Logits::new(cpu, x.targets.len(), x.weight.rows, false);
+    statistics(ctx, cpu, &x, out, &mut logits);
+}
+
+fn statistics(ctx: &Ctx, cpu: &Cpu, x: &Inputs<'_>, mut out: Outputs<'_>, logits: &mut Logits) {
     let targets = x.targets.i32();
-    let n = targets.len();
     let scale = 1.0 / x.temperature;
-    let mut rows = vec![Row::default(); n];
-    let mut logits = Slice::new(cpu, n, x.weight.rows);
+    let mut rows = vec![Row::default(); targets.len()];
     for ids in slices(x.weight.rows) {
-        logits.compute(ctx, &x, ids.clone());
-        let logits = &logits;
+        let mut logits = logits.slice(targets.len(), &ids);
+        logits.compute(ctx, x);
         cpu.chunks_mut(&mut rows, ROWS, |block, rows| {
             for (i, row) in rows.iter_mut().enumerate() {
                 let r = block * ROWS + i;
@@ -37,10 +45,10 @@ pub(super) fn forward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut out: Outputs<'_>)
             }
         });
         if let (Some(given), Some(picked)) = (x.given, &mut out.given_logp) {
-            pick(cpu, logits, scale, given.i32(), picked.reborrow().f32());
+            pick(cpu, &logits, scale, given.i32(), picked.reborrow().f32());
         }
         if let Some((top_ids, top_z)) = &mut out.top {
-            merge_top(cpu, logits, scale, top_ids.reborrow().i32(), top_z.reborrow().f32());
+            merge_top(cpu, &logits, scale, top_ids.reborrow().i32(), top_z.reborrow().f32());
         }
     }
     finish(&rows, targets, out);
@@ -63,32 +71,66 @@ fn finish(rows: &[Row], targets: &[i32], out: Outputs<'_>) {
     }
 }
 
+/// See the module's contract; sizes have been checked. The same blocks of tokens as in [`forward_backward`]: the same bits.
+pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut b: Backward<'_>) {
+    let (n, v) = (x.targets.len(), x.weight.rows);
+    let mut logits = Logits::new(cpu, tokens_at_once(n, v), v, false);
+    for tokens in blocks(n, v) {
+        let (lse, entropy) = (&b.lse.f32()[tokens.clone()], b.entropy.f32().get(tokens.clone()).unwrap_or_default());
+        differentiate(ctx, cpu, &x.of(&tokens), (lse, entropy), b.gradients.of(&tokens, n), &mut logits);
+    }
+}
+
 /// See the module's contract; sizes have been checked.
-pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
-    let (v, d) = (x.weight.rows, x.weight.cols);
-    let rows = row_gradients(&x, &b);
-    let given = x.given.zip(b.d_given).map(|(ids, d_given)| (ids.i32(), d_given.f32()));
-    let (mut d_hidden, mut d_weight) = (b.d_hidden, b.d_weight);
+pub(super) fn forward_backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, mut out: Outputs<'_>, mut d: Gradients<'_>) {
+    let (n, v) = (x.targets.len(), x.weight.rows);
+    let mut logits = Logits::new(cpu, tokens_at_once(n, v), v, true);
+    for tokens in blocks(n, v) {
+        let x = x.of(&tokens);
+        let mut out = out.of(&tokens, n);
+        statistics(ctx, cpu, &x, out.of(&(0..tokens.len()), tokens.len()), &mut logits);
+        let rows = (out.lse.as_view().f32(), out.entropy.as_view().f32());
+        differentiate(ctx, cpu, &x, rows, d.of(&tokens, n), &mut logits);
+    }
+}
+
+/// Gradients from the logits, which are computed first unless they are there.
+fn differentiate(
+    ctx: &Ctx,
+    cpu: &Cpu,
+    x: &Inputs<'_>,
+    (lse, entropy): (&[f32], &[f32]),
+    d: Gradients<'_>,
+    logits: &mut Logits,
+) {
+    let (v, width) = (x.weight.rows, x.weight.cols);
+    let rows = row_gradients(x, lse, entropy, &d);
+    let given = x.given.zip(d.d_given).map(|(ids, d_given)| (ids.i32(), d_given.f32()));
+    let (mut d_hidden, mut d_weight) = (d.d_hidden, d.d_weight);
     // A d_hidden of f32 takes the sums itself; a narrower one is rounded from them once, at the end.
     let narrow = d_hidden.as_ref().is_some_and(|h| h.dtype() != DType::F32);
-    let mut sums = cpu.empty::<f32>(if narrow { rows.len() * d } else { 0 });
-    let mut dz = Slice::new(cpu, rows.len(), v);
-    if x.hidden.dtype() == DType::Bf16 && x.weight.data.dtype() == DType::Bf16 {
-        dz.narrow = Some(cpu.empty(dz.z.len()));
-    }
+    let mut sums = cpu.empty::<f32>(if narrow { rows.len() * width } else { 0 });
+    let rounded = x.hidden.dtype() == DType::Bf16 && x.weight.data.dtype() == DType::Bf16;
+    let mut dz_rounded = rounded.then(|| cpu.empty::<bf16>(rows.len() * logits.ld));
     for ids in slices(v) {
-        dz.compute(ctx, &x, ids.clone());
+        let there = logits.all;
+        let mut dz = logits.slice(rows.len(), &ids);
+        if !there {
+            dz.compute(ctx, x);
+        }
         dz.differentiate(cpu, &rows, given, 1.0 / x.temperature);
+        let dz = dz.gradients(cpu, dz_rounded.as_deref_mut());
         if let Some(h) = &mut d_hidden {
-            dz.times_weight(ctx, &x, if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() });
+            times_weight(ctx, x, &ids, dz, if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() });
         }
         if let Some((w, accumulate)) = &mut d_weight {
-            dz.transposed_times_hidden(ctx, &x, w.reborrow().slice(ids.start * d..ids.end * d), *accumulate);
+            let w = w.reborrow().slice(ids.start * width..ids.end * width);
+            transposed_times_hidden(ctx, x, &ids, dz, w, *accumulate);
         }
     }
     if let Some(h) = d_hidden.filter(|_| narrow) {
-        by_dtype!(h.dtype(), T => cpu.chunks_mut(T::of_mut(h), ROWS * d, |block, h| {
-            let sums = &sums[block * ROWS * d..][..h.len()];
+        by_dtype!(h.dtype(), T => cpu.chunks_mut(T::of_mut(h), ROWS * width, |block, h| {
+            let sums = &sums[block * ROWS * width..][..h.len()];
             h.iter_mut().zip(sums).for_each(|(h, s)| *h = T::round(*s));
         }));
     }
@@ -97,6 +139,18 @@ pub(super) fn backward(ctx: &Ctx, cpu: &Cpu, x: Inputs<'_>, b: Backward<'_>) {
 /// See the module's contract; sizes have been checked.
 pub(super) fn target_weights(targets: View<'_>, weight: f32, out: ViewMut<'_>) {
     out.f32().iter_mut().zip(targets.i32()).for_each(|(o, &t)| *o = if t < 0 { 0.0 } else { weight });
+}
+
+/// Tokens whose shares of the weight's gradient are added to those before: as equal blocks as can be of whole tiles of products.
+pub(super) fn tokens_at_once(n: usize, v: usize) -> usize {
+    const TILE: usize = 64;
+    let most = (LOGITS / v / TILE * TILE).max(TOKENS);
+    n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(TILE).min(n)
+}
+
+fn blocks(n: usize, v: usize) -> impl Iterator<Item = Range<usize>> {
+    let tokens = tokens_at_once(n, v).max(1);
+    (0..n).step_by(tokens).map(move |first| first..n.min(first + tokens))
 }
 
 /// The fixed slices of a vocabulary of `v` ids.
@@ -109,32 +163,47 @@ fn position(id: i32, ids: &Range<usize>) -> Option<usize> {
     usize::try_from(id).ok().filter(|id| ids.contains(id)).map(|id| id - ids.start)
 }
 
-/// The logits (or their gradients) of all tokens over one slice of the vocabulary.
-struct Slice {
+/// Room for logits.
+struct Logits {
     z: AlignedVec<f32>,
-    /// The gradients rounded, where the other operand of their products is bf16 too: those are faster then.
-    narrow: Option<AlignedVec<bf16>>,
+    /// Of all slices, not of one.
+    all: bool,
+    rows: usize,
+    ld: usize,
+}
+
+impl Logits {
+    /// Of `n` tokens over `v` ids, or over one slice of them.
+    fn new(cpu: &Cpu, n: usize, v: usize, all: bool) -> Self {
+        let ld = SLICE.min(v);
+        let slices = if all { v.div_ceil(SLICE) } else { 1 };
+        Self { z: cpu.empty(n * ld * slices), all, rows: n, ld }
+    }
+
+    /// Those of the first `n` tokens over some ids.
+    fn slice(&mut self, n: usize, ids: &Range<usize>) -> Slice<'_> {
+        let at = if self.all { ids.start / SLICE * self.rows * self.ld } else { 0 };
+        Slice { z: &mut self.z[at..][..n * self.ld], ids: ids.clone(), ld: self.ld, n }
+    }
+}
+
+/// The logits (or their gradients) of some tokens over one slice of the vocabulary.
+struct Slice<'a> {
+    z: &'a mut [f32],
     ids: Range<usize>,
     ld: usize,
     n: usize,
 }
 
-impl Slice {
-    /// Room for `n` rows over any slice of `v` ids.
-    fn new(cpu: &Cpu, n: usize, v: usize) -> Self {
-        let ld = SLICE.min(v);
-        Self { z: cpu.empty(n * ld), narrow: None, ids: 0..0, ld, n }
-    }
-
+impl<'a> Slice<'a> {
     /// Row `r`, as wide as the slice.
     fn row(&self, r: usize) -> &[f32] {
         &self.z[r * self.ld..][..self.ids.len()]
     }
 
     /// `z[N, ids]` = hidden `W[ids]`^T, not yet divided by the temperature.
-    fn compute(&mut self, ctx: &Ctx, x: &Inputs<'_>, ids: Range<usize>) {
+    fn compute(&mut self, ctx: &Ctx, x: &Inputs<'_>) {
         let d = x.weight.cols;
-        self.ids = ids;
         gemm(
             ctx,
             Gemm {
@@ -143,9 +212,9 @@ impl Slice {
                 k: d,
                 a: Mat { data: x.hidden, ld: d },
                 ta: false,
-                b: Mat { data: rows_of(&x.weight, &self.ids), ld: d },
+                b: Mat { data: weights_of(&x.weight, &self.ids), ld: d },
                 tb: true,
-                c: MatMut { data: ViewMut::F32(&mut self.z), ld: self.ld },
+                c: MatMut { data: ViewMut::F32(self.z), ld: self.ld },
                 accumulate: false,
             },
         );
@@ -154,7 +223,7 @@ impl Slice {
     /// Logits in, their gradients out. `given` are ids and their gradients, G a row.
     fn differentiate(&mut self, cpu: &Cpu, rows: &[RowGradient], given: Option<(&[i32], &[f32])>, scale: f32) {
         let (ids, ld) = (self.ids.clone(), self.ld);
-        cpu.chunks_mut(&mut self.z, ROWS * ld, |block, z| {
+        cpu.chunks_mut(self.z, ROWS * ld, |block, z| {
             for (i, z) in z.chunks_mut(ld).enumerate() {
                 let r = block * ROWS + i;
                 rows[r].apply(cpu.isa(), &mut z[..ids.len()], scale);
@@ -170,58 +239,68 @@ impl Slice {
                 }
             }
         });
-        if let Some(narrow) = &mut self.narrow {
-            let z = &self.z;
-            cpu.chunks_mut(narrow, ROWS * ld, |block, to| round(cpu.isa(), &z[block * ROWS * ld..], to));
-        }
     }
 
-    /// The gradients, as their products take them.
-    fn gradients(&self) -> Mat<'_> {
-        let data = self.narrow.as_ref().map_or(View::F32(&self.z), |narrow| View::Bf16(narrow));
-        Mat { data, ld: self.ld }
-    }
-
-    /// `c[N, D]` = dz `W[ids]`, added to what the slices before left there.
-    fn times_weight(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>) {
-        let d = x.weight.cols;
-        gemm(
-            ctx,
-            Gemm {
-                m: self.n,
-                n: d,
-                k: self.ids.len(),
-                a: self.gradients(),
-                ta: false,
-                b: Mat { data: rows_of(&x.weight, &self.ids), ld: d },
-                tb: false,
-                c: MatMut { data: c, ld: d },
-                accumulate: self.ids.start > 0,
-            },
-        );
-    }
-
-    /// `c[ids, D]` = dz^T hidden, or the same added to what is there.
-    fn transposed_times_hidden(&self, ctx: &Ctx, x: &Inputs<'_>, c: ViewMut<'_>, accumulate: bool) {
-        let d = x.weight.cols;
-        gemm(
-            ctx,
-            Gemm {
-                m: self.ids.len(),
-                n: d,
-                k: self.n,
-                a: self.gradients(),
-                ta: true,
-                b: Mat { data: x.hidden, ld: d },
-                tb: false,
-                c: MatMut { data: c, ld: d },
-                accumulate,
-            },
-        );
+    /// The gradients as their products take them: rounded where the other operand is bf16 too, those are faster then.
+    fn gradients(self, cpu: &Cpu, rounded: Option<&'a mut [bf16]>) -> Mat<'a> {
+        let (z, ld): (&'a [f32], _) = (self.z, self.ld);
+        let data = match rounded {
+            None => View::F32(z),
+            Some(to) => {
+                cpu.chunks_mut(to, ROWS * ld, |block, to| round(cpu.isa(), &z[block * ROWS * ld..], to));
+                View::Bf16(to)
+            }
+        };
+        Mat { data, ld }
     }
 }
 
-fn rows_of<'a>(w: &Weight<'a>, ids: &Range<usize>) -> View<'a> {
+/// `c[N, D]` = dz `W[ids]`, added to what the slices before left there.
+fn times_weight(ctx: &Ctx, x: &Inputs<'_>, ids: &Range<usize>, dz: Mat<'_>, c: ViewMut<'_>) {
+    let d = x.weight.cols;
+    gemm(
+        ctx,
+        Gemm {
+            m: x.targets.len(),
+            n: d,
+            k: ids.len(),
+            a: dz,
+            ta: false,
+            b: Mat { data: weights_of(&x.weight, ids), ld: d },
+            tb: false,
+            c: MatMut { data: c, ld: d },
+            accumulate: ids.start > 0,
+        },
+    );
+}
+
+/// `c[ids, D]` = dz^T hidden, or the same added to what is there.
+fn transposed_times_hidden(
+    ctx: &Ctx,
+    x: &Inputs<'_>,
+    ids: &Range<usize>,
+    dz: Mat<'_>,
+    c: ViewMut<'_>,
+    accumulate: bool,
+) {
+    let d = x.weight.cols;
+    gemm(
+        ctx,
+        Gemm {
+            m: ids.len(),
+            n: d,
+            k: x.targets.len(),
+            a: dz,
+            ta: true,
+            b: Mat { data: x.hidden, ld: d },
+            tb: false,
+            c: MatMut { data: c, ld: d },
+            accumulate,
+        },
+    );
+}
+
+fn weights_of<'a>(w: &Weight<'a>, ids: &Range<usize>) -> View<'a> {
     w.data.slice(ids.start * w.cols..ids.end * w.cols)
 }
 
@@ -310,7 +389,7 @@ vectorised! {
 }
 
 /// Writes z of the given ids that lie in this slice.
-fn pick(cpu: &Cpu, logits: &Slice, scale: f32, given: &[i32], picked: &mut [f32]) {
+fn pick(cpu: &Cpu, logits: &Slice<'_>, scale: f32, given: &[i32], picked: &mut [f32]) {
     let each = given.len() / logits.n;
     if each == 0 {
         return;
@@ -328,7 +407,7 @@ fn pick(cpu: &Cpu, logits: &Slice, scale: f32, given: &[i32], picked: &mut [f32]
 }
 
 /// Merges this slice into the K largest of each row.
-fn merge_top(cpu: &Cpu, logits: &Slice, scale: f32, top_ids: &mut [i32], top_z: &mut [f32]) {
+fn merge_top(cpu: &Cpu, logits: &Slice<'_>, scale: f32, top_ids: &mut [i32], top_z: &mut [f32]) {
     let k = top_z.len() / logits.n;
     if k == 0 {
         return;
@@ -376,17 +455,17 @@ struct RowGradient {
     d_target: f32,
 }
 
-fn row_gradients(x: &Inputs<'_>, b: &Backward<'_>) -> Vec<RowGradient> {
-    let (targets, lse, d_logp) = (x.targets.i32(), b.lse.f32(), b.d_logp.f32());
+fn row_gradients(x: &Inputs<'_>, lse: &[f32], entropy: &[f32], d: &Gradients<'_>) -> Vec<RowGradient> {
+    let (targets, d_logp) = (x.targets.i32(), d.d_logp.f32());
     let scale = 1.0 / x.temperature;
     let row = |r: usize| {
         let d_target = if targets[r] < 0 { 0.0 } else { d_logp[r] };
         let mut all = f64::from(d_target);
-        if let Some(d_given) = b.d_given {
+        if let Some(d_given) = d.d_given {
             let g = d_given.len() / targets.len();
             all += d_given.f32()[r * g..][..g].iter().map(|&d| f64::from(d)).sum::<f64>();
         }
-        let (entropy, spread) = b.d_entropy.map_or((0.0, 0.0), |d| (b.entropy.f32()[r], -d.f32()[r] * scale));
+        let (entropy, spread) = d.d_entropy.map_or((0.0, 0.0), |d| (entropy[r], -d.f32()[r] * scale));
         let all = (-all * f64::from(scale)) as f32;
         RowGradient { lse: lse[r], entropy, all, spread, target: targets[r], d_target: d_target * scale }
     };

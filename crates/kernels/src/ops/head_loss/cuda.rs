@@ -3,7 +3,7 @@
 //! slices, in an order that does not depend on the batch. Hopper has a way without logits in memory (`sm90.rs`) for
 //! what training asks.
 
-use super::{Backward, Inputs, Outputs, sm90};
+use super::{Backward, Inputs, Outputs, rows_of, rows_of_mut, sm90};
 use crate::cuda::Value::{Int, Type};
 use crate::cuda::{Arg, Cuda, Grid, Kernel, Source, args, source};
 use crate::ops::add;
@@ -33,17 +33,6 @@ pub(super) struct Piece {
     pub ids: Range<usize>,
 }
 
-/// The rows of some of `n` tokens.
-pub(super) fn piece_of<'a>(view: View<'a>, tokens: &Range<usize>, n: usize) -> View<'a> {
-    let each = view.len() / n;
-    view.slice(tokens.start * each..tokens.end * each)
-}
-
-fn piece_of_mut<'a>(view: &'a mut ViewMut<'_>, tokens: &Range<usize>, n: usize) -> ViewMut<'a> {
-    let each = view.len() / n;
-    view.reborrow().slice(tokens.start * each..tokens.end * each)
-}
-
 /// See the module's contract; sizes have been checked.
 pub(super) fn forward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_>) {
     if x.given.is_none() && out.top.is_none() && sm90::supports(cuda, &x) {
@@ -57,12 +46,12 @@ pub(super) fn forward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_
     let mut logits = Logits::new(cuda, tokens, v);
     for first in (0..n).step_by(tokens) {
         let tokens = first..n.min(first + tokens);
-        let at = |view: &mut ViewMut<'_>| piece_of_mut(view, &tokens, n).ptr();
+        let at = |view: &mut ViewMut<'_>| rows_of_mut(view, &tokens, n).ptr();
         let (lse, logp, entropy) = (at(&mut out.lse), at(&mut out.logp), at(&mut out.entropy));
         let (g, picked) = out.given_logp.as_mut().map_or((0, 0), |p| (p.len() / n, at(p)));
         let (k, best_ids, best) = out.top.as_mut().map_or((0, 0, 0), |(i, z)| (i.len() / n, at(i), at(z)));
-        let given = x.given.map_or(0, |ids| piece_of(ids, &tokens, n).ptr());
-        let (targets, rows) = (piece_of(x.targets, &tokens, n).ptr(), rows.view_mut().ptr());
+        let given = x.given.map_or(0, |ids| rows_of(ids, &tokens, n).ptr());
+        let (targets, rows) = (rows_of(x.targets, &tokens, n).ptr(), rows.view_mut().ptr());
         for ids in slices(v, SLICE) {
             let piece = Piece { tokens: tokens.clone(), ids };
             logits.compute(ctx, &x, &piece);
@@ -80,12 +69,13 @@ pub(super) fn forward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_
 /// See the module's contract; sizes have been checked.
 pub(super) fn backward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut b: Backward<'_>) {
     let (n, v, d) = (x.targets.len(), x.weight.rows, x.weight.cols);
-    let fused = b.d_given.is_none() && sm90::supports(cuda, &x);
+    let fused = b.gradients.d_given.is_none() && sm90::supports(cuda, &x);
     let (width, scratch) = if fused { (sm90::SLICE, DType::Bf16) } else { (SLICE, DType::F32) };
     let at_once = tokens_at_once(&x, width, scratch);
     let mut logits = Logits { z: cuda.empty(scratch, at_once * row(v, width)), ld: row(v, width) };
     // A d_hidden of f32 takes the sums itself; a narrower one is rounded from them once, at the end.
-    let mut sums = b.d_hidden.as_ref().filter(|h| h.dtype() != DType::F32).map(|_| cuda.empty(DType::F32, at_once * d));
+    let mut sums =
+        b.gradients.d_hidden.as_ref().filter(|h| h.dtype() != DType::F32).map(|_| cuda.empty(DType::F32, at_once * d));
     for first in (0..n).step_by(at_once) {
         let tokens = first..n.min(first + at_once);
         for ids in slices(v, width) {
@@ -97,19 +87,19 @@ pub(super) fn backward(ctx: &Ctx, cuda: &Cuda, x: Inputs<'_>, mut b: Backward<'_
                 logits.compute(ctx, &x, &piece);
                 logits.differentiate(cuda, &x, &b, &piece)
             };
-            if let Some(h) = &mut b.d_hidden {
+            if let Some(h) = &mut b.gradients.d_hidden {
                 let c = match &mut sums {
                     Some(sums) => sums.view_mut().slice(0..tokens.len() * d),
-                    None => piece_of_mut(h, &tokens, n),
+                    None => rows_of_mut(h, &tokens, n),
                 };
                 times_weight(ctx, &x, &piece, dz, c);
             }
-            if let Some((w, _)) = &mut b.d_weight {
+            if let Some((w, _)) = &mut b.gradients.d_weight {
                 transposed_times_hidden(ctx, &x, &piece, dz, w.reborrow());
             }
         }
-        if let (Some(h), Some(sums)) = (&mut b.d_hidden, &sums) {
-            add::convert(ctx, sums.view().slice(0..tokens.len() * d), piece_of_mut(h, &tokens, n));
+        if let (Some(h), Some(sums)) = (&mut b.gradients.d_hidden, &sums) {
+            add::convert(ctx, sums.view().slice(0..tokens.len() * d), rows_of_mut(h, &tokens, n));
         }
     }
 }
@@ -169,7 +159,7 @@ impl Logits {
             m: p.tokens.len(),
             n: p.ids.len(),
             k: d,
-            a: Mat { data: piece_of(x.hidden, &p.tokens, x.targets.len()), ld: d },
+            a: Mat { data: rows_of(x.hidden, &p.tokens, x.targets.len()), ld: d },
             ta: false,
             b: Mat { data: x.weight.data.slice(p.ids.start * d..p.ids.end * d), ld: d },
             tb: true,
@@ -192,13 +182,13 @@ impl Logits {
         let n = x.targets.len();
         let narrow = x.hidden.dtype() == DType::Bf16 && x.weight.data.dtype() == DType::Bf16;
         let dz = if narrow { DType::Bf16 } else { DType::F32 };
-        let given = x.given.zip(b.d_given);
-        let at = |view: View<'_>| piece_of(view, &p.tokens, n).ptr();
+        let given = x.given.zip(b.gradients.d_given);
+        let at = |view: View<'_>| rows_of(view, &p.tokens, n).ptr();
         let (g, ids, d_given) = given.map_or((0, 0, 0), |(ids, d)| (ids.len() / n, at(ids), at(d)));
-        let d_entropy = b.d_entropy.map_or(0, at);
-        let [targets, lse, entropy, d_logp] = [x.targets, b.lse, b.entropy, b.d_logp].map(at);
+        let d_entropy = b.gradients.d_entropy.map_or(0, at);
+        let [targets, lse, entropy, d_logp] = [x.targets, b.lse, b.entropy, b.gradients.d_logp].map(at);
         let rest = args![targets, lse, entropy, d_logp, d_entropy, ids, d_given, g as i32];
-        let kernel = kernel(cuda, "head_gradient", dz, [b.d_entropy.is_some(), given.is_some()]);
+        let kernel = kernel(cuda, "head_gradient", dz, [b.gradients.d_entropy.is_some(), given.is_some()]);
         self.launch(cuda, &kernel, p, x.temperature, &rest);
         let View::Cuda(z) = self.z.view() else { panic!("logits in host memory") };
         Mat { data: View::Cuda(z.cast(dz)), ld: self.ld * DType::F32.size() / dz.size() }
@@ -231,7 +221,7 @@ fn transposed_times_hidden(ctx: &Ctx, x: &Inputs<'_>, p: &Piece, dz: Mat<'_>, d_
         k: p.tokens.len(),
         a: dz,
         ta: true,
-        b: Mat { data: piece_of(x.hidden, &p.tokens, x.targets.len()), ld: d },
+        b: Mat { data: rows_of(x.hidden, &p.tokens, x.targets.len()), ld: d },
         tb: false,
         c: MatMut { data: d_weight.slice(p.ids.start * d..p.ids.end * d), ld: d },
         accumulate: true,

@@ -2,8 +2,8 @@
 //! bf16 operands that the copy engine can read, without given ids and the most likely ones. An element of the product
 //! is one chain over D: a row's bits depend on the row and the weight alone, whatever the number of tokens.
 
-use super::cuda::{Piece, SCRATCH, piece_of};
-use super::{Backward, Inputs, Outputs};
+use super::cuda::{Piece, SCRATCH};
+use super::{Backward, Inputs, Outputs, rows_of};
 use crate::cuda::{Cuda, Grid, Source, Swizzle, TensorMap, Value::Int, args, source};
 use crate::{DType, View, ViewMut};
 
@@ -41,8 +41,8 @@ pub(super) fn forward(cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_>) {
     let w = rows(cuda, x.weight.data, d, TILE[1]);
     for first in (0..n).step_by(tokens) {
         let piece = first..n.min(first + tokens);
-        let (m, targets) = (piece.len() as i32, piece_of(x.targets, &piece, n).ptr());
-        let hidden = rows(cuda, piece_of(x.hidden, &piece, n), d, TILE[0]);
+        let (m, targets) = (piece.len() as i32, rows_of(x.targets, &piece, n).ptr());
+        let hidden = rows(cuda, rows_of(x.hidden, &piece, n), d, TILE[0]);
         let scale = 1.0 / x.temperature;
         let all = args![hidden, w, m, v as i32, d as i32, scale, targets, z, parts];
         cuda.launch(&summaries, grid(cuda, RING), &all);
@@ -56,8 +56,8 @@ pub(super) fn forward(cuda: &Cuda, x: Inputs<'_>, mut out: Outputs<'_>) {
 /// Gradients of a piece's logits, bf16 `[tokens, ids]` with rows `ld` apart.
 pub(super) fn gradients(cuda: &Cuda, x: &Inputs<'_>, b: &Backward<'_>, p: &Piece, dz: ViewMut<'_>, ld: usize) {
     let (n, d) = (x.targets.len(), x.weight.cols);
-    let kernel = kernel(cuda, "head_gradients", b.d_entropy.is_some());
-    let hidden = rows(cuda, piece_of(x.hidden, &p.tokens, n), d, TILE[0]);
+    let kernel = kernel(cuda, "head_gradients", b.gradients.d_entropy.is_some());
+    let hidden = rows(cuda, rows_of(x.hidden, &p.tokens, n), d, TILE[0]);
     let w = rows(cuda, x.weight.data.slice(p.ids.start * d..p.ids.end * d), d, TILE[1]);
     let (m, ids) = (p.tokens.len(), p.ids.len());
     let dz = cuda.tensor_map(
@@ -68,9 +68,9 @@ pub(super) fn gradients(cuda: &Cuda, x: &Inputs<'_>, b: &Backward<'_>, p: &Piece
         &[64, 64],
         Swizzle::B128,
     );
-    let at = |view: View<'_>| piece_of(view, &p.tokens, n).ptr();
-    let [targets, lse, entropy, d_logp] = [x.targets, b.lse, b.entropy, b.d_logp].map(at);
-    let d_entropy = b.d_entropy.map_or(0, at);
+    let at = |view: View<'_>| rows_of(view, &p.tokens, n).ptr();
+    let [targets, lse, entropy, d_logp] = [x.targets, b.lse, b.entropy, b.gradients.d_logp].map(at);
+    let d_entropy = b.gradients.d_entropy.map_or(0, at);
     let sizes = args![hidden, w, dz, m as i32, ids as i32, d as i32, p.ids.start as i32, 1.0 / x.temperature];
     let rows = args![targets, lse, entropy, d_logp, d_entropy];
     cuda.launch(&kernel, grid(cuda, RING + OUT), &[&sizes[..], &rows].concat());

@@ -1,4 +1,7 @@
-use super::{Backward, Inputs, Outputs, backward, cpu::SLICE, cuda::SLICE as WIDE, forward, reference, target_weights};
+use super::{
+    Backward, Gradients, Inputs, Outputs, backward, cpu::SLICE, cuda::SLICE as WIDE, forward, forward_backward,
+    reference, target_weights,
+};
 use crate::testing::{
     assert_close, assert_same_bits, buf, buf_on, ctx, finite_difference, gpu, isas, levels, normals, older_gpu,
     op_tolerance, thread_counts,
@@ -58,15 +61,22 @@ impl Case {
 
     /// lse, logp, entropy, given_logp, top ids, top logp.
     fn forward(&self, ctx: &Ctx, k: usize) -> [Buf; 6] {
+        let mut out = self.outputs(ctx, k);
+        forward(ctx, self.inputs(), self.views(&mut out, k));
+        out
+    }
+
+    fn outputs(&self, ctx: &Ctx, k: usize) -> [Buf; 6] {
         let f = |len| ctx.zeros(DType::F32, len);
         let n = self.n;
-        let mut out = [f(n), f(n), f(n), f(n * self.g), ctx.zeros(DType::I32, n * k), f(n * k)];
-        let [lse, logp, entropy, given, ids, top] = &mut out;
+        [f(n), f(n), f(n), f(n * self.g), ctx.zeros(DType::I32, n * k), f(n * k)]
+    }
+
+    fn views<'a>(&self, out: &'a mut [Buf; 6], k: usize) -> Outputs<'a> {
+        let [lse, logp, entropy, given, ids, top] = out;
         let given_logp = (self.g > 0).then(|| given.view_mut());
         let top = (k > 0).then(|| (ids.view_mut(), top.view_mut()));
-        let (lse, logp, entropy) = (lse.view_mut(), logp.view_mut(), entropy.view_mut());
-        forward(ctx, self.inputs(), Outputs { lse, logp, entropy, given_logp, top });
-        out
+        Outputs { lse: lse.view_mut(), logp: logp.view_mut(), entropy: entropy.view_mut(), given_logp, top }
     }
 
     /// d_hidden (of `dtype`) and d_weight, added to `before`.
@@ -80,17 +90,30 @@ impl Case {
         let [lse, _, entropy, ..] = self.forward(ctx, 0);
         let mut dh = buf_on(ctx, dtype, &vec![7.0; self.n * self.d]);
         let mut dw = before.clone();
-        let b = Backward {
-            lse: lse.view(),
-            entropy: entropy.view(),
+        let gradients = self.gradients(want[0].then_some(&mut dh), want[1].then_some((&mut dw, accumulate)));
+        backward(ctx, self.inputs(), Backward { lse: lse.view(), entropy: entropy.view(), gradients });
+        [dh, dw]
+    }
+
+    fn gradients<'a>(&'a self, dh: Option<&'a mut Buf>, dw: Option<(&'a mut Buf, bool)>) -> Gradients<'a> {
+        Gradients {
             d_logp: self.d_logp.view(),
             d_entropy: Some(self.d_entropy.view()),
             d_given: (self.g > 0).then(|| self.d_given.view()),
-            d_hidden: want[0].then(|| dh.view_mut()),
-            d_weight: want[1].then(|| (dw.view_mut(), accumulate)),
-        };
-        backward(ctx, self.inputs(), b);
-        [dh, dw]
+            d_hidden: dh.map(Buf::view_mut),
+            d_weight: dw.map(|(dw, accumulate)| (dw.view_mut(), accumulate)),
+        }
+    }
+
+    /// What `forward` and `backward_onto` give, from both at once.
+    fn both(&self, ctx: &Ctx, dtype: DType, before: (&Buf, bool), k: usize) -> ([Buf; 6], [Buf; 2]) {
+        let n = self.n;
+        let mut dh = buf_on(ctx, dtype, &vec![7.0; n * self.d]);
+        let mut dw = before.0.clone();
+        let gradients = self.gradients(Some(&mut dh), Some((&mut dw, before.1)));
+        let mut out = self.outputs(ctx, k);
+        forward_backward(ctx, self.inputs(), self.views(&mut out, k), gradients);
+        (out, [dh, dw])
     }
 
     /// Row `r` alone.
@@ -223,6 +246,28 @@ fn same_bits_on_any_number_of_threads_and_whichever_gradient_is_asked_for() {
                 }
                 assert_same_bits("d_hidden alone", &c.backward(ctx, dtype, &before, [true, false])[0], &dh);
                 assert_same_bits("d_weight alone", &c.backward(ctx, dtype, &before, [false, true])[1], &dw);
+            }
+        });
+    }
+}
+
+/// Among the shapes are some of several blocks of tokens.
+#[test]
+fn both_directions_at_once_give_the_bits_of_one_after_the_other() {
+    for ctx in levels().into_iter().chain(older_gpu()) {
+        each_case(&ctx, |dtype, c| {
+            let before = buf_on(&ctx, DType::F32, &normals(20, c.v * c.d, 1.0));
+            for accumulate in [false, true] {
+                let k = c.v.min(3);
+                let outputs = c.forward(&ctx, k);
+                let gradients = c.backward_onto(&ctx, dtype, (&before, accumulate), [true, true]);
+                let (found, found_gradients) = c.both(&ctx, dtype, (&before, accumulate), k);
+                assert_eq!(found[4].view().to_i32(), outputs[4].view().to_i32());
+                for i in [0, 1, 2, 3, 5] {
+                    assert_same_bits("outputs", &found[i], &outputs[i]);
+                }
+                assert_same_bits("d_hidden", &found_gradients[0], &gradients[0]);
+                assert_same_bits("d_weight", &found_gradients[1], &gradients[1]);
             }
         });
     }
