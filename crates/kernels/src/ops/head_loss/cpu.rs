@@ -17,8 +17,8 @@ pub(super) const SLICE: usize = 512;
 const ROWS: usize = 16;
 /// Partial sums that a row keeps within a slice.
 const LANES: usize = 16;
-/// Logits of a block of tokens, unless `TOKENS` have more. Tests are to have several blocks.
-const LOGITS: usize = if cfg!(test) { 1 << 12 } else { 1 << 23 };
+/// Logits of a block of tokens, unless `TOKENS` have more: 64 MiB. Tests are to have several blocks.
+const LOGITS: usize = if cfg!(test) { 1 << 12 } else { 1 << 24 };
 /// For each block the weight's gradient is read and written again, which takes long beside the products of fewer tokens.
 const TOKENS: usize = 256;
 
@@ -118,8 +118,7 @@ fn differentiate(
         if !there {
             dz.compute(ctx, x);
         }
-        dz.differentiate(cpu, &rows, given, 1.0 / x.temperature);
-        let dz = dz.gradients(cpu, dz_rounded.as_deref_mut());
+        let dz = dz.gradients(cpu, &rows, given, 1.0 / x.temperature, dz_rounded.as_deref_mut());
         if let Some(h) = &mut d_hidden {
             times_weight(ctx, x, &ids, dz, if narrow { ViewMut::F32(&mut sums) } else { h.reborrow() });
         }
@@ -220,38 +219,49 @@ impl<'a> Slice<'a> {
         );
     }
 
-    /// Logits in, their gradients out. `given` are ids and their gradients, G a row.
-    fn differentiate(&mut self, cpu: &Cpu, rows: &[RowGradient], given: Option<(&[i32], &[f32])>, scale: f32) {
-        let (ids, ld) = (self.ids.clone(), self.ld);
-        cpu.chunks_mut(self.z, ROWS * ld, |block, z| {
-            for (i, z) in z.chunks_mut(ld).enumerate() {
-                let r = block * ROWS + i;
-                rows[r].apply(cpu.isa(), &mut z[..ids.len()], scale);
-                if let Some(j) = position(rows[r].target, &ids) {
-                    z[j] += rows[r].d_target;
-                }
-                let Some((given, d_given)) = given else { continue };
-                let g = given.len() / rows.len();
-                for (&id, &d) in given[r * g..][..g].iter().zip(&d_given[r * g..]) {
-                    if let Some(j) = position(id, &ids) {
-                        z[j] += d * scale;
-                    }
-                }
+    /// Logits in, their gradients out, as their products take them: rounded where the other operand is bf16 too, those are
+    /// faster then. `given` are ids and their gradients, G a row.
+    fn gradients(
+        self,
+        cpu: &Cpu,
+        rows: &[RowGradient],
+        given: Option<(&[i32], &[f32])>,
+        scale: f32,
+        rounded: Option<&'a mut [bf16]>,
+    ) -> Mat<'a> {
+        let (ids, ld) = (self.ids, self.ld);
+        let row = |r: usize, z: &mut [f32]| {
+            rows[r].apply(cpu.isa(), z, scale);
+            if let Some(j) = position(rows[r].target, &ids) {
+                z[j] += rows[r].d_target;
             }
-        });
-    }
-
-    /// The gradients as their products take them: rounded where the other operand is bf16 too, those are faster then.
-    fn gradients(self, cpu: &Cpu, rounded: Option<&'a mut [bf16]>) -> Mat<'a> {
-        let (z, ld): (&'a [f32], _) = (self.z, self.ld);
-        let data = match rounded {
-            None => View::F32(z),
-            Some(to) => {
-                cpu.chunks_mut(to, ROWS * ld, |block, to| round(cpu.isa(), &z[block * ROWS * ld..], to));
-                View::Bf16(to)
+            let Some((given, d_given)) = given else { return };
+            let g = given.len() / rows.len();
+            for (&id, &d) in given[r * g..][..g].iter().zip(&d_given[r * g..]) {
+                if let Some(j) = position(id, &ids) {
+                    z[j] += d * scale;
+                }
             }
         };
-        Mat { data, ld }
+        let (z, width) = (self.z, ids.len());
+        let Some(to) = rounded else {
+            cpu.chunks_mut(z, ROWS * ld, |block, z| {
+                z.chunks_mut(ld).enumerate().for_each(|(i, z)| row(block * ROWS + i, &mut z[..width]));
+            });
+            return Mat { data: View::F32(z), ld };
+        };
+        let z = &*z;
+        cpu.chunks_mut(to, ROWS * ld, |block, to| {
+            // Not where the logits are, which would be written to memory once more.
+            let mut dz = [0.0; SLICE];
+            for (i, to) in to.chunks_mut(ld).enumerate() {
+                let r = block * ROWS + i;
+                dz[..width].copy_from_slice(&z[r * ld..][..width]);
+                row(r, &mut dz[..width]);
+                round(cpu.isa(), &dz[..width], to);
+            }
+        });
+        Mat { data: View::Bf16(to), ld }
     }
 }
 
