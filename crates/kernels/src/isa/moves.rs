@@ -37,21 +37,24 @@ pub(crate) fn transpose(isa: Isa, src: &[u32], ld: usize, dst: &mut [u32], width
     }
 }
 
-/// Writes to `dst` the transpose of 16 rows of 16 cells, `stride` bytes apart and aligned or not: 16 rows close together.
+/// Writes to `dst` the transpose of 16 rows of 16 cells, `stride` bytes apart and aligned or not: 16 rows, `ld` cells apart.
 ///
 /// # Safety
-/// The CPU has AVX-512. The rows at `src` can be read, and [`SQUARE`] times as many cells be written at `dst`.
+/// The CPU has AVX-512. The rows at `src` can be read, and those at `dst` be written.
 #[inline(always)]
-pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32) {
+pub(crate) unsafe fn transpose_cells(src: *const u8, stride: usize, dst: *mut u32, ld: usize) {
     // SAFETY: the caller's promise.
     #[cfg(target_arch = "x86_64")]
     unsafe {
-        x86::transpose(src, stride, dst, SQUARE, SQUARE);
+        x86::transpose(src, stride, dst, ld, SQUARE);
     }
     #[cfg(not(target_arch = "x86_64"))]
     for i in 0..SQUARE * SQUARE {
         // SAFETY: the caller's promise.
-        unsafe { *dst.add(i) = src.add(i % SQUARE * stride).cast::<u32>().add(i / SQUARE).read_unaligned() }
+        unsafe {
+            let (row, column) = (i / SQUARE, i % SQUARE);
+            *dst.add(row * ld + column) = src.add(column * stride).cast::<u32>().add(row).read_unaligned();
+        }
     }
 }
 
@@ -446,7 +449,7 @@ mod tests {
         for (stride, from) in [(64, 0), (66, 1), (77, 3)] {
             let mut dst = [0u32; SQUARE * SQUARE];
             // SAFETY: the CPU has the level; 16 rows are there, and as many cells.
-            unsafe { transpose_cells(src[from..].as_ptr(), stride, dst.as_mut_ptr()) }
+            unsafe { transpose_cells(src[from..].as_ptr(), stride, dst.as_mut_ptr(), SQUARE) }
             for (i, found) in dst.into_iter().enumerate() {
                 let at = from + i % SQUARE * stride + i / SQUARE * 4;
                 assert_eq!(found.to_le_bytes(), src[at..at + 4], "stride {stride}, cell {i}");

@@ -58,13 +58,14 @@ pub(crate) trait Beside {
     fn step(&mut self);
 }
 
-/// `sums` (+)= left . right over `steps` steps, with a step of what is done beside in each.
+/// `sums` (+)= left . right over `steps` steps, with a step of what is done beside in each. With `STREAM` left is what passes
+/// through the first-level cache while right stays there, else right.
 ///
 /// # Safety
 /// Tiles are configured. `left` has so many steps; so many times [`STEP_CELLS`] are there from `right`, and [`SUMS`] from
 /// `sums`.
 #[inline(always)]
-pub(crate) unsafe fn block<T: Tiles>(
+pub(crate) unsafe fn block<T: Tiles, const STREAM: bool>(
     left: Left,
     right: *const u32,
     sums: *mut f32,
@@ -90,10 +91,17 @@ pub(crate) unsafe fn block<T: Tiles>(
         let (mut upper, mut right) = (left.at, right.cast::<u8>());
         for _ in 0..steps {
             // All loads before all products: each then comes well before what needs it.
-            T::load::<4>(upper, left.row);
-            T::load_once::<6>(right, 2 * BLOCK);
-            T::load_once::<7>(right.add(HALF), 2 * BLOCK);
-            T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
+            if STREAM {
+                T::load_once::<4>(upper, left.row);
+                T::load::<6>(right, 2 * BLOCK);
+                T::load::<7>(right.add(HALF), 2 * BLOCK);
+                T::load_once::<5>(upper.add(TILE_ROWS * left.row), left.row);
+            } else {
+                T::load::<4>(upper, left.row);
+                T::load_once::<6>(right, 2 * BLOCK);
+                T::load_once::<7>(right.add(HALF), 2 * BLOCK);
+                T::load::<5>(upper.add(TILE_ROWS * left.row), left.row);
+            }
             T::dot::<0, 4, 6>();
             T::dot::<1, 4, 7>();
             T::dot::<2, 5, 6>();
@@ -174,8 +182,8 @@ pub(crate) fn pack_right(
         let (at, stride, to) = (part.as_ptr().cast::<u8>(), 2 * op.ld, to.as_mut_ptr());
         // SAFETY: the part has 32 rows of 32 elements, `ld` apart; two tiles are written.
         unsafe {
-            transpose_cells(at, stride, to);
-            transpose_cells(at.add(TILE_ROWS * stride), stride, to.add(STEP_CELLS / 2));
+            transpose_cells(at, stride, to, TILE_COLUMNS);
+            transpose_cells(at.add(TILE_ROWS * stride), stride, to.add(STEP_CELLS / 2), TILE_COLUMNS);
         }
     } else {
         let mut along = [0; STEP_CELLS];
@@ -197,8 +205,8 @@ fn transpose_tiles(from: &[u32; STEP_CELLS], to: &mut [u32; STEP_CELLS]) {
     let (from, to) = (from.as_ptr().cast::<u8>(), to.as_mut_ptr());
     // SAFETY: both are two tiles, whose rows lie close together.
     unsafe {
-        transpose_cells(from, 4 * TILE_COLUMNS, to);
-        transpose_cells(from.add(STEP_BYTES / 2), 4 * TILE_COLUMNS, to.add(STEP_CELLS / 2));
+        transpose_cells(from, 4 * TILE_COLUMNS, to, TILE_COLUMNS);
+        transpose_cells(from.add(STEP_BYTES / 2), 4 * TILE_COLUMNS, to.add(STEP_CELLS / 2), TILE_COLUMNS);
     }
 }
 

@@ -5,7 +5,7 @@
 //! level; the bits of an element depend on neither, since every sum is one chain over k.
 
 use super::strips::{self, Scratch, Tile};
-use super::{few, tiles};
+use super::{few, few_tiles, tiles};
 use crate::buffer::Pod;
 use crate::isa::{Level, SQUARE};
 use crate::panel::{self, Cell, Operand, Part, Pointer, Tokens, group_width};
@@ -220,6 +220,7 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
     let out = Output::new(out);
     if cpu.isa().level() == Level::Amx && products.first().is_some_and(Product::is_bf16) {
         assert!(products.iter().all(Product::is_bf16), "products of several types in one list");
+        few_tiles::run(cpu, products, &out, accumulate);
         return tiles::run(cpu, products, &out, accumulate);
     }
     few::run(cpu, products, &out, accumulate);

@@ -31,15 +31,15 @@ pub(super) fn takes(level: Level, p: &Product<'_>) -> bool {
 }
 
 /// Some columns of a product.
-struct Task<'a> {
-    p: &'a Product<'a>,
-    cols: Range<usize>,
+pub(super) struct Task<'a> {
+    pub p: &'a Product<'a>,
+    pub cols: Range<usize>,
 }
 
 /// Computes those of the products that are for this file, whose outputs lie apart in `out`.
 pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumulate: bool) {
     let isa = cpu.isa();
-    let tasks = tasks(isa.level(), cpu.threads(), products);
+    let tasks = tasks(cpu.threads(), || products.iter().filter(|p| takes(isa.level(), p)), GROUP);
     cpu.for_each(tasks.len(), |i| {
         X.with_borrow_mut(|x| {
             let task = &tasks[i];
@@ -50,16 +50,19 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     });
 }
 
-/// As many for every worker, unless they would get small. No bit depends on the cut.
-fn tasks<'a>(level: Level, threads: usize, products: &'a [Product<'a>]) -> Vec<Task<'a>> {
-    let few = || products.iter().filter(|p| takes(level, p));
+/// As many for every worker, unless they would get small, of whole groups of columns. No bit depends on the cut.
+pub(super) fn tasks<'a, I: Iterator<Item = &'a Product<'a>>>(
+    threads: usize,
+    few: impl Fn() -> I,
+    group: usize,
+) -> Vec<Task<'a>> {
     let total: usize = few().map(|p| p.n * p.k).sum();
     let wanted = match total / LEAST {
         tasks if tasks < threads => tasks.max(1),
         tasks => tasks.min(TASKS * threads) / threads * threads,
     };
     let each = total.div_ceil(wanted).max(1);
-    few().flat_map(|p| parts(p.n, (p.n * p.k).div_ceil(each), GROUP).map(move |cols| Task { p, cols })).collect()
+    few().flat_map(|p| parts(p.n, (p.n * p.k).div_ceil(each), group).map(move |cols| Task { p, cols })).collect()
 }
 
 thread_local! {
@@ -424,7 +427,7 @@ mod tests {
             let product = |(m, n, k)| Product { m, n, k, a: none, b: none, c: 0, ldc: n };
             let products =
                 [(1, 2050, 2048), (17, 64, 64), (3, 15, 64), (0, 64, 64), (16, 160, 512), (2, 99, 7)].map(product);
-            let tasks = tasks(Level::Avx2, threads, &products);
+            let tasks = tasks(threads, || products.iter().filter(|p| takes(Level::Avx2, p)), GROUP);
             for (p, product) in products.iter().enumerate() {
                 let mut of: Vec<_> =
                     tasks.iter().filter(|t| std::ptr::eq(t.p, product)).map(|t| t.cols.clone()).collect();

@@ -14,6 +14,7 @@ mod beside;
 pub(super) mod cpu;
 pub(super) mod cuda;
 mod few;
+mod few_tiles;
 #[cfg(test)]
 mod reference;
 mod strips;

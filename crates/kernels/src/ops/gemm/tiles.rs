@@ -10,6 +10,7 @@
 
 use super::beside::Beside;
 use super::cpu::{Output, Product, reserve};
+use super::few_tiles;
 use crate::isa::{Cache, TileJob, Tiles, ask};
 use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, Starts, block, pack_left, pack_right};
 use crate::panel::{Lines, Operand};
@@ -99,11 +100,12 @@ pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: bool, threads:
 fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
     // Products that are only spoken of may be of any size.
     let work = |p: &Product<'_>| p.m.saturating_mul(p.n).saturating_mul(p.k.max(1));
-    let total = products.iter().map(work).fold(0, usize::saturating_add);
-    let (mut tasks, mut panels, mut at) = (Vec::new(), Vec::new(), 0);
     // Adding an empty sum would turn -0 into 0.
     let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
-    for p in products.iter().filter(|p| !idle(p)) {
+    let many = || products.iter().filter(|p| !idle(p) && !few_tiles::takes(p));
+    let total = many().map(work).fold(0, usize::saturating_add);
+    let (mut tasks, mut panels, mut at) = (Vec::new(), Vec::new(), 0);
+    for p in many() {
         let each = (total / (threads * if p.a.k_contiguous { TASKS } else { 1 })).max(LEAST_WORK);
         // Of many products there are tasks enough for every worker to have its share.
         let (rows, columns) = grid(p, work(p).div_ceil(each), if products.len() > 1 { 1 } else { threads });
@@ -328,7 +330,7 @@ impl<'a> OnTiles<'a> {
                 // their place's turn again.
                 let sums = unsafe {
                     let sums = room.sums.add((r * along + c) % room.blocks * SUMS);
-                    block::<T>(left, right.add(c * steps * STEP_CELLS), sums, (steps, k.start > 0), beside);
+                    block::<T, false>(left, right.add(c * steps * STEP_CELLS), sums, (steps, k.start > 0), beside);
                     sums
                 };
                 beside.finish(BLOCK);
@@ -435,7 +437,7 @@ impl<'a> OnTiles<'a> {
 
 /// Which operand: rows or columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+pub(super) enum Side {
     Left,
     Right,
 }
@@ -445,7 +447,7 @@ enum Side {
 /// # Safety
 /// There is room at `to` for so many blocks times so many steps, and nobody else uses it.
 #[inline(always)]
-unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
+pub(super) unsafe fn pack(op: Operand<'_>, side: Side, outer: &Range<usize>, k: &Range<usize>, to: *mut u32) {
     let (groups, steps) = (outer.len().div_ceil(BLOCK), steps(k));
     let part = |of: &Range<usize>, i: usize| of.start + i * BLOCK..of.end.min(of.start + (i + 1) * BLOCK);
     let (slow, fast) = if op.k_contiguous { (groups, steps) } else { (steps, groups) };
@@ -490,7 +492,8 @@ mod tests {
         {
             for (threads, k_contiguous) in [(1, true), (2, false), (2, true), (64, true), (64, false)] {
                 let a = Operand::new(View::Bf16(&[]), 0, k_contiguous);
-                let p = [Product { m, n, k, a, b: a, c: 0, ldc: n }];
+                // Few rows would be no tasks of this file's if k ran along both.
+                let p = [Product { m, n, k, a, b: Operand::new(View::Bf16(&[]), 0, false), c: 0, ldc: n }];
                 let (tasks, panels) = tasks(&p, threads, false);
                 let mut seen = vec![0; m.div_ceil(BLOCK) * n.div_ceil(BLOCK)];
                 for t in &tasks {

@@ -103,7 +103,7 @@ fn turn_halves(from: &[Tile; 2], to: &mut [Tile; 2]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn turn(from: &Tile, to: &mut Tile) {
     // SAFETY: a tile is 16 rows of 64 bytes.
-    unsafe { transpose_cells(from.as_ptr().cast(), TILE_ROW, to.as_mut_ptr()) }
+    unsafe { transpose_cells(from.as_ptr().cast(), TILE_ROW, to.as_mut_ptr(), SQUARE) }
 }
 
 /// Of sums `[half of 32 elements][half of the tokens]`, elements as rows, times a factor for each token, the rounded rows
