@@ -34,6 +34,9 @@ pub struct Product<'a> {
 /// Rows of a tile at most, twice as many of pairs: what is packed of them for a span is to stay in the second-level cache. A multiple of every
 /// level's block.
 pub(super) const ROWS: usize = 120;
+/// Where k is shorter than this a tile may have more rows, up to so many times as many.
+const SHORT: usize = 512;
+const TALLER: usize = 4;
 /// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
 /// k runs across them and they are f32, which need no room for themselves, or are packed for many columns.
 const ROWS_ALONE: [usize; 2] = [480, 512];
@@ -143,6 +146,8 @@ impl Product<'_> {
         let alone = self.m <= ROWS_ALONE[usize::from(in_place || wide)];
         // Pairs are multiplied twice as fast, so that each panel of columns must serve more rows.
         let tall = if self.cell(level) == Cell::Pair { 2 * ROWS } else { ROWS };
+        // Of a short k more rows take no more room, and make up for what each strip costs beside its products.
+        let tall = tall * (SHORT / self.k.max(1)).clamp(1, TALLER);
         let mut rows = if alone { 1 } else { self.m.div_ceil(tall) };
         let mut columns = self.n.div_ceil(self.columns(level, self.m.div_ceil(rows)));
         while rows * columns < self.work().div_ceil(work) {
