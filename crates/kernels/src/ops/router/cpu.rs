@@ -1,13 +1,17 @@
 //! The gate on the cores, in fixed blocks of tokens; a token's result depends on its own row alone.
 
-use super::select::Selector;
+use super::select::{Rule, select};
 use super::{Backward, Config, Forward, Scoring};
 use crate::Cpu;
 use crate::isa::{Isa, vectorised};
 use crate::math::{exp, sigmoid};
 
 /// Tokens of one task.
-const BLOCK: usize = 16;
+const BLOCK: usize = 64;
+/// Tokens whose scores are summed at once.
+const SUMS: usize = 8;
+/// Independent maxima over a token's experts.
+const LANES: usize = 16;
 /// Added to the chosen scores' sum, as the published models do.
 const NORM_EPS: f32 = 1e-20;
 
@@ -23,19 +27,13 @@ pub fn forward(cpu: &Cpu, c: &Config, a: Forward<'_>) {
         .zip(a.weights.f32().chunks_mut(BLOCK * k))
         .collect();
     cpu.chunks_mut(&mut blocks, 1, |b, block| {
-        let ((scores, indices), weights) = &mut block[0];
-        let mut selector = Selector::new(c);
-        let first = b * BLOCK;
-        for r in 0..indices.len() / k {
-            let (n, chosen, weights) = (first + r, &mut indices[r * k..][..k], &mut weights[r * k..][..k]);
-            let scores = &mut scores[r * experts..][..experts];
-            score(cpu.isa(), c.scoring, &logits[n * experts..][..experts], scores);
-            match given {
-                Some(given) => chosen.copy_from_slice(&given[n * k..][..k]),
-                None => selector.select(c, scores, bias, chosen),
-            }
-            weigh(c, scores, chosen, weights);
+        let ((scores, chosen), weights) = &mut block[0];
+        score(cpu.isa(), c, &logits[b * BLOCK * experts..][..scores.len()], scores);
+        match given {
+            Some(given) => chosen.copy_from_slice(&given[b * BLOCK * k..][..chosen.len()]),
+            None => select(cpu.isa(), &Rule::from(c), scores, bias, chosen),
         }
+        weigh(cpu.isa(), c, scores, chosen, weights);
     });
 }
 
@@ -52,28 +50,65 @@ fn check_indices(name: &str, indices: &[i32], c: &Config) {
 }
 
 vectorised! {
-    fn score(isa: Isa, by: Scoring, logits: &[f32], scores: &mut [f32]) {
-        match by {
-            Scoring::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x)),
-            Scoring::Softmax => {
-                let largest = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-                scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
-                let sum: f32 = scores.iter().sum();
-                scores.iter_mut().for_each(|s| *s /= sum);
-            }
+    fn score(isa: Isa, c: &Config, logits: &[f32], scores: &mut [f32]) {
+        if c.scoring == Scoring::Sigmoid {
+            return scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x));
+        }
+        for (scores, logits) in scores.chunks_mut(SUMS * c.experts).zip(logits.chunks(SUMS * c.experts)) {
+            softmax(c.experts, logits, scores);
         }
     }
 }
 
-/// What the chosen scores are divided by.
-fn normaliser(c: &Config, scores: &[f32], chosen: &[i32]) -> f32 {
-    if c.norm_topk_prob { chosen.iter().map(|&e| scores[e as usize]).sum::<f32>() + NORM_EPS } else { 1.0 }
+/// Of up to [`SUMS`] tokens. In a sum in the order of its experts each addition waits for the one before: sums are taken
+/// side by side.
+#[inline(always)]
+fn softmax(experts: usize, logits: &[f32], scores: &mut [f32]) {
+    for (scores, logits) in scores.chunks_exact_mut(experts).zip(logits.chunks_exact(experts)) {
+        let largest = largest(logits);
+        scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
+    }
+    // Where there are fewer tokens, the last one's again.
+    let last = scores.len() / experts - 1;
+    let rows: [_; SUMS] = std::array::from_fn(|r| &scores[r.min(last) * experts..][..experts]);
+    let mut sums = [0.0; SUMS];
+    for e in 0..experts {
+        (0..SUMS).for_each(|r| sums[r] += rows[r][e]);
+    }
+    for (scores, sum) in scores.chunks_exact_mut(experts).zip(sums) {
+        scores.iter_mut().for_each(|s| *s /= sum);
+    }
 }
 
-fn weigh(c: &Config, scores: &[f32], chosen: &[i32], weights: &mut [f32]) {
-    let z = normaliser(c, scores, chosen);
-    for (w, &e) in weights.iter_mut().zip(chosen) {
-        *w = scores[e as usize] / z * c.scale;
+/// The largest element but for NaN.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    let larger = |a, b| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        (0..LANES).for_each(|l| lanes[l] = larger(lanes[l], chunk[l]));
+    }
+    lanes.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
+}
+
+/// What the chosen scores are divided by.
+#[inline(always)]
+fn normaliser(c: &Config, chosen: impl Iterator<Item = f32>) -> f32 {
+    if c.norm_topk_prob { chosen.sum::<f32>() + NORM_EPS } else { 1.0 }
+}
+
+vectorised! {
+    fn weigh(isa: Isa, c: &Config, scores: &[f32], chosen: &[i32], weights: &mut [f32]) {
+        // What each is divided by. Division waits until all are there, and is then of vectors.
+        let mut by = vec![0.0; weights.len()];
+        let tokens = scores.chunks_exact(c.experts).zip(chosen.chunks_exact(c.top_k));
+        let places = weights.chunks_exact_mut(c.top_k).zip(by.chunks_exact_mut(c.top_k));
+        for ((scores, chosen), (weights, by)) in tokens.zip(places) {
+            weights.iter_mut().zip(chosen).for_each(|(w, &e)| *w = scores[e as usize]);
+            by.fill(normaliser(c, weights.iter().copied()));
+        }
+        weights.iter_mut().zip(by).for_each(|(w, by)| *w = *w / by * c.scale);
     }
 }
 
@@ -100,7 +135,7 @@ pub fn backward(cpu: &Cpu, c: &Config, a: Backward<'_>) {
 /// d_scores += the gradient through the weights. With w_k = scale s_k / Z and Z the sum of the chosen scores:
 /// ds_k = scale / Z (dw_k - sum_j dw_j s_j / Z).
 fn add_weight_gradient(c: &Config, scores: &[f32], chosen: &[i32], d_weights: &[f32], d_scores: &mut [f32]) {
-    let z = normaliser(c, scores, chosen);
+    let z = normaliser(c, chosen.iter().map(|&e| scores[e as usize]));
     let through_z = if c.norm_topk_prob {
         chosen.iter().zip(d_weights).map(|(&e, dw)| dw * (scores[e as usize] / z)).sum()
     } else {

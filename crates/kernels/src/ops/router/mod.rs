@@ -9,13 +9,14 @@
 
 mod cpu;
 mod cuda;
+mod lanes;
 #[cfg(test)]
 mod reference;
 mod select;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use select::top_k;
+pub(crate) use select::{Rule, select};
 
 use crate::sizes::sizes;
 use crate::{Ctx, Device, View, ViewMut};

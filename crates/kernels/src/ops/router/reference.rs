@@ -32,32 +32,32 @@ fn score(by: Scoring, logits: &[f64]) -> Vec<f64> {
     }
 }
 
-/// Indices in descending order of value; a stable sort keeps the lowest index first among equals.
+/// Indices in descending order of value, NaN last; a stable sort keeps the lowest index first among equals.
 fn descending(values: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&a, &b| values[b].partial_cmp(&values[a]).unwrap());
+    let nan = |i: usize| values[i].is_nan();
+    order.sort_by(|&a, &b| values[b].partial_cmp(&values[a]).unwrap_or_else(|| nan(a).cmp(&nan(b))));
     order
 }
 
 pub fn select(c: &Config, scores: &[f64], bias: &[f64]) -> Vec<usize> {
-    let mut choice: Vec<f64> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
+    let choice: Vec<f64> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
     let width = c.experts / c.n_group;
     let judged: Vec<f64> = choice
         .chunks(width)
         .map(|group| {
-            let order = descending(group);
+            // A NaN has no part in it.
+            let at = |place: usize| group[descending(group)[place]].max(f64::NEG_INFINITY);
             match c.group_score {
-                GroupScore::Max => group[order[0]],
-                GroupScore::TopTwo if width > 1 => group[order[0]] + group[order[1]],
+                GroupScore::Max => at(0),
+                GroupScore::TopTwo if width > 1 => at(0) + at(1),
                 // Only with one group, where the judgement does not matter.
-                GroupScore::TopTwo => group[order[0]],
+                GroupScore::TopTwo => at(0),
             }
         })
         .collect();
-    for &g in &descending(&judged)[c.topk_group..] {
-        choice[g * width..(g + 1) * width].fill(f64::NEG_INFINITY);
-    }
-    descending(&choice)[..c.top_k].to_vec()
+    let kept = &descending(&judged)[..c.topk_group];
+    descending(&choice).into_iter().filter(|e| kept.contains(&(e / width))).take(c.top_k).collect()
 }
 
 /// d_logits of one token.

@@ -1,6 +1,46 @@
 //! Selection of the largest, with the tie rule that every device follows.
 
+use super::lanes::{self, Tile};
 use super::{Config, GroupScore};
+use crate::isa::{Isa, SQUARE};
+
+/// How many of how many are chosen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rule {
+    pub experts: usize,
+    pub top_k: usize,
+    pub n_group: usize,
+    pub topk_group: usize,
+    pub group_score: GroupScore,
+}
+
+impl Rule {
+    /// The K largest of all.
+    pub fn of_all(experts: usize, top_k: usize) -> Self {
+        Self { experts, top_k, n_group: 1, topk_group: 1, group_score: GroupScore::Max }
+    }
+}
+
+impl From<&Config> for Rule {
+    fn from(c: &Config) -> Self {
+        let Config { experts, top_k, n_group, topk_group, group_score, .. } = *c;
+        Self { experts, top_k, n_group, topk_group, group_score }
+    }
+}
+
+/// The chosen experts of tokens with these scores, in descending order of choice.
+pub(crate) fn select(isa: Isa, rule: &Rule, scores: &[f32], bias: Option<&[f32]>, out: &mut [i32]) {
+    let (mut one, mut tile) = (One::default(), Tile::default());
+    for (scores, out) in scores.chunks(SQUARE * rule.experts).zip(out.chunks_mut(SQUARE * rule.top_k)) {
+        let tokens = out.len() / rule.top_k;
+        // Bits of those that are left to be chosen for one by one.
+        let left = if lanes::fits(rule, tokens) { tile.select(isa, rule, scores, bias, out) } else { u32::MAX };
+        for t in (0..tokens).filter(|t| left >> t & 1 == 1) {
+            let (scores, out) = (&scores[t * rule.experts..], &mut out[t * rule.top_k..]);
+            one.select(rule, &scores[..rule.experts], bias, &mut out[..rule.top_k]);
+        }
+    }
+}
 
 /// Whether x goes before y, where y has the lower index: ties keep the lower index, a NaN loses to every number.
 #[inline(always)]
@@ -10,7 +50,7 @@ fn beats(x: f32, y: f32) -> bool {
 
 /// Writes to `out` the candidates with the largest values, in descending order; ties go to the lowest index.
 /// Candidates come in ascending order and are at least as many as `out` holds.
-pub(crate) fn top_k(values: &[f32], candidates: impl Iterator<Item = usize>, out: &mut [i32]) {
+fn top_k(values: &[f32], candidates: impl Iterator<Item = usize>, out: &mut [i32]) {
     let (mut held, room) = (0, out.len());
     for e in candidates {
         let x = values[e];
@@ -28,33 +68,29 @@ pub(crate) fn top_k(values: &[f32], candidates: impl Iterator<Item = usize>, out
     debug_assert_eq!(held, room, "fewer candidates than places");
 }
 
-/// Chooses the experts of one token; holds the scratch of doing so.
-pub struct Selector {
+/// Chooses for one token, whatever its scores; holds the scratch of doing so.
+#[derive(Default)]
+struct One {
     choice: Vec<f32>,
     group_scores: Vec<f32>,
     groups: Vec<i32>,
 }
 
-impl Selector {
-    /// Scratch for tokens of one gate.
-    pub fn new(c: &Config) -> Self {
-        Self { choice: vec![0.0; c.experts], group_scores: vec![0.0; c.n_group], groups: vec![0; c.topk_group] }
-    }
-
-    /// The chosen experts of a token with these scores, in descending order of choice.
-    pub fn select(&mut self, c: &Config, scores: &[f32], bias: Option<&[f32]>, out: &mut [i32]) {
+impl One {
+    fn select(&mut self, r: &Rule, scores: &[f32], bias: Option<&[f32]>, out: &mut [i32]) {
+        self.choice.clear();
         match bias {
-            Some(bias) => self.choice.iter_mut().zip(scores).zip(bias).for_each(|((o, s), b)| *o = s + b),
-            None => self.choice.copy_from_slice(scores),
+            Some(bias) => self.choice.extend(scores.iter().zip(bias).map(|(s, b)| s + b)),
+            None => self.choice.extend(scores),
         }
-        if c.n_group == c.topk_group {
-            return top_k(&self.choice, 0..c.experts, out);
+        if r.n_group == r.topk_group {
+            return top_k(&self.choice, 0..r.experts, out);
         }
-        let width = c.experts / c.n_group;
-        for (score, group) in self.group_scores.iter_mut().zip(self.choice.chunks_exact(width)) {
-            *score = judge(c.group_score, group);
-        }
-        top_k(&self.group_scores, 0..c.n_group, &mut self.groups);
+        let width = r.experts / r.n_group;
+        self.group_scores.clear();
+        self.group_scores.extend(self.choice.chunks_exact(width).map(|group| judge(r.group_score, group)));
+        self.groups.resize(r.topk_group, 0);
+        top_k(&self.group_scores, 0..r.n_group, &mut self.groups);
         // Ascending, so that ties between experts of two groups also go to the lowest.
         self.groups.sort_unstable();
         let allowed = self.groups.iter().flat_map(|&g| g as usize * width..(g as usize + 1) * width);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, gpu, levels, normals};
+use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_difference, gpu, isas, levels, normals};
 use crate::{Buf, DType};
 use hadal_numerics::Tolerance;
 
@@ -173,6 +173,51 @@ fn a_given_choice_replaces_selection_only() {
         // Its own choice, given back, changes nothing.
         let replay = run(&ctx, &c, &logits, Some(&bias), Some(&free.indices.view().to_i32()));
         assert_same_bits("replayed weights", &replay.weights, &free.weights);
+    }
+}
+
+/// Scores of few values, so that many are equal; every fourth token also has some that are none, or extreme.
+fn crowded(n: usize, experts: usize) -> Vec<f32> {
+    const ODD: [f32; 8] =
+        [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN, 0.0, -0.0, 8.507_059e37, -8.507_059e37];
+    let (values, odd) = (normals(30, n * experts, 6.0), normals(31, n * experts, 16.0));
+    let each = values.iter().zip(odd).enumerate();
+    each.map(|(i, (x, odd))| match odd.abs() as usize {
+        odd if i / experts % 4 == 1 && odd < ODD.len() => ODD[odd],
+        _ => x.round() / 4.0,
+    })
+    .collect()
+}
+
+/// Every number of places, more than are chosen for in lanes among them, of experts that fill vectors and of others.
+#[test]
+fn the_choice_is_that_of_sorting() {
+    let (mut all, isas) = (Vec::new(), isas());
+    for experts in [1, 3, 16, 17, 31, 33] {
+        all.extend((1..=experts).map(|k| v3(experts, k, 1, 1)));
+    }
+    all.extend(configs());
+    // All of the groups' experts, groups of three and of one, more groups than there are places for in lanes.
+    all.extend([v3(32, 4, 4, 2), v3(32, 8, 8, 2), v3(33, 6, 11, 2), v3(64, 6, 8, 4), v3(40, 7, 20, 9)]);
+    all.extend([v2(33, 5, 11, 2, 1.0), v2(17, 3, 17, 8, 1.0), v2(12, 8, 4, 3, 1.0)]);
+    for c in all {
+        // Few, one by one or in a part of a vector; twice 16 and some.
+        for (n, bias) in [(2, None), (3, None), (35, None), (33, Some(crowded(1, c.experts)))] {
+            let scores = crowded(n, c.experts);
+            let each = |e| bias.as_ref().map_or(0.0, |b| b[e]);
+            let expected: Vec<i32> = (scores.chunks(c.experts))
+                .flat_map(|row| {
+                    let choice: Vec<f32> = row.iter().enumerate().map(|(e, s)| s + each(e)).collect();
+                    reference::select(&c, &wide(&choice), &vec![0.0; c.experts])
+                })
+                .map(|e| e as i32)
+                .collect();
+            for &isa in &isas {
+                let mut found = vec![-1; n * c.top_k];
+                select(isa, &Rule::from(&c), &scores, bias.as_deref(), &mut found);
+                assert_eq!(found, expected, "{isa:?} {c:?} of {n}");
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use super::SeqBalance;
 use crate::Cpu;
 use crate::isa::{Isa, vectorised};
-use crate::ops::router::top_k;
+use crate::ops::router::{Rule, select};
 use std::ops::Range;
 
 /// Tokens of one task.
@@ -37,10 +37,8 @@ pub fn forward_backward(cpu: &Cpu, a: SeqBalance<'_>) {
         let (block, d) = &mut part[0];
         let s = block.sequence;
         let factor = f64::from(seq_weights[s]) / (cu[s + 1] - cu[s]) as f64;
-        let rows = scores[block.tokens.start * experts..].chunks_exact(experts);
-        for (d, row) in d.chunks_exact_mut(experts).zip(rows) {
-            gradient(cpu.isa(), row, &f[s * experts..][..experts], factor, d);
-        }
+        let rows = &scores[block.tokens.start * experts..][..d.len()];
+        gradient(cpu.isa(), rows, &f[s * experts..][..experts], factor, d);
     });
 }
 
@@ -68,22 +66,24 @@ fn cut(cu: &[usize]) -> Vec<Block> {
 fn tally(cpu: &Cpu, scores: &[f32], experts: usize, k: usize, blocks: &[Block]) -> (Vec<u32>, Vec<f64>) {
     let mut counts = vec![0u32; blocks.len() * experts];
     let mut shares = vec![0.0f64; blocks.len() * experts];
+    let rule = Rule::of_all(experts, k);
     cpu.chunks2_mut((&mut counts, experts), (&mut shares, experts), |b, counts, shares| {
-        let mut chosen = vec![0i32; k];
-        for t in blocks[b].tokens.clone() {
-            let row = &scores[t * experts..][..experts];
-            top_k(row, 0..experts, &mut chosen);
-            chosen.iter().for_each(|&e| counts[e as usize] += 1);
-            add_shares(cpu.isa(), row, shares);
-        }
+        let tokens = &blocks[b].tokens;
+        let rows = &scores[tokens.start * experts..tokens.end * experts];
+        let mut chosen = vec![0i32; tokens.len() * k];
+        select(cpu.isa(), &rule, rows, None, &mut chosen);
+        chosen.iter().for_each(|&e| counts[e as usize] += 1);
+        add_shares(cpu.isa(), rows, shares);
     });
     (counts, shares)
 }
 
 vectorised! {
-    fn add_shares(isa: Isa, row: &[f32], shares: &mut [f64]) {
-        let inverse = inverse_sum(row);
-        shares.iter_mut().zip(row).for_each(|(share, &s)| *share += f64::from(s) * inverse);
+    fn add_shares(isa: Isa, rows: &[f32], shares: &mut [f64]) {
+        for row in rows.chunks_exact(shares.len()) {
+            let inverse = inverse_sum(row);
+            shares.iter_mut().zip(row).for_each(|(share, &s)| *share += f64::from(s) * inverse);
+        }
     }
 }
 
@@ -144,11 +144,13 @@ fn sum_losses(cu: &[usize], blocks: &[Block], shares: &[f64], f: &[f64], experts
 }
 
 vectorised! {
-    /// One token's d_scores = factor (f_j / Z - sum_i f_i s_i / Z^2).
-    fn gradient(isa: Isa, row: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
-        let inverse = inverse_sum(row);
-        let mean = dot(f, row) * inverse;
-        let factor = factor * inverse;
-        d.iter_mut().zip(f).for_each(|(d, f)| *d = (factor * (f - mean)) as f32);
+    /// Each token's d_scores = factor (f_j / Z - sum_i f_i s_i / Z^2).
+    fn gradient(isa: Isa, rows: &[f32], f: &[f64], factor: f64, d: &mut [f32]) {
+        for (d, row) in d.chunks_exact_mut(f.len()).zip(rows.chunks_exact(f.len())) {
+            let inverse = inverse_sum(row);
+            let mean = dot(f, row) * inverse;
+            let factor = factor * inverse;
+            d.iter_mut().zip(f).for_each(|(d, f)| *d = (factor * (f - mean)) as f32);
+        }
     }
 }

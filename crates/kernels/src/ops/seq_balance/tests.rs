@@ -3,12 +3,16 @@ use crate::testing::{assert_close, assert_same_bits, contexts, ctx, finite_diffe
 use crate::{Buf, DType};
 use hadal_numerics::Tolerance;
 
-/// (E, K, lengths): V3 and V2-Lite, around a block, empty sequences at the ends and between, no tokens, no sequences.
+/// (E, K, lengths): V3 and V2-Lite, around a block, empty sequences at the ends and between, experts that fill no
+/// vectors, no tokens, no sequences.
 fn cases() -> Vec<(usize, usize, Vec<usize>)> {
     vec![
         (256, 8, vec![65, 3]),
         (64, 6, vec![64, 128, 1]),
         (7, 5, vec![0, 5, 0, 0, 63, 0]),
+        (17, 16, vec![33]),
+        (31, 9, vec![2, 18]),
+        (33, 3, vec![80]),
         (2, 1, vec![1]),
         (4, 1, vec![0, 0]),
         (4, 2, vec![]),
