@@ -54,26 +54,28 @@ vectorised! {
         if c.scoring == Scoring::Sigmoid {
             return scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = sigmoid(x));
         }
-        for (scores, logits) in scores.chunks_mut(SUMS * c.experts).zip(logits.chunks(SUMS * c.experts)) {
-            softmax(c.experts, logits, scores);
+        let whole = logits.len() - logits.len() % (SUMS * c.experts);
+        let ((scores, rest), (logits, last)) = (scores.split_at_mut(whole), logits.split_at(whole));
+        for (scores, logits) in scores.chunks_exact_mut(SUMS * c.experts).zip(logits.chunks_exact(SUMS * c.experts)) {
+            softmax::<SUMS>(c.experts, logits, scores);
+        }
+        for (scores, logits) in rest.chunks_exact_mut(c.experts).zip(last.chunks_exact(c.experts)) {
+            softmax::<1>(c.experts, logits, scores);
         }
     }
 }
 
-/// Of up to [`SUMS`] tokens. In a sum in the order of its experts each addition waits for the one before: sums are taken
-/// side by side.
+/// Of N tokens. In a sum in the order of its experts each addition waits for the one before: sums are taken side by side.
 #[inline(always)]
-fn softmax(experts: usize, logits: &[f32], scores: &mut [f32]) {
+fn softmax<const N: usize>(experts: usize, logits: &[f32], scores: &mut [f32]) {
     for (scores, logits) in scores.chunks_exact_mut(experts).zip(logits.chunks_exact(experts)) {
         let largest = largest(logits);
         scores.iter_mut().zip(logits).for_each(|(s, &x)| *s = exp(x - largest));
     }
-    // Where there are fewer tokens, the last one's again.
-    let last = scores.len() / experts - 1;
-    let rows: [_; SUMS] = std::array::from_fn(|r| &scores[r.min(last) * experts..][..experts]);
-    let mut sums = [0.0; SUMS];
+    let rows: [_; N] = std::array::from_fn(|r| &scores[r * experts..][..experts]);
+    let mut sums = [0.0; N];
     for e in 0..experts {
-        (0..SUMS).for_each(|r| sums[r] += rows[r][e]);
+        (0..N).for_each(|r| sums[r] += rows[r][e]);
     }
     for (scores, sum) in scores.chunks_exact_mut(experts).zip(sums) {
         scores.iter_mut().for_each(|s| *s /= sum);
