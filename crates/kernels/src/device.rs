@@ -420,20 +420,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_used_again_and_reads_as_nan_in_tests() {
+    fn memory_is_used_again_and_reads_as_nan_in_debug_builds() {
         let ctx = Device::cpu(Some(1)).unwrap().ctx();
+        let unset = |x: &[f32]| !cfg!(debug_assertions) || x.iter().all(|x| x.is_nan());
         let at = |b: &Buf| b.view().f32().as_ptr();
         let mut a = ctx.empty(DType::F32, 5000);
         let first = at(&a);
-        assert!(a.view().f32().iter().all(|x| x.is_nan()));
+        assert!(unset(a.view().f32()));
         a.view_mut().f32().fill(1.0);
         let copy = a.clone();
         assert!(at(&copy) != first && copy.view().f32() == a.view().f32());
         drop(a);
         let again = ctx.empty(DType::F32, 4999);
         assert_eq!((at(&again), again.len()), (first, 4999));
-        assert!(again.view().f32().iter().all(|x| x.is_nan()));
-        assert!(ctx.empty(DType::I32, 3).view().i32().iter().all(|&x| x == -1));
+        assert!(unset(again.view().f32()));
+        assert!(!cfg!(debug_assertions) || ctx.empty(DType::I32, 3).view().i32().iter().all(|&x| x == -1));
         // Another device shares nothing, and zeros are never what was used before.
         drop(again);
         let other = Device::cpu(Some(1)).unwrap().ctx();
