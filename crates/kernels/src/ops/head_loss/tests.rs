@@ -257,8 +257,9 @@ fn both_directions_at_once_give_the_bits_of_one_after_the_other() {
     for ctx in levels().into_iter().chain(older_gpu()) {
         each_case(&ctx, |dtype, c| {
             let before = buf_on(&ctx, DType::F32, &normals(20, c.v * c.d, 1.0));
+            // On a GPU forward has another way where more is asked for than what backward's own forward is.
+            let k = if c.g > 0 { c.v.min(3) } else { 0 };
             for accumulate in [false, true] {
-                let k = c.v.min(3);
                 let outputs = c.forward(&ctx, k);
                 let gradients = c.backward_onto(&ctx, dtype, (&before, accumulate), [true, true]);
                 let (found, found_gradients) = c.both(&ctx, dtype, (&before, accumulate), k);
