@@ -201,8 +201,8 @@ pub fn forward(
     whole(ctx, model, params, batch, weights, routing, None)
 }
 
-/// As [`forward`], for a backward pass with the same `jobs`. If these run at once, so do the heads' gradients: each head's
-/// logits then serve both directions. The bits are the same.
+/// As [`forward`], for a backward pass with the same `jobs`. If these run at once, so do the heads' gradients: on the host's cores
+/// each head's logits then serve both directions. The bits are the same.
 pub fn forward_to_train(
     ctx: &Ctx,
     model: &Model,
@@ -227,7 +227,7 @@ fn whole(
     let balance = balance_weights(ctx, depth, weights, 0);
     let options = Options { routing, balance: balance.as_ref() };
     let (h, trunk, traces) = trunk::forward(ctx, model, params, depth, Input::Tokens, options);
-    heads(ctx, model, params, batch, weights, routing, (h, trunk, traces), jobs)
+    after_trunk(ctx, model, params, batch, weights, routing, (h, trunk, traces), jobs)
 }
 
 /// Final norm, head and MTP over a trunk's output: what the last pipeline stage does.
@@ -242,10 +242,10 @@ pub fn tail(
     trunk: trunk::Saved,
     traces: Vec<LayerTrace>,
 ) -> Forward {
-    heads(ctx, model, params, batch, weights, routing, (h, trunk, traces), None)
+    after_trunk(ctx, model, params, batch, weights, routing, (h, trunk, traces), None)
 }
 
-fn heads(
+fn after_trunk(
     ctx: &Ctx,
     model: &Model,
     params: &Params,

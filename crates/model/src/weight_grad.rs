@@ -148,7 +148,7 @@ impl<'a> WeightGrads<'a> {
         self.add(Job::Embedding { id, n, tokens: tokens.clone(), dy: dy.clone() });
     }
 
-    /// The head's gradient of its input, and its own: at once both come from logits that are computed once.
+    /// The head's gradient of its input, and its own: at once both come from the same gradients of logits.
     pub(crate) fn head(&mut self, ctx: &Ctx, params: &Params, job: HeadJob, d_hidden: ViewMut<'_>) {
         let d_weight = self.now.as_mut().map(|now| now.grads.first_of_use(job.id, job.n));
         let queued = d_weight.is_none();

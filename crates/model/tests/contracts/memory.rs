@@ -4,7 +4,7 @@
 use crate::setup::*;
 use hadal_kernels::Ctx;
 use hadal_model::account::{Activations, Passes};
-use hadal_model::{Batch, Grads, Model, Params, Recompute, WeightGrads, pass};
+use hadal_model::{Batch, Grads, Model, ModelConfig, Params, Precision, Recompute, WeightGrads, pass};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -96,12 +96,23 @@ fn kept_is_held(ctx: &Ctx, case: &str, model: &Model, params: &Params, batch: &B
     // The pool's queue of tasks comes in small blocks that the workers free: those remain in this thread's count.
     let left = (live() - before) as f64;
     assert!(left <= MARGIN * held, "{case}: {left} bytes outlive the pass");
+
+    let mut grads = Grads::zeros(ctx, model.layout.clone());
+    let mut forward = || {
+        let mut jobs = WeightGrads::at_once(ctx, params, &mut grads);
+        pass::forward_to_train(ctx, model, params, batch, &loss_weights(&model.config), &mut jobs)
+    };
+    drop(forward());
+    let before = live();
+    let f = forward();
+    let (held, said) = ((live() - before) as f64, f.bytes() as f64);
+    assert!((said - held).abs() <= MARGIN * held, "{case}: heads' gradients taken, says {said} bytes, holds {held}");
 }
 
 /// The account that plans ahead adds up to what a pass says, exactly, and knows the fullest moment of a pass.
 #[test]
 fn activations_are_predicted() {
-    each_case(|ctx, case, config, precision| {
+    let predict = |ctx: &Ctx, case: &str, config: &ModelConfig, precision| {
         let mut model = Model::whole(ctx, config.clone());
         let params = weights(ctx, &model, precision);
         for ((sequences, tokens), recompute) in
@@ -134,5 +145,7 @@ fn activations_are_predicted() {
                 assert!((said - found).abs() <= PEAK_MARGIN * found, "{case}: says {said} bytes, held {found}");
             }
         }
-    });
+    };
+    each_case(predict);
+    predict(&context(2), "blocks of tokens", &large_vocabulary(), Precision::Bf16);
 }

@@ -42,10 +42,29 @@ fn what_is_computed_again_has_the_same_bits() {
             assert_same(&format!("{case}, {recompute}, queued"), &queued.values, &expected.values);
             for heads_too in [false, true] {
                 let direct = at_once(ctx, &model, &params, &lengths, heads_too);
-                assert_same(&format!("{case}, {recompute}, at once"), &direct.values, &expected.values);
+                let name = format!("{case}, {recompute}, at once, heads in forward: {heads_too}");
+                assert_same(&name, &direct.values, &expected.values);
             }
         }
     });
+}
+
+/// A head takes the tokens of a large vocabulary in several blocks, one way or the other.
+#[test]
+fn blocks_of_tokens_have_the_same_bits() {
+    let ctx = context(2);
+    let config = large_vocabulary();
+    for precision in PRECISIONS {
+        let model = Model::whole(&ctx, config.clone());
+        let params = weights(&ctx, &model, precision);
+        let lengths: [&[usize]; 2] = [&[200, 100], &[3, 290]];
+        let batches = [0, 1].map(|i: usize| batch(&ctx, &config, lengths[i], 1 + i as u64));
+        let queued = step(&ctx, &model, &params, &batches.each_ref(), None);
+        for heads_too in [false, true] {
+            let direct = at_once(&ctx, &model, &params, &lengths, heads_too);
+            assert_same(&format!("{precision:?}, heads in forward: {heads_too}"), &direct.values, &queued.values);
+        }
+    }
 }
 
 /// Less is kept from one to the next.

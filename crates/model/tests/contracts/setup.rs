@@ -1,7 +1,7 @@
 //! Models, weights, batches and comparisons shared by the contracts.
 
-use hadal_kernels::ops::add;
 use hadal_kernels::ops::router::Scoring;
+use hadal_kernels::ops::{add, head_loss};
 use hadal_kernels::{Buf, Ctx, Device};
 use hadal_model::pass::{self, Forward, LossWeights, Losses};
 use hadal_model::{
@@ -100,6 +100,13 @@ pub fn yarn() -> ModelConfig {
     };
     let rope = Rope { theta: 10000.0, interleaved: false, yarn: Some(yarn) };
     ModelConfig { rope, vocab_size: 611, intermediate_size: 300, ..v3() }
+}
+
+/// V2 with so many ids that a head takes 300 tokens in two blocks, and not much else.
+pub fn large_vocabulary() -> ModelConfig {
+    let config = ModelConfig { vocab_size: 1 << 16, num_hidden_layers: 2, ..v2() };
+    assert!(head_loss::tokens_at_once(300, config.vocab_size) < 290);
+    config
 }
 
 /// Runs `f` on every model in every precision, with two threads.

@@ -31,10 +31,10 @@ pub struct Product<'a> {
     pub ldc: usize,
 }
 
-/// Rows of a tile at most, twice as many of pairs: what is packed of them for a span is to stay in the second-level cache. A multiple of every
-/// level's block.
+/// Rows of a tile at most, twice as many of pairs, unless k is short: what is packed of them for a span is to stay in the second-level cache.
+/// A multiple of every level's block.
 pub(super) const ROWS: usize = 120;
-/// Where k is shorter than this a tile may have more rows, up to so many times as many.
+/// A tile has as many times more rows as k fits into this, up to so many: from k = 256 down.
 const SHORT: usize = 512;
 const TALLER: usize = 4;
 /// A product of so few rows is not cut along them, so that its columns are packed by the task that uses them; of so many if
@@ -147,7 +147,8 @@ impl Product<'_> {
         // Pairs are multiplied twice as fast, so that each panel of columns must serve more rows.
         let tall = if self.cell(level) == Cell::Pair { 2 * ROWS } else { ROWS };
         // Of a short k more rows take no more room, and make up for what each strip costs beside its products.
-        let tall = tall * (SHORT / self.k.max(1)).clamp(1, TALLER);
+        let taller = if self.a.k_contiguous { (SHORT / self.k.max(1)).clamp(1, TALLER) } else { 1 };
+        let tall = tall * taller;
         let mut rows = if alone { 1 } else { self.m.div_ceil(tall) };
         let mut columns = self.n.div_ceil(self.columns(level, self.m.div_ceil(rows)));
         while rows * columns < self.work().div_ceil(work) {

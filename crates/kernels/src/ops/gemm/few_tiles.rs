@@ -53,7 +53,7 @@ struct Scratch {
     left: AlignedVec<u32>,
     /// `[32 rows]`, each `[weight][row]`.
     sums: AlignedVec<f32>,
-    /// Two blocks, each `[row][weight]`: one is moved to the output while the next is computed.
+    /// A block, `[row][weight]`: it is moved to the output while the next is computed.
     turned: AlignedVec<f32>,
 }
 
@@ -91,13 +91,12 @@ impl TileJob for OnTiles<'_> {
         reserve(&mut self.scratch.right, words(p));
         reserve(&mut self.scratch.left, CHUNK / BLOCK * STEP_CELLS);
         reserve(&mut self.scratch.sums, along * SUMS);
-        reserve(&mut self.scratch.turned, 2 * SUMS);
+        reserve(&mut self.scratch.turned, SUMS);
         let right = self.scratch.right.as_mut_ptr();
         // SAFETY: there is room for all rows over all of k.
         unsafe { pack(p.a, Side::Right, &(0..p.m), &(0..p.k), right) };
         let (sums, turned) = (self.scratch.sums.as_mut_ptr(), self.scratch.turned.as_mut_ptr());
         let mut beside = Beside::new(p, self.out, self.accumulate);
-        let mut blocks = 0;
         // SAFETY: all that uses tiles is between here and the release, on this thread.
         unsafe { T::configure() };
         for first in cols.clone().step_by(BLOCK) {
@@ -122,15 +121,13 @@ impl TileJob for OnTiles<'_> {
                     };
                     if k.end == p.k {
                         beside.finish(BLOCK);
-                        // SAFETY: both are whole blocks, and the one that is written is in the output since the last block.
+                        // SAFETY: both are whole blocks, and what was in the one that is written is in the output.
                         // Products lie apart in the output (asserted by `cpu::run`), rows of one lie `ldc >= n` apart, and
                         // the tasks partition its columns.
                         unsafe {
-                            let turned = turned.add(blocks % 2 * SUMS);
                             turn(sums, turned);
                             beside.done(turned, (row, rows), (first, weights.len()));
                         }
-                        blocks += 1;
                     }
                 }
             }

@@ -97,7 +97,7 @@ pub fn scratch(
     let products: Vec<_> = rows.iter().map(product).collect();
     let (Workers { level, threads }, along) = (workers, direction != Direction::Weight);
     if level == Level::Amx && dtype == DType::Bf16 {
-        tiles::shared_bytes(&products, along, threads)
+        tiles::shared_bytes(&products, [along, direction == Direction::Forward], threads)
     } else {
         cpu::shared_bytes(level, threads, &products, dtype, (along, gathered))
     }

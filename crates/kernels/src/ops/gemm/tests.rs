@@ -6,7 +6,9 @@ use crate::testing::{
 use crate::{Buf, DType, DType::Bf16, DType::F32};
 
 /// (m, n, k): the small model's, ragged, one, one past a tile or a piece of k, empty.
-const SHAPES: [(usize, usize, usize); 18] = [
+const SHAPES: [(usize, usize, usize); 20] = [
+    (40, 70, 1100),
+    (5, 33, 2080),
     (128, 256, 128),
     (300, 96, 257),
     (1, 1, 1),
@@ -304,8 +306,20 @@ fn a_row_does_not_depend_on_the_batch() {
 const M: usize = 130;
 
 fn rows_alone_and_in_company(ctx: &Ctx, counts: impl Iterator<Item = usize> + Clone) {
-    let columns_and_depths =
-        [(1, 1), (1, 300), (3, 2), (5, 3), (16, 16), (15, 257), (17, 40), (64, 256), (65, 258), (100, 513), (300, 77)];
+    let columns_and_depths = [
+        (1, 1),
+        (1, 300),
+        (3, 2),
+        (5, 3),
+        (16, 16),
+        (15, 257),
+        (17, 40),
+        (64, 256),
+        (65, 258),
+        (100, 513),
+        (300, 77),
+        (70, 2080),
+    ];
     for (n, k) in columns_and_depths {
         for d in [F32, Bf16] {
             for tb in [false, true] {

@@ -83,12 +83,13 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
 /// More rows or columns than any model has. Products that are only spoken of may have more; their tasks are not listed.
 const MANY: usize = 1 << 18;
 
-/// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows lie along k or across it.
-pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: bool, threads: usize) -> usize {
-    let none = Operand::new(View::Bf16(&[]), 0, k_contiguous);
+/// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows and columns lie along k or across
+/// it.
+pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: [bool; 2], threads: usize) -> usize {
+    let [a, b] = k_contiguous.map(|k_contiguous| Operand::new(View::Bf16(&[]), 0, k_contiguous));
     let product = |&[m, n, k]: &[usize; 3]| {
         let (m, n) = (m.min(MANY), n.min(MANY));
-        Product { m, n, k, a: none, b: none, c: 0, ldc: n }
+        Product { m, n, k, a, b, c: 0, ldc: n }
     };
     let products: Vec<_> = products.iter().map(product).collect();
     let (_, panels) = tasks(&products, threads, false);
@@ -510,6 +511,14 @@ mod tests {
                 assert!(seen.iter().all(|&s| s == 1), "{m} {n} {k} {threads} {k_contiguous}");
             }
         }
+    }
+
+    /// Few rows are packed by their tasks where k runs along both operands, else as those of other products.
+    #[test]
+    fn what_is_packed_of_few_rows_is_foretold() {
+        let cells = |k: usize, n: usize| n.div_ceil(BLOCK) * k.div_ceil(BLOCK) * STEP_CELLS * size_of::<u32>();
+        let of = |k_contiguous| shared_bytes(&[[128, 1024, 8192]], k_contiguous, 32);
+        assert_eq!((of([true, true]), of([true, false])), (0, cells(8192, 1024)));
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! All cores. The vocabulary is walked in slices of a fixed width; the logits of all tokens over one slice are all that
-//! ever exists of them, or those of some tokens over all slices where both directions are computed at once. A row's sums are
+//! All cores. The vocabulary is walked in slices of a fixed width: in forward for all tokens at once, in backward for blocks of
+//! them, of which the logits over all slices exist where both directions are computed at once. A row's sums are
 //! 16 interleaved f32 lanes within a slice and f64 across slices, in slice order: they depend on the row, the weight and
 //! nothing else of the batch. Non-finite logits give non-finite outputs.
 
+use super::gradient::{RowGradient, row_gradients};
 use super::{Backward, Gradients, Inputs, Outputs};
 use crate::isa::{Isa, vectorised};
 use crate::math::exp;
@@ -450,55 +451,6 @@ fn merge_row(x: &[f32], scale: f32, first: usize, ids: &mut [i32], top: &mut [f3
                 at -= 1;
             }
             (top[at], ids[at]) = (z, id as i32);
-        }
-    }
-}
-
-/// What turns a row's logits into their gradients: dz = e^(z - lse) (all + spread (z - lse + entropy)), plus the
-/// gradients at single ids. The division by the temperature is in the factors.
-struct RowGradient {
-    lse: f32,
-    entropy: f32,
-    all: f32,
-    spread: f32,
-    target: i32,
-    d_target: f32,
-}
-
-fn row_gradients(x: &Inputs<'_>, lse: &[f32], entropy: &[f32], d: &Gradients<'_>) -> Vec<RowGradient> {
-    let (targets, d_logp) = (x.targets.i32(), d.d_logp.f32());
-    let scale = 1.0 / x.temperature;
-    let row = |r: usize| {
-        let d_target = if targets[r] < 0 { 0.0 } else { d_logp[r] };
-        let mut all = f64::from(d_target);
-        if let Some(d_given) = d.d_given {
-            let g = d_given.len() / targets.len();
-            all += d_given.f32()[r * g..][..g].iter().map(|&d| f64::from(d)).sum::<f64>();
-        }
-        let (entropy, spread) = d.d_entropy.map_or((0.0, 0.0), |d| (entropy[r], -d.f32()[r] * scale));
-        let all = (-all * f64::from(scale)) as f32;
-        RowGradient { lse: lse[r], entropy, all, spread, target: targets[r], d_target: d_target * scale }
-    };
-    (0..targets.len()).map(row).collect()
-}
-
-impl RowGradient {
-    /// Logits in, gradients out, but for those at single ids.
-    fn apply(&self, isa: Isa, z: &mut [f32], scale: f32) {
-        if self.all == 0.0 && self.spread == 0.0 {
-            // A row without a gradient costs nothing, and what its logits are does not matter.
-            z.fill(0.0);
-            return;
-        }
-        softmax_gradient(isa, z, scale, self.lse, self.entropy, self.all, self.spread);
-    }
-}
-
-vectorised! {
-    fn softmax_gradient(isa: Isa, z: &mut [f32], scale: f32, lse: f32, entropy: f32, all: f32, spread: f32) {
-        for z in z {
-            let t = *z * scale - lse;
-            *z = exp(t) * (all + spread * (t + entropy));
         }
     }
 }

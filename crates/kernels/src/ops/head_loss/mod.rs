@@ -1,5 +1,5 @@
-//! The output head fused with what losses need of it. Logits exist one slice of the vocabulary at a time, or for some tokens
-//! at a time, never whole:
+//! The output head fused with what losses need of it. Logits exist one slice of the vocabulary at a time, or on the host's cores,
+//! where both directions are computed at once, for [`tokens_at_once`] tokens at a time:
 //! z = hidden W^T / temperature; logp = `z[target]` - lse; entropy = lse - sum_j p_j z_j; plus, on request, the
 //! log-probabilities at G given ids per token and the K most likely ids. Softmax and sums are f32 (f64 where sums are
 //! long), in a fixed order that does not depend on the batch. A target of -1 means none: logp is 0 and gets no
@@ -10,6 +10,7 @@
 
 mod cpu;
 mod cuda;
+mod gradient;
 #[cfg(test)]
 mod reference;
 mod sm90;
@@ -76,7 +77,8 @@ pub struct Gradients<'a> {
     pub d_given: Option<View<'a>>,
     /// `[N, D]`, overwritten.
     pub d_hidden: Option<ViewMut<'a>>,
-    /// f32 `[V, D]`, and whether it is accumulated into or overwritten.
+    /// f32 `[V, D]`, and whether it is accumulated into or overwritten. The sums over blocks of tokens (on the host's cores of
+    /// [`tokens_at_once`]) are added one after the other.
     pub d_weight: Option<(ViewMut<'a>, bool)>,
 }
 
@@ -123,12 +125,12 @@ pub fn backward(ctx: &Ctx, x: Inputs<'_>, mut b: Backward<'_>) {
 /// logits are computed once, those of [`tokens_at_once`] tokens at a time.
 pub fn forward_backward(ctx: &Ctx, x: Inputs<'_>, mut out: Outputs<'_>, d: Gradients<'_>) {
     let n = x.check();
+    out.check(&x, n);
+    d.check(&x, n);
     match &ctx.device {
         Device::Cpu(cpu) if n > 0 => {
             let of = sizes![x.hidden, x.weight, x.targets, x.given, d.d_hidden, d.d_weight];
             let _timer = ctx.timer("head_loss forward and backward", of);
-            out.check(&x, n);
-            d.check(&x, n);
             cpu::forward_backward(ctx, cpu, x, out, d);
         }
         _ => {
@@ -138,7 +140,8 @@ pub fn forward_backward(ctx: &Ctx, x: Inputs<'_>, mut out: Outputs<'_>, d: Gradi
     }
 }
 
-/// Of N tokens over V ids, those whose logits [`forward_backward`] holds at once on the host's cores.
+/// Of N tokens over V ids, those whose logits [`forward_backward`] holds at once on the host's cores: 64 MiB of logits, or 256
+/// tokens if these have more.
 pub fn tokens_at_once(n: usize, v: usize) -> usize {
     cpu::tokens_at_once(n, v)
 }
