@@ -291,7 +291,7 @@ impl<'a> Tile<'a> {
 
 /// Whether a product's rows are packed, however its operand is aligned.
 pub(super) fn packs_rows(p: &Product<'_>, cell: Cell) -> bool {
-    !p.a.has_cells(p.k, cell) || on_same_lines(p.a.ld / cell.depth())
+    !p.a.has_cells(p.k, cell) || evict_one_another(p, cell)
 }
 
 /// How the left operand's rows are read.
@@ -305,18 +305,27 @@ enum Left<'a> {
     Blocks,
 }
 
-/// Rows or cells whole multiples of 4 KiB apart fall on the same few lines of a cache, and must be packed.
+/// Rows or cells whole multiples of 4 KiB apart fall on the same few lines of a cache.
 fn on_same_lines(words: usize) -> bool {
     words.is_multiple_of(4096 / size_of::<u32>())
+}
+
+/// Rows that fall on the same lines are not copied for up to so many columns, a router's: nobody would share the copy, and it
+/// takes longer than what it saves.
+const FEW_COLUMNS: usize = 64;
+
+/// Whether rows or cells must be packed because of how far they lie apart.
+fn evict_one_another(p: &Product<'_>, cell: Cell) -> bool {
+    on_same_lines(p.a.ld / cell.depth()) && !(p.a.k_contiguous && p.n <= FEW_COLUMNS)
 }
 
 impl<'a> Left<'a> {
     fn of(p: &Product<'a>, cell: Cell) -> Self {
         let apart = p.a.ld / cell.depth();
-        let spread = !on_same_lines(apart);
+        let in_place = !evict_one_another(p, cell);
         match p.a.cells(p.k, cell) {
-            Some(words) if spread && p.a.k_contiguous => Self::Here(words, Rows::Along(apart)),
-            Some(words) if spread => Self::Here(words, Rows::Across(apart)),
+            Some(words) if in_place && p.a.k_contiguous => Self::Here(words, Rows::Along(apart)),
+            Some(words) if in_place => Self::Here(words, Rows::Across(apart)),
             _ if p.a.k_contiguous => Self::Copied,
             _ => Self::Blocks,
         }
