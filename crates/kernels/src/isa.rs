@@ -4,26 +4,24 @@
 //!
 //! Two ways to compile one source for every level. [`vectorised`] takes plain loops, fuses and reorders nothing, and
 //! gives the same bits on all. A [`Job`] is written in explicit vectors ([`Lanes`]) and fuses its multiply-adds where
-//! the level does, so that its bits may differ from level to level, but never within one. What takes BF16
-//! two at a time is written in vectors of words ([`Words`]). AMX's tiles ([`Tiles`]) are a world of their own.
+//! the level does, so that its bits may differ from level to level, but never within one. AMX's tiles ([`Tiles`]) are a
+//! world of their own.
 
 mod lanes;
 mod moves;
 mod stream;
 mod tiles;
-mod words;
 
 use crate::DeviceError;
 use std::sync::OnceLock;
 
 pub(crate) use lanes::{Job, Lanes, TURNED, fma};
 pub(crate) use moves::{
-    Cache, SQUARE, ask, ask_for, finish_streams, interleave, pair_rows, prefetch, prefetch_line_to_write, round_row,
-    stream_row, transpose, transpose_cells, transpose_halves,
+    Cache, LINE, SQUARE, ask, ask_for, finish_streams, interleave, pair_rows, prefetch, prefetch_line_to_write,
+    round_row, stream_row, transpose, transpose_cells, transpose_halves,
 };
 pub(crate) use stream::{copied_rows, copy_rows, streamed};
 pub(crate) use tiles::{TILE_COLUMNS, TILE_ROWS, TileJob, Tiles};
-pub(crate) use words::{LINE, LINE_ELEMENTS, WordJob, Words, ahead};
 
 /// A level of vector instructions. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -84,6 +84,60 @@ pub(crate) fn sigmoid_fused(fused: bool, x: f32) -> f32 {
     1.0 / (1.0 + exp_fused(fused, -x))
 }
 
+// Of r^4, r^3, ... in 2^r, with a relative error below 3e-6, a thousandth of BF16's rounding, and exactly 1 at zero, which
+// infinity needs.
+const POWERS: [f32; 5] = [9.582_853e-3, 5.590_642_6e-2, 2.402_409_9e-1, 6.931_242e-1, 1.0];
+
+/// 2^r for |r| <= 1/2.
+#[inline(always)]
+unsafe fn power_of<V: Lanes>(r: V) -> V {
+    // SAFETY: the caller is compiled for the level.
+    unsafe {
+        let mut p = V::splat(POWERS[0]);
+        for c in &POWERS[1..] {
+            p = p.mul_add(r, V::splat(*c));
+        }
+        p
+    }
+}
+
+/// e^-x for results that are rounded to BF16: with a relative error below 1e-5 where it is a normal number; below, at most
+/// the least of those, and beyond, infinity. Of a NaN anything.
+///
+/// # Safety
+/// The caller is compiled for the level.
+#[inline(always)]
+unsafe fn rough_exp_neg_of<V: Lanes>(x: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // e^-x = 2^t = 2^n 2^r.
+        let t = x.mul(V::splat(-std::f32::consts::LOG2_E));
+        if V::SCALES {
+            let r = t.rest();
+            power_of(r).scale(t.sub(r))
+        } else {
+            // Clamped, so that 2^n is a normal number or, at 128, infinity; there the rest is zero, for what is larger is
+            // clamped to 128 itself.
+            let t = t.min(V::splat(128.0)).max(V::splat(-126.0));
+            let shifted = t.add(V::splat(ROUND));
+            power_of(t.sub(shifted.sub(V::splat(ROUND)))).raise(shifted)
+        }
+    }
+}
+
+/// 1 / (1 + e^-x), as near as [`rough_exp_neg_of`].
+///
+/// # Safety
+/// The caller is compiled for the level.
+#[inline(always)]
+pub(crate) unsafe fn rough_sigmoid_of<V: Lanes>(x: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let one = V::splat(1.0);
+        one.div(one.add(rough_exp_neg_of(x)))
+    }
+}
+
 /// Sine and cosine of an angle up to 2^31, a few units of the last place of 1 off. A call into the C library for each
 /// angle costs more than the rotation of all heads by it. Nothing is fused, as in [`exp`].
 #[inline(always)]
@@ -123,7 +177,7 @@ pub(crate) fn sin_cos(x: f64) -> (f64, f64) {
 
 #[cfg(test)]
 mod tests {
-    use super::{exp, exp_fused, exp_of, sigmoid, sin_cos};
+    use super::{exp, exp_fused, exp_of, rough_exp_neg_of, rough_sigmoid_of, sigmoid, sin_cos};
     use crate::Isa;
     use crate::isa::{Job, Lanes, vectorised};
     use crate::testing::isas;
@@ -185,6 +239,55 @@ mod tests {
             for ((x, y), z) in x.iter().zip(&y).zip(&z) {
                 assert!(y.to_bits() == z.to_bits() || y.is_nan() && z.is_nan(), "{isa:?} {x}: {y}, {z}");
             }
+        }
+    }
+
+    struct Rough<'a>(&'a mut [f32], &'a mut [f32]);
+
+    impl Job for Rough<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            let Self(x, y) = self;
+            for (x, y) in x.chunks_exact_mut(V::N).zip(y.chunks_exact_mut(V::N)) {
+                // SAFETY: compiled for the level; vectors are read and written.
+                unsafe {
+                    let v = V::load(x.as_ptr());
+                    rough_exp_neg_of(v).store(x.as_mut_ptr());
+                    rough_sigmoid_of(v).store(y.as_mut_ptr());
+                }
+            }
+        }
+    }
+
+    /// e^-x and sigmoid(x) for all x, of which there are whole vectors on every level.
+    fn rough(isa: Isa, x: &[f32]) -> [Vec<f32>; 2] {
+        assert!(x.len().is_multiple_of(16));
+        let (mut exp, mut sigmoid) = (x.to_vec(), vec![0.0; x.len()]);
+        isa.run(Rough(&mut exp, &mut sigmoid));
+        [exp, sigmoid]
+    }
+
+    #[test]
+    fn rough_exponentials_and_sigmoids_are_close_and_saturate() {
+        let x: Vec<f32> = (0..400_000).map(|i| -88.0 + 4.4e-4 * i as f32).collect();
+        let ends = [88.9, 100.0, 1e4, 1e10, 1e20, 1e30, f32::MAX, f32::INFINITY];
+        let ends = ends.map(|x| [x, -x]).concat();
+        for isa in isas() {
+            let [exp, sigmoid] = rough(isa, &x);
+            for ((&x, exp), sigmoid) in x.iter().zip(exp).zip(sigmoid) {
+                let exact = (-f64::from(x)).exp();
+                if x < 87.0 {
+                    assert!((f64::from(exp) / exact - 1.0).abs() < 1e-5, "{isa:?} e^-{x} is {exp}");
+                }
+                assert!((f64::from(sigmoid) * (1.0 + exact) - 1.0).abs() < 1e-5, "{isa:?} sigmoid({x}) is {sigmoid}");
+            }
+            let [exp, sigmoid] = rough(isa, &ends);
+            for (exp, sigmoid) in exp.as_chunks::<2>().0.iter().zip(sigmoid.as_chunks::<2>().0) {
+                assert!((0.0..2e-38).contains(&exp[0]) && exp[1] == f32::INFINITY, "{isa:?} {exp:?}");
+                assert_eq!(*sigmoid, [1.0, 0.0], "{isa:?}");
+            }
+            let zeros = [[0.0f32, -0.0]; 8].concat();
+            assert_eq!(rough(isa, &zeros), [vec![1.0; 16], vec![0.5; 16]], "{isa:?}");
         }
     }
 

@@ -1,10 +1,12 @@
 //! What plain loops do not compile to: transposes in registers, rounding, and prefetching.
 
 use super::Isa;
-use super::LINE;
 #[cfg(target_arch = "x86_64")]
 use super::Level;
 use crate::bf16;
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
 
 /// A square of this many lanes and steps is transposed at once, in registers.
 pub(crate) const SQUARE: usize = 16;

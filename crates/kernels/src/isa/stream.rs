@@ -3,7 +3,7 @@
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
-use super::words::LINE;
+use super::moves::LINE;
 
 /// A buffer of at least so many bytes is written past the caches. Where they would hold it, what reads it next gains
 /// less from them than writing loses: measured on 16 MB with 32 MB of cache.

@@ -12,8 +12,8 @@ pub use sse2::*;
 mod sse2 {
     use std::arch::x86_64::*;
     pub use std::arch::x86_64::{
-        __m128 as Four, _mm_add_ps as add, _mm_loadu_ps as load, _mm_mul_ps as mul, _mm_set1_ps as splat,
-        _mm_storeu_ps as store, _mm_sub_ps as sub,
+        __m128 as Four, _mm_add_ps as add, _mm_div_ps as div, _mm_loadu_ps as load, _mm_mul_ps as mul,
+        _mm_set1_ps as splat, _mm_storeu_ps as store, _mm_sub_ps as sub,
     };
     pub const FMA: bool = false;
     #[inline(always)]
@@ -41,8 +41,8 @@ mod sse2 {
 mod neon {
     use std::arch::aarch64::*;
     pub use std::arch::aarch64::{
-        float32x4_t as Four, vaddq_f32 as add, vdupq_n_f32 as splat, vld1q_f32 as load, vmulq_f32 as mul,
-        vst1q_f32 as store, vsubq_f32 as sub,
+        float32x4_t as Four, vaddq_f32 as add, vdivq_f32 as div, vdupq_n_f32 as splat, vld1q_f32 as load,
+        vmulq_f32 as mul, vst1q_f32 as store, vsubq_f32 as sub,
     };
     pub const FMA: bool = true;
     #[inline(always)]
@@ -99,6 +99,10 @@ mod plain {
     #[inline(always)]
     pub unsafe fn mul(a: Four, b: Four) -> Four {
         std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    pub unsafe fn div(a: Four, b: Four) -> Four {
+        std::array::from_fn(|i| a[i] / b[i])
     }
     #[inline(always)]
     pub unsafe fn greater(a: Four, b: Four, x: Four, y: Four) -> Four {

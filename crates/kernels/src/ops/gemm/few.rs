@@ -118,9 +118,8 @@ impl Way for Widened {
     unsafe fn add<V: Lanes>(words: V, x: *const f32, cells: usize, sum: V) -> V {
         // SAFETY: the caller's promise.
         unsafe {
-            let [low, high] = words.halves();
-            let sum = low.mul_add(V::splat(*x), sum);
-            if cells > 1 { high.mul_add(V::splat(*x.add(1)), sum) } else { sum }
+            let sum = words.low().mul_add(V::splat(*x), sum);
+            if cells > 1 { words.high().mul_add(V::splat(*x.add(1)), sum) } else { sum }
         }
     }
 }
@@ -162,7 +161,7 @@ impl<'a> OnVectors<'a> {
     /// All columns, a group at a time; within one, as many rows as have their sums in registers beside the words.
     #[inline(always)]
     fn groups<V: Lanes, W: Way>(&self) {
-        if !V::TURNS {
+        if !V::WORDS {
             return;
         }
         let Task { p, cols } = self.task;

@@ -1,6 +1,6 @@
 //! SwiGLU on the cores, in blocks of rows; every element is on its own, so the cut changes no bits.
 
-use super::words as vectors;
+use super::lines;
 use crate::buffer::{words, words_mut};
 use crate::isa::{Job, Lanes, Level};
 use crate::math::sigmoid_fused;
@@ -18,7 +18,7 @@ pub fn forward<T: Elem>(cpu: &Cpu, gate_up: &[T], width: usize, rows: usize, y: 
     cpu.chunks_mut(&mut y[..live], block * width, |b, y| {
         let inputs = gate_up[b * block * 2 * width..].chunks_exact(2 * width);
         for (y, x) in y.chunks_exact_mut(width).zip(inputs) {
-            let done = vectors::forward(cpu.isa(), x, y);
+            let done = lines::forward(cpu.isa(), x, y);
             if done < width {
                 cpu.isa().run(ForwardRow { x, y, done });
             }
@@ -92,7 +92,7 @@ pub fn backward<T: Elem>(
 
 /// dy . y of a row, and in its place what [`backward`] says.
 fn backward_row<T: Elem>(cpu: &Cpu, dy: &mut [T], x: &mut [T], weight: f32) -> f32 {
-    let (done, dot) = vectors::backward(cpu.isa(), dy, x, weight);
+    let (done, dot) = lines::backward(cpu.isa(), dy, x, weight);
     let mut rest = 0.0;
     if done < dy.len() {
         cpu.isa().run(BackwardRow { dy, x, done, weight, dot: &mut rest });

@@ -3,11 +3,11 @@
 
 mod cpu;
 mod cuda;
+mod lines;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
-mod words;
 
 use super::by_dtype;
 use crate::sizes::sizes;

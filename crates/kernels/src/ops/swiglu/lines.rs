@@ -1,13 +1,25 @@
-//! The whole lines of a row of BF16 on [`Words`], which ask for the next row meanwhile: gates and ups are short streams,
-//! which what the CPU fetches on its own does not follow from row to row. What is behind the last whole line is
-//! [`super::cpu`]'s, as are rows of f32 and the portable level.
+//! The whole lines of a row of BF16, in vectors of words, which ask for the next row meanwhile: gates and ups are short
+//! streams, which what the CPU fetches on its own does not follow from row to row. In instructions by name: what
+//! the compiler makes of plain loops over e^x clamps and selects where an instruction saturates by itself. What is behind
+//! the last whole line is [`super::cpu`]'s, as are rows of f32 and the portable level.
 
-use crate::isa::{Cache, Isa, LINE, LINE_ELEMENTS, WordJob, Words, ahead, ask};
+use crate::isa::{Cache, Isa, Job, LINE, Lanes, Level, ask};
+use crate::math::rough_sigmoid_of;
 use crate::{DType, Elem};
 
-/// How many elements of a row this file computes.
+/// A line is asked for so many bytes before its turn, at least where rows are short and at most where they are long.
+const AHEAD: [usize; 2] = [4 << 10, 8 << 10];
+
+/// The distance at which lines of rows `row` bytes long are asked for: whole rows, if one is not too far.
+fn ahead(row: usize) -> usize {
+    let [least, most] = AHEAD;
+    (row * (least / row.max(1)).max(1)).min(most)
+}
+
+/// How many elements of a row this file computes: whole lines.
 fn whole<T: Elem>(isa: Isa, width: usize) -> usize {
-    if T::DTYPE == DType::Bf16 && isa.has_words() { width / LINE_ELEMENTS * LINE_ELEMENTS } else { 0 }
+    const ELEMENTS: usize = LINE / 2;
+    if T::DTYPE == DType::Bf16 && isa.level() >= Level::Avx2 { width / ELEMENTS * ELEMENTS } else { 0 }
 }
 
 /// y of the first elements of a row x, gates and ups; says of how many.
@@ -17,7 +29,7 @@ pub fn forward<T: Elem>(isa: Isa, x: &[T], y: &mut [T]) -> usize {
         let (gate, up) = x.split_at(y.len());
         let (gate, up) = (bytemuck::cast_slice(&gate[..whole]), bytemuck::cast_slice(&up[..whole]));
         let y = bytemuck::cast_slice_mut(&mut y[..whole]);
-        isa.run_words(Forward { gate, up, y, ahead: ahead(size_of_val(x)) });
+        isa.run(Forward { gate, up, y, ahead: ahead(size_of_val(x)) });
     }
     whole
 }
@@ -30,22 +42,21 @@ struct Forward<'a> {
     ahead: usize,
 }
 
-impl WordJob for Forward<'_> {
+impl Job for Forward<'_> {
     #[inline(always)]
-    fn run<W: Words>(self) {
+    fn run<V: Lanes>(self) {
         let Self { gate, up, y, ahead } = self;
         assert!(gate.len() == y.len() && up.len() == y.len());
         let (gate, up, to) = (gate.as_ptr(), up.as_ptr(), y.as_mut_ptr());
         for line in (0..y.len() / LINE).map(|i| i * LINE) {
             ask(Cache::Second, gate.wrapping_add(line + ahead));
             ask(Cache::Second, up.wrapping_add(line + ahead));
-            for at in (line..line + LINE).step_by(4 * W::N) {
+            for at in (line..line + LINE).step_by(4 * V::N) {
                 // SAFETY: the caller is compiled for the level; `at` is within a whole line of all three.
                 unsafe {
-                    let (g, u) = (W::load(gate.add(at)), W::load(up.add(at)));
-                    let low = output(W::low(g), W::low(u)).1;
-                    let high = output(W::high(g), W::high(u)).1;
-                    W::store(W::pack(low, high), to.add(at));
+                    let (g, u) = (V::load(gate.add(at).cast()), V::load(up.add(at).cast()));
+                    let (low, high) = (output(g.low(), u.low()).1, output(g.high(), u.high()).1);
+                    low.paired(high).store(to.add(at).cast());
                 }
             }
         }
@@ -57,10 +68,10 @@ impl WordJob for Forward<'_> {
 /// # Safety
 /// The caller is compiled for the level.
 #[inline(always)]
-unsafe fn output<W: Words>(g: W, u: W) -> ([W; 2], W) {
+unsafe fn output<V: Lanes>(g: V, u: V) -> ([V; 2], V) {
     // SAFETY: the caller's promise.
     unsafe {
-        let s = g.sigmoid();
+        let s = rough_sigmoid_of(g);
         let silu = g.mul(s);
         ([s, silu], silu.mul(u))
     }
@@ -74,9 +85,9 @@ pub fn backward<T: Elem>(isa: Isa, dy: &mut [T], x: &mut [T], weight: f32) -> (u
         let aheads = [ahead(size_of_val(dy)), ahead(size_of_val(x))];
         let (gate, up) = x.split_at_mut(dy.len());
         let slices = [&mut dy[..whole], &mut gate[..whole], &mut up[..whole]].map(bytemuck::cast_slice_mut);
-        // Words take a NaN's lower half for zero.
+        // `paired` takes a NaN's lower half for zero.
         let weight = if weight.is_nan() { f32::NAN } else { weight };
-        isa.run_words(Backward { slices, aheads, weight, dot: &mut dot });
+        isa.run(Backward { slices, aheads, weight, dot: &mut dot });
     }
     (whole, dot)
 }
@@ -90,38 +101,38 @@ struct Backward<'a> {
     dot: &'a mut f32,
 }
 
-impl WordJob for Backward<'_> {
+impl Job for Backward<'_> {
     #[inline(always)]
-    fn run<W: Words>(self) {
+    fn run<V: Lanes>(self) {
         let len = self.slices[0].len();
         assert!(self.slices.iter().all(|s| s.len() == len));
         let [dy, gate, up] = self.slices.map(<[u8]>::as_mut_ptr);
         // SAFETY: the caller is compiled for the level, here and below; `at` is within a whole line of all three.
-        let (weight, mut sums) = unsafe { (W::splat(self.weight), [W::splat(0.0); 2]) };
+        let (weight, mut sums) = unsafe { (V::splat(self.weight), [V::splat(0.0); 2]) };
         for line in (0..len / LINE).map(|i| i * LINE) {
             ask(Cache::Second, dy.wrapping_add(line + self.aheads[0]));
             ask(Cache::Second, gate.wrapping_add(line + self.aheads[1]));
             ask(Cache::Second, up.wrapping_add(line + self.aheads[1]));
-            for at in (line..line + LINE).step_by(4 * W::N) {
+            for at in (line..line + LINE).step_by(4 * V::N) {
                 // SAFETY: see above.
                 unsafe {
-                    let (dy, gate, up) = (dy.add(at), gate.add(at), up.add(at));
-                    let (d, g, u) = (W::load(dy), W::load(gate), W::load(up));
-                    let (low, high) = (output(W::low(g), W::low(u)), output(W::high(g), W::high(u)));
+                    let (dy, gate, up) = (dy.add(at).cast(), gate.add(at).cast(), up.add(at).cast());
+                    let (d, g, u) = (V::load(dy), V::load(gate), V::load(up));
+                    let (low, high) = (output(g.low(), u.low()), output(g.high(), u.high()));
                     // y as the forward rounded it.
-                    let y = W::pack(low.1, high.1);
-                    let low = gradient([W::low(d), W::low(u), W::low(y), weight], low.0, &mut sums[0]);
-                    let high = gradient([W::high(d), W::high(u), W::high(y), weight], high.0, &mut sums[1]);
-                    W::store(W::pack(low[0], high[0]), dy);
-                    W::store(W::pack(low[1], high[1]), gate);
-                    W::store(W::pack(low[2], high[2]), up);
+                    let y = low.1.paired(high.1);
+                    let low = gradient([d.low(), u.low(), y.low(), weight], low.0, &mut sums[0]);
+                    let high = gradient([d.high(), u.high(), y.high(), weight], high.0, &mut sums[1]);
+                    low[0].paired(high[0]).store(dy);
+                    low[1].paired(high[1]).store(gate);
+                    low[2].paired(high[2]).store(up);
                 }
             }
         }
         let mut lanes = [[0.0f32; 16]; 2];
         for (lanes, sums) in lanes.iter_mut().zip(sums) {
             // SAFETY: see above.
-            unsafe { sums.lanes(lanes) }
+            unsafe { sums.store(lanes.as_mut_ptr()) }
         }
         *self.dot = lanes.as_flattened().iter().sum();
     }
@@ -132,13 +143,13 @@ impl WordJob for Backward<'_> {
 /// # Safety
 /// The caller is compiled for the level.
 #[inline(always)]
-unsafe fn gradient<W: Words>([d, u, y, weight]: [W; 4], [s, silu]: [W; 2], sum: &mut W) -> [W; 3] {
+unsafe fn gradient<V: Lanes>([d, u, y, weight]: [V; 4], [s, silu]: [V; 2], sum: &mut V) -> [V; 3] {
     // SAFETY: the caller's promise.
     unsafe {
         *sum = d.mul_add(y, *sum);
         let weighted = d.mul(weight);
         // The derivative of silu, s + g s (1 - s).
-        let slope = silu.mul_add(W::splat(1.0).sub(s), s);
+        let slope = silu.mul_add(V::splat(1.0).sub(s), s);
         [weight.mul(y), weighted.mul(u).mul(slope), weighted.mul(silu)]
     }
 }
