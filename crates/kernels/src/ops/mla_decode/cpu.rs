@@ -5,17 +5,17 @@
 
 use super::{BLOCK, Decode};
 use crate::isa::{Job, Lanes};
-use crate::ops::mla_prefill::tile::{self, Product, Softmax, TILE, cut, padded};
+use crate::ops::mla_prefill::Seen;
+use crate::ops::mla_prefill::tile::{self, Product, cut, padded};
+use crate::ops::mla_prefill::weigh::{Softmax, Weigh, group_of};
 use crate::{Cpu, Elem};
-
-const _: () = assert!(BLOCK == TILE, "a tile of keys is a block of the cache");
 
 /// See [`super::forward`].
 pub fn forward<T: Elem>(cpu: &Cpu, a: Decode<'_>) {
     let (cu_q, lengths) = (a.cu_q.i32(), a.lengths.i32());
     let (q, cache, table) = (T::of(a.q), T::of(a.cache), a.block_table.i32());
     let width = a.latent + a.rope;
-    let group = group_of(a.heads);
+    let group = heads_of(a.heads);
     let tokens: Vec<(usize, usize)> = (0..lengths.len())
         .flat_map(|s| (cu_q[s]..cu_q[s + 1]).map(move |n| (s, (lengths[s] - (cu_q[s + 1] - 1 - n)).max(0) as usize)))
         .collect();
@@ -41,7 +41,7 @@ pub fn forward<T: Elem>(cpu: &Cpu, a: Decode<'_>) {
 }
 
 /// Heads per task: the largest divisor up to 16, which fills a vector and leaves tasks for other cores.
-fn group_of(heads: usize) -> usize {
+fn heads_of(heads: usize) -> usize {
     (1..=heads.min(16)).rev().find(|g| heads.is_multiple_of(*g)).unwrap_or(1)
 }
 
@@ -66,7 +66,7 @@ impl<T: Elem> Job for Group<'_, T> {
     fn run<V: Lanes>(self) {
         let heads = self.lse.len();
         let (width, columns, ld) = (self.latent + self.rope, padded(heads), padded(self.latent + self.rope));
-        let len = width * columns + BLOCK * ld + heads * padded(self.latent) + BLOCK * TILE;
+        let len = width * columns + BLOCK * ld + heads * padded(self.latent) + 2 * BLOCK * group_of::<V>();
         tile::with_scratch(
             len,
             #[inline(always)]
@@ -81,10 +81,11 @@ impl<T: Elem> Group<'_, T> {
         let heads = self.lse.len();
         let width = self.latent + self.rope;
         let (columns, ld, sum_ld) = (padded(heads), padded(width), padded(self.latent));
+        let lanes = group_of::<V>();
         let query = cut(&mut scratch, width * columns);
         let rows = cut(&mut scratch, BLOCK * ld);
         let sum = cut(&mut scratch, heads * sum_ld);
-        let scores = cut(&mut scratch, BLOCK * TILE);
+        let (scores, weights) = (cut(&mut scratch, BLOCK * lanes), cut(&mut scratch, BLOCK * lanes));
         for (c, out) in query.chunks_exact_mut(columns).enumerate() {
             for h in 0..heads {
                 out[h] = self.q[h * width + c].f32();
@@ -93,6 +94,8 @@ impl<T: Elem> Group<'_, T> {
         }
         let mut softmax = Softmax::new();
         sum.fill(0.0);
+        // Lanes behind the columns are weighed along with them.
+        scores.fill(0.0);
         for base in (0..self.keys).step_by(BLOCK) {
             let nk = (self.keys - base).min(BLOCK);
             self.load(self.blocks[base / BLOCK] as usize, nk, ld, rows);
@@ -105,11 +108,21 @@ impl<T: Elem> Group<'_, T> {
                 a_col: 1,
                 b: query,
                 b_row: columns,
-                c_row: TILE,
+                c_row: lanes,
                 add: false,
             }
             .write::<V>(scores);
-            softmax.tile::<V>(&mut scores[..nk * TILE], columns, self.scale, &[nk as i32; TILE]);
+            Weigh {
+                softmax: &mut softmax,
+                at: 0,
+                scores,
+                scale: self.scale,
+                seen: Seen::everything(nk, heads),
+                pairs: false,
+                apart: lanes,
+                weights: bytemuck::cast_slice_mut(weights),
+            }
+            .run::<V>();
             for (h, row) in sum.chunks_exact_mut(sum_ld).enumerate() {
                 row.iter_mut().for_each(|o| *o *= softmax.alpha[h]);
             }
@@ -117,9 +130,9 @@ impl<T: Elem> Group<'_, T> {
                 m: heads,
                 n: sum_ld,
                 k: nk,
-                a: scores,
+                a: weights,
                 a_row: 1,
-                a_col: TILE,
+                a_col: lanes,
                 b: rows,
                 b_row: ld,
                 c_row: sum_ld,

@@ -26,7 +26,7 @@ pub struct Decode<'a> {
     pub latent: usize,
     /// R, qk_rope_head_dim.
     pub rope: usize,
-    /// Softmax scale of the un-absorbed head (YaRN's m^2 included).
+    /// Softmax scale of the un-absorbed head (YaRN's m^2 included), above 0: maxima are taken before it is applied.
     pub scale: f32,
     /// `[Nq, H, C + R]`: absorbed latent query, then the rotated rope query.
     pub q: View<'a>,
@@ -61,6 +61,7 @@ fn check(a: &Decode<'_>) {
     let (h, c, width) = (a.heads, a.latent, a.latent + a.rope);
     let (seqs, table) = (a.lengths.len(), a.block_table.len());
     assert!(h > 0 && c > 0, "attention of {h} heads over latents of {c}");
+    assert!(a.scale > 0.0, "attention with a scale of {}", a.scale);
     assert_eq!(a.cu_q.len(), seqs + 1, "cumulative query lengths of {seqs} sequences");
     let nq = if a.cu_q.is_host() {
         let cu_q = a.cu_q.i32();

@@ -22,12 +22,13 @@ mod tests;
 pub(super) mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
-mod weigh;
+pub(super) mod weigh;
 
 #[cfg(target_arch = "x86_64")]
 use crate::bf16;
 use crate::sizes::sizes;
 use crate::{Ctx, DType, Device, Elem, Level, View, ViewMut, Workers, ops::by_dtype};
+pub(super) use queries::Seen;
 
 /// Sizes shared by forward and backward.
 #[derive(Clone, Copy, Debug)]

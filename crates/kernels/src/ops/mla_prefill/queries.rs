@@ -35,6 +35,11 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// Where every query sees every key.
+    pub fn everything(keys: usize, queries: usize) -> Self {
+        Self { keys, by_all: keys, first: keys as i32, queries }
+    }
+
     /// How many of the group's first queries do not see key j; more than there are, or a number <= 0, is all or none.
     #[inline(always)]
     pub fn unseen(&self, j: usize) -> f32 {

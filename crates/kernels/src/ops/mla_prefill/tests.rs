@@ -408,7 +408,7 @@ fn a_scale_that_is_not_above_zero_is_refused() {
 }
 
 mod tiles {
-    use super::super::tile::{PAD, Product, TILE};
+    use super::super::tile::{PAD, Product};
     use crate::Isa;
     use crate::isa::{Job, Lanes};
     use crate::testing::{isas, normals};
@@ -423,9 +423,9 @@ mod tiles {
 
     fn check_product(isa: Isa) {
         for (m, n, k) in [(1, PAD, 1), (7, 2 * PAD, 3), (64, 3 * PAD, 50), (19, 4 * PAD, 64), (5, PAD, 0)] {
-            for (a_row, a_col) in [(k + 2, 1), (1, TILE)] {
+            for (a_row, a_col) in [(k + 2, 1), (1, 64)] {
                 for add in [false, true] {
-                    let a = normals(1, TILE * TILE.max(k + 2), 1.0);
+                    let a = normals(1, 64 * 64.max(k + 2), 1.0);
                     let b = normals(2, k.max(1) * (n + 3), 1.0);
                     let before = normals(3, m * (n + 1), 1.0);
                     let mut c = before.clone();

@@ -1,16 +1,11 @@
-//! Scratch, which prefill and decode share; and decode's online softmax on a tile and its register-blocked f32 product over
-//! small dense tiles.
+//! Scratch, which prefill and decode share, and decode's register-blocked f32 product over small dense tiles.
 //!
 //! Every element of that product is one sum over k in ascending order, whatever the block it is computed in: a row's bits
 //! depend neither on how many rows stand beside it nor on where it lies in its tile.
 
 use crate::Elem;
-use crate::isa::{Lanes, Level, fma};
-use crate::math::exp_fused;
+use crate::isa::{Lanes, Level};
 use std::cell::Cell;
-
-/// Queries, and keys, per tile.
-pub const TILE: usize = 64;
 
 /// Columns are padded to a multiple of this in every tile.
 pub const PAD: usize = 16;
@@ -133,64 +128,6 @@ impl Product<'_> {
                 }
             }
         }
-    }
-}
-
-/// The state of the online softmax of up to [`TILE`] rows, one column of the transposed score tile each.
-pub struct Softmax {
-    /// Largest scaled score so far.
-    pub max: [f32; TILE],
-    /// Sum of exp(score - max) so far.
-    pub sum: [f32; TILE],
-    /// What sums of earlier tiles are to be multiplied by, since the maximum grew.
-    pub alpha: [f32; TILE],
-}
-
-impl Softmax {
-    /// No keys seen.
-    pub fn new() -> Self {
-        Self { max: [f32::NEG_INFINITY; TILE], sum: [0.0; TILE], alpha: [0.0; TILE] }
-    }
-
-    /// Turns the raw scores of one tile into exp(score * scale - max), updating the state. Scores lie as
-    /// `[keys][TILE]`, the first `columns` in use; column q sees the keys before `visible[q]`.
-    #[inline(always)]
-    pub fn tile<V: Lanes>(&mut self, scores: &mut [f32], columns: usize, scale: f32, visible: &[i32; TILE]) {
-        let (keys, _) = scores.as_chunks_mut::<TILE>();
-        let mut max = self.max;
-        for (j, row) in keys.iter_mut().enumerate() {
-            for q in 0..columns {
-                let s = if (j as i32) < visible[q] { row[q] * scale } else { f32::NEG_INFINITY };
-                row[q] = s;
-                max[q] = if s > max[q] { s } else { max[q] };
-            }
-        }
-        // A column that has seen no key keeps its maximum of -inf; measuring from 0 there gives weights of 0, not NaN.
-        let mut base = [0.0; TILE];
-        for q in 0..columns {
-            base[q] = if max[q] == f32::NEG_INFINITY { 0.0 } else { max[q] };
-            self.alpha[q] = exp_fused(V::FMA, self.max[q] - base[q]);
-        }
-        let mut sum = [0.0; TILE];
-        for row in keys.iter_mut() {
-            for q in 0..columns {
-                row[q] = exp_fused(V::FMA, row[q] - base[q]);
-                sum[q] += row[q];
-            }
-        }
-        for q in 0..columns {
-            self.sum[q] = fma(V::FMA, self.sum[q], self.alpha[q], sum[q]);
-        }
-        self.max = max;
-    }
-
-    /// What column q's sum of weighted values is to be multiplied by, and its log-sum-exp: 0 and -inf without keys.
-    #[inline(always)]
-    pub fn finish(&self, q: usize) -> (f32, f32) {
-        if self.sum[q] == 0.0 {
-            return (0.0, f32::NEG_INFINITY);
-        }
-        (1.0 / self.sum[q], self.max[q] + self.sum[q].ln())
     }
 }
 

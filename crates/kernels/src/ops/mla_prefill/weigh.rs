@@ -1,5 +1,5 @@
 //! What is done to scores between products, for a group of queries: `[keys][queries]`, queries along the vectors, two keys
-//! at a time because a cell may hold both.
+//! at a time because a cell may hold both. In decode, whose heads share their keys, queries are a token's heads.
 
 use super::queries::{QUERIES, Seen};
 use crate::isa::{Job, Lanes, Level};
@@ -67,7 +67,7 @@ impl Job for Weigh<'_> {
 
 /// Queries of a group.
 #[inline(always)]
-fn group_of<V: Lanes>() -> usize {
+pub fn group_of<V: Lanes>() -> usize {
     if V::LEVEL >= Level::Avx512 { WIDEST_GROUP } else { WIDEST_GROUP / 2 }
 }
 
