@@ -3,10 +3,11 @@
 //! the weighted sum takes the same rows as values. A token is computed alone even in a chunk of many: its bits cannot
 //! depend on the chunk.
 
+use super::product::{Product, padded, round_scaled, widen};
 use super::{BLOCK, Decode};
 use crate::isa::{Job, Lanes};
 use crate::ops::mla_prefill::Seen;
-use crate::ops::mla_prefill::tile::{self, Product, cut, padded};
+use crate::ops::mla_prefill::scratch::{cut, with_scratch};
 use crate::ops::mla_prefill::weigh::{Softmax, Weigh, group_of};
 use crate::{Cpu, Elem};
 
@@ -67,7 +68,7 @@ impl<T: Elem> Job for Group<'_, T> {
         let heads = self.lse.len();
         let (width, columns, ld) = (self.latent + self.rope, padded(heads), padded(self.latent + self.rope));
         let len = width * columns + BLOCK * ld + heads * padded(self.latent) + 2 * BLOCK * group_of::<V>();
-        tile::with_scratch(
+        with_scratch(
             len,
             #[inline(always)]
             |scratch| self.walk::<V>(scratch),
@@ -142,7 +143,7 @@ impl<T: Elem> Group<'_, T> {
         }
         for (h, out) in self.out.chunks_exact_mut(self.latent).enumerate() {
             let (factor, lse) = softmax.finish(h);
-            tile::round_scaled(&sum[h * sum_ld..h * sum_ld + self.latent], factor, out);
+            round_scaled(&sum[h * sum_ld..h * sum_ld + self.latent], factor, out);
             self.lse[h] = lse;
         }
     }
@@ -153,7 +154,7 @@ impl<T: Elem> Group<'_, T> {
         let width = self.latent + self.rope;
         let from = &self.cache[block * BLOCK * width..][..nk * width];
         for (row, from) in rows.chunks_exact_mut(ld).zip(from.chunks_exact(width)) {
-            tile::widen(from, &mut row[..width]);
+            widen(from, &mut row[..width]);
             row[width..].fill(0.0);
         }
     }

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod cuda;
+mod product;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

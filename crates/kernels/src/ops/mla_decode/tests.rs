@@ -9,6 +9,7 @@ struct Case {
     heads: usize,
     latent: usize,
     rope: usize,
+    scale: f32,
     q: Buf,
     cache: Buf,
     block_table: Vec<i32>,
@@ -45,11 +46,8 @@ impl Case {
             cu_q.push(cu_q[s] + queries as i32);
         }
         let lengths = sequences.iter().map(|s| s.1 as i32).collect();
-        Self { heads, latent, rope, q: buf(dtype, &q), cache: buf(dtype, &cache), block_table, cu_q, lengths }
-    }
-
-    fn scale(&self) -> f32 {
-        1.5 / ((self.latent + self.rope) as f32).sqrt()
+        let scale = 1.5 / (width as f32).sqrt();
+        Self { heads, latent, rope, scale, q: buf(dtype, &q), cache: buf(dtype, &cache), block_table, cu_q, lengths }
     }
 
     fn run(&self, ctx: &Ctx) -> (Buf, Buf) {
@@ -62,7 +60,7 @@ impl Case {
             heads: self.heads,
             latent: self.latent,
             rope: self.rope,
-            scale: self.scale(),
+            scale: self.scale,
             q: q.view(),
             cache: cache.view(),
             block_table: table.view(),
@@ -80,7 +78,7 @@ impl Case {
             heads: self.heads,
             latent: self.latent,
             rope: self.rope,
-            scale: self.scale().into(),
+            scale: self.scale.into(),
             q: f64s(&self.q),
             cache: f64s(&self.cache),
             block_table: self.block_table.clone(),
@@ -153,7 +151,7 @@ fn absorbed_equals_unabsorbed() {
             k_pe.extend_from_slice(&row[latent..]);
         }
     }
-    let shape = mla_prefill::Shape { heads, nope, rope, v, k_pe_stride: rope, scale: case.scale() };
+    let shape = mla_prefill::Shape { heads, nope, rope, v, k_pe_stride: rope, scale: case.scale };
     let cu_k = vec![0, case.lengths[0], case.lengths[0] + case.lengths[1]];
     let plain = mla_prefill::reference::Inputs { q, kv_up, k_pe, cu_q: case.cu_q.clone(), cu_k };
     let (expected, expected_lse) = mla_prefill::reference::forward(&shape, &plain);
@@ -226,4 +224,10 @@ fn a_block_beyond_the_cache_is_refused() {
     let mut case = Case::new(DType::F32, (2, 8, 4), 0, &[(1, 64)]);
     case.lengths[0] = 65;
     case.run(&ctx());
+}
+
+#[test]
+#[should_panic(expected = "attention with a scale of 0")]
+fn a_scale_that_is_not_above_zero_is_refused() {
+    Case { scale: 0.0, ..Case::new(DType::F32, (2, 8, 4), 0, &[(1, 64)]) }.run(&ctx());
 }

@@ -9,7 +9,7 @@ use super::backward_tiles::{CACHED, KEYS, Sizes, Tiles};
 use super::cpu::Disjoint;
 use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gather, gathered, store};
 use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
-use super::tile;
+use super::scratch::with_scratch;
 use super::weigh::Gradients;
 use super::{Backward, Problem};
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
@@ -89,7 +89,7 @@ impl<T: Elem> Task<'_, T> {
         let queries = self.x.cu_q[self.seq + 1] - self.x.cu_q[self.seq];
         let sizes = Sizes::new(&self.x.shape, &self.panels, queries as usize, self.keys().len());
         let len = Tiles::lens(&sizes, &self.panels).iter().sum();
-        tile::with_scratch(len, |scratch| self.walk(sizes, Tiles::new(&sizes, &self.panels, scratch)));
+        with_scratch(len, |scratch| self.walk(sizes, Tiles::new(&sizes, &self.panels, scratch)));
     }
 
     fn walk(&self, sizes: Sizes, mut tiles: Tiles<'_>) {

@@ -3,7 +3,7 @@
 use super::Shape;
 use super::panels::{Panels, room};
 use super::queries::QUERIES;
-use super::tile::cut;
+use super::scratch::cut;
 
 /// Keys of a tile: whole blocks of rows on every level.
 pub const KEYS: usize = 96;

@@ -5,7 +5,7 @@
 use super::Problem;
 use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gather, store, values_at};
 use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
-use super::tile::{self, cut};
+use super::scratch::{cut, with_scratch};
 use super::weigh::{Softmax, Weigh};
 use crate::isa::{Isa, vectorised};
 use crate::panel::{Rows, WIDEST_GROUP};
@@ -89,7 +89,7 @@ impl<T: Elem> Forward<'_, T> {
         let (key_cells, group, w) = (p.cells(s.nope + s.rope), p.group, s.v.next_multiple_of(p.group));
         let (queries, cells) = (self.tile.nq.next_multiple_of(group), p.cells(KEYS));
         let lanes = queries * key_cells + w * cells;
-        tile::with_scratch(lanes + KEYS * key_cells + cells * queries + KEYS * group + w * queries, |mut scratch| {
+        with_scratch(lanes + KEYS * key_cells + cells * queries + KEYS * group + w * queries, |mut scratch| {
             let scratch = &mut scratch;
             self.walk(Parts {
                 query: bytemuck::cast_slice_mut(cut(scratch, queries * key_cells)),

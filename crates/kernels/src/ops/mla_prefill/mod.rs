@@ -15,11 +15,11 @@ mod panels;
 mod queries;
 #[cfg(test)]
 pub(super) mod reference;
+pub(super) mod scratch;
 mod sm90_backward;
 mod sm90_forward;
 #[cfg(test)]
 mod tests;
-pub(super) mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 pub(super) mod weigh;

@@ -1,4 +1,4 @@
-use super::{Backward, Inputs, Shape, backward, forward, reference, scratch, tile};
+use super::{Backward, Inputs, Shape, backward, forward, reference, scratch};
 use crate::testing::{
     assert_close, assert_same_bits, buf, buf_on, ctx, ctx_of, finite_difference, gpu, isas, levels, normals, older_gpu,
     op_tolerance, thread_counts,
@@ -378,9 +378,9 @@ fn scratch_grows_with_the_sequence() {
             let s = shape(1, 40, 20, 33);
             let ctx = ctx_of(1, isa);
             let taken = |n: usize| {
-                tile::TAKEN.set(0);
+                scratch::TAKEN.set(0);
                 Case::new(dtype, s, &[(n, n)]).run(&ctx);
-                (tile::TAKEN.get(), scratch(ctx.host().workers(), dtype, &s, 1, n))
+                (scratch::TAKEN.get(), scratch(ctx.host().workers(), dtype, &s, 1, n))
             };
             let ((short, short_said), (long, long_said)) = (taken(64), taken(640));
             assert_eq!(long - short, long_said - short_said, "{:?} {dtype:?}", isa.level());
@@ -404,48 +404,5 @@ fn a_scale_that_is_not_above_zero_is_refused() {
         let refused = std::panic::catch_unwind(AssertUnwindSafe(|| case.run(&ctx()))).err().expect("refused");
         let message = refused.downcast_ref::<String>().expect("a message");
         assert_eq!(message, &format!("attention with a scale of {scale}"));
-    }
-}
-
-mod tiles {
-    use super::super::tile::{PAD, Product};
-    use crate::Isa;
-    use crate::isa::{Job, Lanes};
-    use crate::testing::{isas, normals};
-
-    struct Multiply<'a>(Product<'a>, &'a mut [f32]);
-    impl Job for Multiply<'_> {
-        #[inline(always)]
-        fn run<V: Lanes>(self) {
-            self.0.write::<V>(self.1);
-        }
-    }
-
-    fn check_product(isa: Isa) {
-        for (m, n, k) in [(1, PAD, 1), (7, 2 * PAD, 3), (64, 3 * PAD, 50), (19, 4 * PAD, 64), (5, PAD, 0)] {
-            for (a_row, a_col) in [(k + 2, 1), (1, 64)] {
-                for add in [false, true] {
-                    let a = normals(1, 64 * 64.max(k + 2), 1.0);
-                    let b = normals(2, k.max(1) * (n + 3), 1.0);
-                    let before = normals(3, m * (n + 1), 1.0);
-                    let mut c = before.clone();
-                    let (b_row, c_row) = (n + 3, n + 1);
-                    isa.run(Multiply(Product { m, n, k, a: &a, a_row, a_col, b: &b, b_row, c_row, add }, &mut c));
-                    for (i, (&c, &old)) in c.iter().zip(&before).enumerate() {
-                        let (i, j) = (i / c_row, i % c_row);
-                        let mut e = if add || j == n { f64::from(old) } else { 0.0 };
-                        for l in (0..k).filter(|_| j < n) {
-                            e += f64::from(a[i * a_row + l * a_col]) * f64::from(b[l * b_row + j]);
-                        }
-                        assert!((f64::from(c) - e).abs() < 2e-5, "{m} {n} {k} {add} at {i}, {j}: {c}, expected {e}");
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn products_on_every_level() {
-        isas().into_iter().for_each(check_product);
     }
 }

@@ -201,7 +201,7 @@ fn with_tiles<R>(count: usize, f: impl FnOnce(&mut [Tile]) -> R) -> R {
     thread_local!(static SCRATCH: Cell<Option<AlignedVec<u32>>> = const { Cell::new(None) });
     let words = count * TILE_WORDS;
     #[cfg(test)]
-    super::tile::TAKEN.set(super::tile::TAKEN.get().max(words * size_of::<u32>()));
+    super::scratch::TAKEN.set(super::scratch::TAKEN.get().max(words * size_of::<u32>()));
     let mut held = SCRATCH.take().filter(|held| held.len() >= words).unwrap_or_else(|| AlignedVec::zeros(words));
     let r = f(&mut held.as_chunks_mut::<TILE_WORDS>().0[..count]);
     if held.len() <= KEEP {

@@ -1,11 +1,10 @@
-//! Scratch, which prefill and decode share, and decode's register-blocked f32 product over small dense tiles.
+//! A register-blocked f32 product over small dense tiles, and the rows that go into it and come out.
 //!
-//! Every element of that product is one sum over k in ascending order, whatever the block it is computed in: a row's bits
+//! Every element of the product is one sum over k in ascending order, whatever the block it is computed in: a row's bits
 //! depend neither on how many rows stand beside it nor on where it lies in its tile.
 
 use crate::Elem;
 use crate::isa::{Lanes, Level};
-use std::cell::Cell;
 
 /// Columns are padded to a multiple of this in every tile.
 pub const PAD: usize = 16;
@@ -150,36 +149,45 @@ pub fn round_scaled<T: Elem>(from: &[f32], factor: f32, to: &mut [T]) {
 }
 
 #[cfg(test)]
-thread_local! {
-    /// Most bytes of scratch that this thread asked for.
-    pub static TAKEN: Cell<usize> = const { Cell::new(0) };
-}
+mod tests {
+    use super::{PAD, Product};
+    use crate::Isa;
+    use crate::isa::{Job, Lanes};
+    use crate::testing::{isas, normals};
 
-/// Scratch above this size is freed after use instead of kept with its thread.
-const KEEP: usize = 1 << 18;
-
-/// Hands `f` `len` floats of unspecified content. Small scratch stays with its thread: fresh pages cost as much as the
-/// arithmetic of a short sequence.
-#[inline(always)]
-pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    thread_local!(static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) });
-    #[cfg(test)]
-    TAKEN.set(TAKEN.get().max(len * size_of::<f32>()));
-    let mut v = SCRATCH.take();
-    if v.len() < len {
-        // Dropped first, so that two generations never coexist.
-        drop(std::mem::take(&mut v));
-        v = vec![0.0; len];
+    struct Multiply<'a>(Product<'a>, &'a mut [f32]);
+    impl Job for Multiply<'_> {
+        #[inline(always)]
+        fn run<V: Lanes>(self) {
+            self.0.write::<V>(self.1);
+        }
     }
-    let r = f(&mut v[..len]);
-    if v.len() <= KEEP {
-        SCRATCH.set(v);
-    }
-    r
-}
 
-/// Cuts the next `len` floats off a scratch slice.
-#[inline(always)]
-pub fn cut<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
-    rest.split_off_mut(..len).expect("scratch was sized for its parts")
+    fn check_product(isa: Isa) {
+        for (m, n, k) in [(1, PAD, 1), (7, 2 * PAD, 3), (64, 3 * PAD, 50), (19, 4 * PAD, 64), (5, PAD, 0)] {
+            for (a_row, a_col) in [(k + 2, 1), (1, 64)] {
+                for add in [false, true] {
+                    let a = normals(1, 64 * 64.max(k + 2), 1.0);
+                    let b = normals(2, k.max(1) * (n + 3), 1.0);
+                    let before = normals(3, m * (n + 1), 1.0);
+                    let mut c = before.clone();
+                    let (b_row, c_row) = (n + 3, n + 1);
+                    isa.run(Multiply(Product { m, n, k, a: &a, a_row, a_col, b: &b, b_row, c_row, add }, &mut c));
+                    for (i, (&c, &old)) in c.iter().zip(&before).enumerate() {
+                        let (i, j) = (i / c_row, i % c_row);
+                        let mut e = if add || j == n { f64::from(old) } else { 0.0 };
+                        for l in (0..k).filter(|_| j < n) {
+                            e += f64::from(a[i * a_row + l * a_col]) * f64::from(b[l * b_row + j]);
+                        }
+                        assert!((f64::from(c) - e).abs() < 2e-5, "{m} {n} {k} {add} at {i}, {j}: {c}, expected {e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_on_every_level() {
+        isas().into_iter().for_each(check_product);
+    }
 }
