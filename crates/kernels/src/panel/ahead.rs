@@ -2,12 +2,9 @@
 
 use super::{Operand, Pointer, Tokens};
 use crate::Elem;
-use crate::isa::{Cache, ask, prefetch_line_to_write};
+use crate::isa::{Cache, LINE, ask, prefetch_line_to_write};
 use crate::ops::by_dtype;
 use std::ops::Range;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Rows of bytes, `apart` bytes from one to the next, that are asked for line by line.
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,6 @@
 //! Finished sums on their way to the output: rounded to its type, after its old elements were added where they are kept.
 
-use crate::isa::prefetch_line_to_write;
+use crate::isa::{LINE, prefetch_line_to_write};
 use crate::{Elem, bf16};
 
 /// An element of the output.
@@ -22,9 +22,6 @@ pub(crate) struct Finish {
     /// Whole groups are written past the caches.
     streamed: bool,
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 impl Finish {
     /// `rows` rows of `columns` elements from `to`, `apart` elements from one to the next.

@@ -2,13 +2,10 @@
 //! is asked for.
 
 use super::cpu::{Output, Product};
-use crate::isa::{finish_streams, round_row, stream_row};
+use crate::isa::{LINE, finish_streams, round_row, stream_row};
 use crate::panel::blocks::{self, BLOCK};
 use crate::panel::{Lines, Pointer, finish};
 use crate::{Elem, bf16};
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Sums of a block on their way to the output, and lines that are asked for.
 pub(super) struct Beside<'a> {
