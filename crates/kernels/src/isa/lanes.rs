@@ -63,15 +63,11 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn rest(self) -> Self {
         unreachable!("asked for only where SCALES says so")
     }
-    /// Whether lanes may hold words of two bf16: [`Lanes::low`], [`Lanes::high`], [`Lanes::paired`], [`Lanes::turned`].
-    /// From [`Level::Avx2`] on.
+    /// Whether lanes may hold words of two bf16: [`Lanes::halves`], [`Lanes::paired`], [`Lanes::turned`]. From
+    /// [`Level::Avx2`] on.
     const WORDS: bool = false;
-    /// The bf16 in each lane's low half, widened.
-    unsafe fn low(self) -> Self {
-        unreachable!("asked for only where WORDS says so")
-    }
-    /// Those in the high halves.
-    unsafe fn high(self) -> Self {
+    /// Both bf16 of each lane, widened: those in the low halves, then those in the high halves.
+    unsafe fn halves(self) -> [Self; 2] {
         unreachable!("asked for only where WORDS says so")
     }
     /// Both rounded to bf16, to nearest even, those of self in the low halves. Subnormal numbers may become zeros, and do
@@ -242,8 +238,7 @@ mod tests {
                 // SAFETY: compiled for the level; both have whole vectors, and no vector is longer than 16.
                 unsafe {
                     let (x, y) = (V::load(a[i..].as_ptr()), V::load(b[i..].as_ptr()));
-                    x.paired(y).low().store(out[0].as_mut_ptr());
-                    x.paired(y).high().store(out[1].as_mut_ptr());
+                    x.paired(y).halves().into_iter().zip(&mut out).for_each(|(x, out)| x.store(out.as_mut_ptr()));
                     if V::PAIRS {
                         let mut both = [bf16::ZERO; 32];
                         x.joined(y).store(both.as_mut_ptr().cast());

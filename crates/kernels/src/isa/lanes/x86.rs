@@ -73,14 +73,13 @@ unsafe impl<const BF16: bool> Lanes for Avx512<BF16> {
     }
     const WORDS: bool = true;
     #[inline(always)]
-    unsafe fn low(self) -> Self {
+    unsafe fn halves(self) -> [Self; 2] {
         // SAFETY: see above.
-        Self(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(self.0))) })
-    }
-    #[inline(always)]
-    unsafe fn high(self) -> Self {
-        // SAFETY: see above.
-        Self(unsafe { _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(self.0), _mm512_set1_epi32(HIGH))) })
+        unsafe {
+            let words = _mm512_castps_si512(self.0);
+            let high = _mm512_and_si512(words, _mm512_set1_epi32(HIGH));
+            [_mm512_slli_epi32::<16>(words), high].map(|x| Self(_mm512_castsi512_ps(x)))
+        }
     }
     #[inline(always)]
     unsafe fn paired(self, high: Self) -> Self {
@@ -184,14 +183,13 @@ unsafe impl Lanes for Avx2 {
     }
     const WORDS: bool = true;
     #[inline(always)]
-    unsafe fn low(self) -> Self {
+    unsafe fn halves(self) -> [Self; 2] {
         // SAFETY: see above.
-        Self(unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(self.0))) })
-    }
-    #[inline(always)]
-    unsafe fn high(self) -> Self {
-        // SAFETY: see above.
-        Self(unsafe { _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(self.0), _mm256_set1_epi32(HIGH))) })
+        unsafe {
+            let words = _mm256_castps_si256(self.0);
+            let high = _mm256_and_si256(words, _mm256_set1_epi32(HIGH));
+            [_mm256_slli_epi32::<16>(words), high].map(|x| Self(_mm256_castsi256_ps(x)))
+        }
     }
     #[inline(always)]
     unsafe fn paired(self, high: Self) -> Self {

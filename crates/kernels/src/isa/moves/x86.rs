@@ -1,7 +1,8 @@
 //! The moves in instructions of AVX2 and AVX-512.
 
 use crate::bf16;
-use crate::isa::lanes::{Lanes, x86::Avx512};
+use crate::isa::lanes::Lanes;
+use crate::isa::lanes::x86::{Avx2, Avx512};
 use core::arch::x86_64::*;
 
 /// Quarters of rows are read to where they belong, four to a vector; two rounds of merging do the rest. Of the four
@@ -167,25 +168,9 @@ pub unsafe fn interleave8(low: Option<*const u16>, high: *const u16, to: *mut u3
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn transpose8(src: *const u32, ld: usize, dst: *mut u32, width: usize) {
     // SAFETY: the caller's promise.
-    let mut x: [__m256i; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_si256(src.add(i * ld).cast()) });
-    // Merging rows i and i + 4 as above, but within halves; the last step puts the halves together.
-    for _ in 0..3 {
-        let mut y = x;
-        for i in 0..4 {
-            y[2 * i] = _mm256_unpacklo_epi32(x[i], x[i + 4]);
-            y[2 * i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 4]);
-        }
-        x = y;
-    }
-    for i in 0..4 {
-        let (low, high) = (
-            _mm256_permute2x128_si256::<0x20>(x[2 * i], x[2 * i + 1]),
-            _mm256_permute2x128_si256::<0x31>(x[2 * i], x[2 * i + 1]),
-        );
-        // SAFETY: the caller's promise.
-        unsafe {
-            _mm256_storeu_si256(dst.add(i * width).cast(), low);
-            _mm256_storeu_si256(dst.add((i + 4) * width).cast(), high);
+    unsafe {
+        for (i, column) in Avx2::turned(src.cast(), ld * size_of::<u32>()).into_iter().enumerate() {
+            column.store(dst.add(i * width).cast());
         }
     }
 }

@@ -118,8 +118,9 @@ impl Way for Widened {
     unsafe fn add<V: Lanes>(words: V, x: *const f32, cells: usize, sum: V) -> V {
         // SAFETY: the caller's promise.
         unsafe {
-            let sum = words.low().mul_add(V::splat(*x), sum);
-            if cells > 1 { words.high().mul_add(V::splat(*x.add(1)), sum) } else { sum }
+            let [low, high] = words.halves();
+            let sum = low.mul_add(V::splat(*x), sum);
+            if cells > 1 { high.mul_add(V::splat(*x.add(1)), sum) } else { sum }
         }
     }
 }

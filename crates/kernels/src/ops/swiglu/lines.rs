@@ -54,8 +54,9 @@ impl Job for Forward<'_> {
             for at in (line..line + LINE).step_by(4 * V::N) {
                 // SAFETY: the caller is compiled for the level; `at` is within a whole line of all three.
                 unsafe {
-                    let (g, u) = (V::load(gate.add(at).cast()), V::load(up.add(at).cast()));
-                    let (low, high) = (output(g.low(), u.low()).1, output(g.high(), u.high()).1);
+                    let g = V::load(gate.add(at).cast()).halves();
+                    let u = V::load(up.add(at).cast()).halves();
+                    let (low, high) = (output(g[0], u[0]).1, output(g[1], u[1]).1);
                     low.paired(high).store(to.add(at).cast());
                 }
             }
@@ -117,12 +118,12 @@ impl Job for Backward<'_> {
                 // SAFETY: see above.
                 unsafe {
                     let (dy, gate, up) = (dy.add(at).cast(), gate.add(at).cast(), up.add(at).cast());
-                    let (d, g, u) = (V::load(dy), V::load(gate), V::load(up));
-                    let (low, high) = (output(g.low(), u.low()), output(g.high(), u.high()));
+                    let (d, g, u) = (V::load(dy).halves(), V::load(gate).halves(), V::load(up).halves());
+                    let (low, high) = (output(g[0], u[0]), output(g[1], u[1]));
                     // y as the forward rounded it.
-                    let y = low.1.paired(high.1);
-                    let low = gradient([d.low(), u.low(), y.low(), weight], low.0, &mut sums[0]);
-                    let high = gradient([d.high(), u.high(), y.high(), weight], high.0, &mut sums[1]);
+                    let y = low.1.paired(high.1).halves();
+                    let low = gradient([d[0], u[0], y[0], weight], low.0, &mut sums[0]);
+                    let high = gradient([d[1], u[1], y[1], weight], high.0, &mut sums[1]);
                     low[0].paired(high[0]).store(dy);
                     low[1].paired(high[1]).store(gate);
                     low[2].paired(high[2]).store(up);
