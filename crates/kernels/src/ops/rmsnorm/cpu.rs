@@ -1,7 +1,7 @@
 //! Rows are independent, so tasks are blocks of rows; sums over a row go through a fixed number of partial sums, which
 //! the compiler keeps in vectors. The weight's gradient sums blocks of rows apart, then the blocks in order.
 
-use super::{Backward, Forward, WeightGradient};
+use super::{Backward, Forward};
 use crate::isa::{Cache, Isa, ask_for, vectorised};
 use crate::{Cpu, Elem};
 
@@ -65,6 +65,26 @@ fn dot<T: Elem>(dy: &[T], w: &[f32], x: &[T]) -> f32 {
     total(partial)
 }
 
+/// The same sum, and the row's share of the weight's gradient, of operands that are read once.
+#[inline(always)]
+fn dot_and_share<T: Elem>(dy: &[T], w: &[f32], x: &[T], rstd: f32, dw: &mut [f32]) -> f32 {
+    let mut partial = [0.0f32; PARTIAL];
+    let ((dy, dy_tail), (w, w_tail)) = (dy.as_chunks::<PARTIAL>(), w.as_chunks::<PARTIAL>());
+    let ((x, x_tail), (dw, dw_tail)) = (x.as_chunks::<PARTIAL>(), dw.as_chunks_mut::<PARTIAL>());
+    for (((dy, w), x), dw) in dy.iter().zip(w).zip(x).zip(dw) {
+        for j in 0..PARTIAL {
+            let (dy, x) = (dy[j].f32(), x[j].f32());
+            partial[j] += dy * w[j] * x;
+            dw[j] += dy * (x * rstd);
+        }
+    }
+    for ((((p, dy), w), x), dw) in partial.iter_mut().zip(dy_tail).zip(w_tail).zip(x_tail).zip(dw_tail) {
+        *p += dy.f32() * w * x.f32();
+        *dw += dy.f32() * (x.f32() * rstd);
+    }
+    total(partial)
+}
+
 pub fn forward<T: Elem>(cpu: &Cpu, a: Forward<'_>) {
     let w = a.weight.f32();
     let (x, d) = (T::of(a.x), w.len());
@@ -109,13 +129,12 @@ pub fn backward<T: Elem>(cpu: &Cpu, mut a: Backward<'_>) {
             cpu.chunks2_mut((dx, BLOCK * stride), (sums, d), |block, dx, sums| {
                 sums.fill(0.0);
                 for (r, n) in of_block(block) {
-                    rows.input(n, accumulate, stride, &mut dx[r * stride..]);
-                    rows.weight(n, sums);
+                    rows.input(n, accumulate, stride, &mut dx[r * stride..], Some(&mut *sums));
                 }
             });
         }
         (Some((dx, stride, accumulate)), None) => cpu.chunks_mut(dx, BLOCK * stride, |block, dx| {
-            of_block(block).for_each(|(r, n)| rows.input(n, accumulate, stride, &mut dx[r * stride..]));
+            of_block(block).for_each(|(r, n)| rows.input(n, accumulate, stride, &mut dx[r * stride..], None));
         }),
         (None, Some(sums)) => cpu.chunks_mut(sums, d, |block, sums| {
             sums.fill(0.0);
@@ -127,7 +146,7 @@ pub fn backward<T: Elem>(cpu: &Cpu, mut a: Backward<'_>) {
         (None, None) => {}
     }
     if let (Some(to), Some(sums)) = (weight, &mut sums) {
-        add_up(to, sums);
+        add_up(cpu.isa(), to.dw.f32(), to.accumulate, sums);
     }
 }
 
@@ -155,14 +174,18 @@ impl<T: Elem> Rows<'_, T> {
         ask_ahead(&self.x[n * self.x_stride..], self.x_stride, d);
     }
 
-    /// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)), to the head of dx.
-    fn input(&self, n: usize, accumulate: bool, stride: usize, dx: &mut [T]) {
+    /// With g = dy * w: dx = rstd * (g - x * rstd^2 * mean(g * x)), to the head of dx. And the row's share of the weight's
+    /// gradient, added to `sums` if they are asked for.
+    fn input(&self, n: usize, accumulate: bool, stride: usize, dx: &mut [T], sums: Option<&mut [f32]>) {
         self.ask(n);
         if accumulate {
             ask_ahead(dx, stride, self.w.len());
         }
         let (dy, x) = self.of(n);
-        backward_row(self.isa, dy, x, self.w, self.rstd[n], accumulate, dx);
+        match sums {
+            Some(dw) => backward_row_and_share(self.isa, dy, x, self.w, self.rstd[n], accumulate, dx, dw),
+            None => backward_row(self.isa, dy, x, self.w, self.rstd[n], accumulate, dx),
+        }
     }
 
     /// Adds the row's share of the weight's gradient.
@@ -172,27 +195,43 @@ impl<T: Elem> Rows<'_, T> {
     }
 }
 
-vectorised! {
-    fn backward_row<T: Elem>(isa: Isa, dy: &[T], x: &[T], w: &[f32], rstd: f32, accumulate: bool, dx: &mut [T]) {
-        let share = rstd * rstd * (dot(dy, w, x) / w.len() as f32);
-        for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-            let g = rstd * (dy.f32() * w - x.f32() * share);
-            *dx = T::round(if accumulate { dx.f32() + g } else { g });
-        }
+/// A row's dx, of its dot product.
+#[inline(always)]
+fn input_row<T: Elem>(dy: &[T], x: &[T], w: &[f32], rstd: f32, dot: f32, accumulate: bool, dx: &mut [T]) {
+    let share = rstd * rstd * (dot / w.len() as f32);
+    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+        let g = rstd * (dy.f32() * w - x.f32() * share);
+        *dx = T::round(if accumulate { dx.f32() + g } else { g });
     }
 }
 
-/// The sums of all blocks in order, to where the weight's gradient goes.
-fn add_up(to: WeightGradient<'_>, sums: &mut [f32]) {
-    let dw = to.dw.f32();
-    if !to.accumulate {
-        dw.fill(0.0);
+vectorised! {
+    fn backward_row<T: Elem>(isa: Isa, dy: &[T], x: &[T], w: &[f32], rstd: f32, accumulate: bool, dx: &mut [T]) {
+        input_row(dy, x, w, rstd, dot(dy, w, x), accumulate, dx);
     }
-    let Some((total, rest)) = sums.split_at_mut_checked(dw.len()) else { return };
-    for block in rest.chunks_exact(dw.len()) {
-        total.iter_mut().zip(block).for_each(|(t, p)| *t += p);
+}
+
+vectorised! {
+    /// The same, and the row's share of the weight's gradient.
+    fn backward_row_and_share<T: Elem>(
+        isa: Isa, dy: &[T], x: &[T], w: &[f32], rstd: f32, accumulate: bool, dx: &mut [T], dw: &mut [f32],
+    ) {
+        input_row(dy, x, w, rstd, dot_and_share(dy, w, x, rstd, dw), accumulate, dx);
     }
-    dw.iter_mut().zip(total).for_each(|(dw, t)| *dw += *t);
+}
+
+vectorised! {
+    /// The sums of all blocks in order, to where the weight's gradient goes.
+    fn add_up(isa: Isa, dw: &mut [f32], accumulate: bool, sums: &mut [f32]) {
+        if !accumulate {
+            dw.fill(0.0);
+        }
+        let Some((total, rest)) = sums.split_at_mut_checked(dw.len()) else { return };
+        for block in rest.chunks_exact(dw.len()) {
+            total.iter_mut().zip(block).for_each(|(t, p)| *t += p);
+        }
+        dw.iter_mut().zip(total).for_each(|(dw, t)| *dw += *t);
+    }
 }
 
 vectorised! {
