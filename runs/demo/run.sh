@@ -12,15 +12,16 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 cargo build --release --quiet
 cargo build --release --quiet -p hadal-data --example ngram
+built=${CARGO_TARGET_DIR:-target}/release
 {
   echo "commit $(git rev-parse --short HEAD), $(nproc) cores, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)"
   for seed in "$@"; do
     echo
     echo "seed $seed"
     # The n-grams are scored on all held-out text, and so is the model.
-    target/release/examples/ngram --seed "$seed" | tee "$out/ngram"
+    "$built/examples/ngram" --seed "$seed" | tee "$out/ngram"
     begin=$SECONDS
-    target/release/hadal pretrain --preset nano --seed "$seed" --set train.eval_tokens=1000000 --set train.eval_every=1000 \
+    "$built/hadal" pretrain --preset nano --seed "$seed" --set train.eval_tokens=1000000 --set train.eval_every=1000 \
       --out "$out/run" --json > "$out/log"
     python3 - "$out/log" "$out/ngram" $((SECONDS - begin)) <<'P'
 import json, re, sys

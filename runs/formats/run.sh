@@ -12,7 +12,7 @@ trap 'rm -rf "$out"' EXIT
 if [ -z "${HADAL:-}" ]; then
   cargo build --release --quiet
 fi
-hadal=$(realpath "${HADAL:-target/release/hadal}")
+hadal=$(realpath "${HADAL:-${CARGO_TARGET_DIR:-target}/release/hadal}")
 check() { "$python" runs/formats/check.py "$@"; }
 convert() { "$hadal" convert "$@" > /dev/null; }
 main() {

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "needs root, to mount a file system of its own" >&2; exit 1; }
 cargo build --release --quiet
-hadal=$PWD/target/release/hadal
+hadal=$(realpath "${CARGO_TARGET_DIR:-target}/release/hadal")
 tmp=$(mktemp -d)
 trap 'umount "$tmp/disk" 2>/dev/null || true; rm -rf "$tmp"' EXIT
 

@@ -12,7 +12,7 @@ cargo build --release --quiet
 {
   echo "file $(basename "$file"), sha256 $(sha256sum "$file" | cut -d' ' -f1)"
   echo "commit $(git rev-parse --short HEAD)"
-  target/release/hadal pretrain --config runs/learning/nano.toml --data "$file" --out "$out/run" \
+  "${CARGO_TARGET_DIR:-target}/release/hadal" pretrain --config runs/learning/nano.toml --data "$file" --out "$out/run" \
     --record-batches "$out/batches.safetensors" | grep -E 'parameters;|held out [0-9]'
   "$python" runs/learning/compare.py "$out/run" "$out/batches.safetensors"
 } | tee "$out/output.txt"

@@ -12,6 +12,6 @@ trap 'rm -rf "$out"' EXIT
 cargo build --release --quiet
 {
   echo "commit $(git rev-parse --short HEAD)"
-  "$python" runs/memory/check.py target/release/hadal "$out"
+  "$python" runs/memory/check.py "${CARGO_TARGET_DIR:-target}/release/hadal" "$out"
 } | tee "$out/output.txt"
 mv "$out/output.txt" runs/memory/output.txt

@@ -12,7 +12,7 @@ trap 'rm -f "$log"' EXIT
   echo "commit $(git rev-parse --short HEAD)"
   echo
   echo "Killed with SIGKILL:"
-  "$python" runs/survive/kill.py "$PWD/target/release/hadal"
+  "$python" runs/survive/kill.py "$(realpath "${CARGO_TARGET_DIR:-target}/release/hadal")"
   echo
   echo "A fault at every file operation (crates/train/tests/survive.rs):"
   cargo test --quiet --release -p hadal-train --test survive -- --nocapture --test-threads 1 2>&1 | grep -oE '(survive: |test result: ).*'
