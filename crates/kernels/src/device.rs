@@ -35,6 +35,10 @@ pub enum DeviceError {
     /// `HADAL_ISA` names a level that this CPU lacks; the second is the widest it has.
     #[error("HADAL_ISA={0}: this CPU has no more than {1}")]
     MissingIsa(&'static str, &'static str),
+    /// `HADAL_ISA` names AMX, which this CPU has and the kernel keeps from this process; the second is the widest that is
+    /// left.
+    #[error("HADAL_ISA={0}: this CPU has AMX, but the kernel refuses its use; expected no more than {1}")]
+    RefusedIsa(&'static str, &'static str),
     /// A GPU cannot be had.
     #[error(transparent)]
     Gpu(#[from] GpuError),

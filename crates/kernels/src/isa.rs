@@ -94,6 +94,14 @@ impl Found {
         let best = self.best.name();
         self.refused.then(|| format!("this CPU has AMX, but the kernel refuses its use; going on with {best}"))
     }
+
+    /// Why a level above `has` cannot be had.
+    fn missing(self, level: Level) -> DeviceError {
+        match level {
+            Level::Amx if self.refused => DeviceError::RefusedIsa(level.name(), self.has.name()),
+            _ => DeviceError::MissingIsa(level.name(), self.has.name()),
+        }
+    }
 }
 
 impl Isa {
@@ -127,7 +135,7 @@ impl Isa {
     fn named(name: &str) -> Result<Self, DeviceError> {
         let level = Level::ALL.into_iter().find(|l| l.name() == name);
         let level = level.ok_or_else(|| DeviceError::UnknownIsa(name.into()))?;
-        Self::new(level).ok_or_else(|| DeviceError::MissingIsa(level.name(), found().has.name()))
+        Self::new(level).ok_or_else(|| found().missing(level))
     }
 
     /// AMX whose instructions are emulated, on a CPU that has all the rest.
@@ -243,8 +251,10 @@ mod tests {
                 Some(isa) => assert_eq!((isa.level(), found.unwrap()), (level, isa)),
                 None => {
                     let e = found.unwrap_err().to_string();
-                    let has = super::found().has;
-                    assert_eq!(e, format!("HADAL_ISA={}: this CPU has no more than {}", level.name(), has.name()));
+                    let Found { has, refused, .. } = super::found();
+                    let amx = "this CPU has AMX, but the kernel refuses its use; expected";
+                    let why = if refused && level == Level::Amx { amx } else { "this CPU has" };
+                    assert_eq!(e, format!("HADAL_ISA={}: {why} no more than {}", level.name(), has.name()));
                     assert!(level > has);
                 }
             }
@@ -281,6 +291,11 @@ mod tests {
             assert_eq!((refused.has, refused.best), (Level::Avx512Bf16, best));
             let expected = format!("this CPU has AMX, but the kernel refuses its use; going on with {}", best.name());
             assert_eq!(refused.notice(), Some(expected));
+            let expected =
+                "HADAL_ISA=amx: this CPU has AMX, but the kernel refuses its use; expected no more than avx512bf16";
+            assert_eq!(refused.missing(Level::Amx).to_string(), expected);
+            let expected = "HADAL_ISA=amx: this CPU has no more than avx512bf16";
+            assert_eq!(of(Permission::NoAmx, fast).missing(Level::Amx).to_string(), expected);
             assert_eq!((of(Permission::NoAmx, fast).best, of(Permission::NoAmx, fast).notice()), (best, None));
             let granted = of(Permission::Granted, fast);
             assert_eq!((granted.has, granted.best, granted.notice()), (Level::Amx, Level::Amx, None));
