@@ -110,9 +110,7 @@ impl Global {
 
     fn ctx(&self) -> anyhow::Result<Ctx> {
         let device = Device::named(self.device_name(), self.threads)?;
-        if let Some(notice) = Isa::notice() {
-            eprintln!("{notice}");
-        }
+        refused_amx();
         self.crowded();
         Ok(self.opened.get_or_init(|| device).ctx())
     }
@@ -137,7 +135,7 @@ impl Global {
         self.device.as_deref().unwrap_or("cpu")
     }
 
-    /// For what computes on the host alone.
+    /// For what reads, converts and counts on the host alone. It multiplies no matrices, so that nobody misses AMX.
     fn host(&self) -> anyhow::Result<Ctx> {
         let ctx = Device::cpu(self.threads)?.ctx();
         self.crowded();
@@ -153,6 +151,14 @@ impl Global {
                 eprintln!("--threads {threads}: more than the {cores} cores of this machine, which they share")
             });
         }
+    }
+}
+
+/// Says, once, that the kernel keeps AMX from this process.
+fn refused_amx() {
+    static SAID: Once = Once::new();
+    if let Some(notice) = Isa::notice() {
+        SAID.call_once(|| eprintln!("{notice}"));
     }
 }
 
