@@ -26,16 +26,16 @@ pub struct Generate {
     /// Text to continue.
     prompt: String,
     /// Tokens to write at most `[default: 128, or what the model's positions leave]`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     max_tokens: Option<usize>,
     /// Randomness; 0 always takes the likeliest token.
-    #[arg(long, default_value_t = 0.8, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.8, value_name = "X")]
     temperature: f32,
     /// Draw from the smallest set of likeliest tokens with this probability.
-    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.95, value_name = "P")]
     top_p: f32,
     /// Draw from the K likeliest tokens; 0 for all.
-    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0, value_name = "K")]
     top_k: usize,
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]

@@ -24,10 +24,10 @@ pub struct Inspect {
     #[arg(value_name = "MODEL|PRESET")]
     model: String,
     /// Sequences in flight, for the training memory.
-    #[arg(long, default_value_t = 8, value_name = "B")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 8, value_name = "B")]
     batch: usize,
     /// Tokens a sequence, for FLOPs and training memory `[default: 4096, or all the model's positions]`.
-    #[arg(long, value_name = "T")]
+    #[arg(long, allow_negative_numbers = true, value_name = "T")]
     seq: Option<usize>,
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
@@ -128,7 +128,7 @@ impl Inspect {
             return Ok(None);
         }
         // Without a GPU there is still something to say, but not about one of a number.
-        let gpus = Cuda::count().map_err(DeviceError::from)?;
+        let gpus = Cuda::count().map_err(|why| DeviceError::Gpu { asked: global.device_name().into(), why })?;
         let absent = gpus == 0 && global.device_name() == "cuda";
         let ctx = if absent { global.host()? } else { global.ctx()? };
         let size = StepSize {

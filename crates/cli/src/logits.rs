@@ -25,7 +25,7 @@ pub struct Logits {
     /// Model directory, or a run's (its newest checkpoint is taken).
     model: PathBuf,
     /// Token ids, separated by commas.
-    #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
+    #[arg(long, allow_negative_numbers = true, value_delimiter = ',', required = true, value_name = "IDS")]
     tokens: Vec<u64>,
     /// File to write: tensor `logits`, f32 `[T, V]`. Numbers that are not finite are written as they are.
     #[arg(long, value_name = "FILE")]

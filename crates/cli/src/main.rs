@@ -46,13 +46,13 @@ pub struct Global {
     #[arg(long, global = true)]
     json: bool,
     /// Worker threads `[default: all cores]`.
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, global = true, value_name = "N")]
     threads: Option<usize>,
     /// Where to compute: cpu, cuda or cuda:N, the GPU of that number `[default: cpu]`.
     #[arg(long, global = true, value_name = "DEV")]
     device: Option<String>,
     /// Seed of weights, data order and sampling.
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, global = true, value_name = "N")]
     seed: Option<u64>,
     /// What was opened.
     #[arg(skip)]
@@ -222,6 +222,7 @@ fn one_line(text: &str) -> String {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use std::any::TypeId;
 
     #[test]
     fn what_clap_says_is_one_line() {
@@ -243,6 +244,31 @@ mod tests {
     #[test]
     fn arguments_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// A number below 0 is taken for a wrong number, not for an option that nobody knows.
+    #[test]
+    fn numbers_may_be_negative_to_be_refused() {
+        fn check(command: &clap::Command) -> usize {
+            let numbers = [TypeId::of::<usize>(), TypeId::of::<u64>(), TypeId::of::<f32>(), TypeId::of::<f64>()];
+            let all = command.get_arguments().filter(|a| numbers.iter().any(|n| a.get_value_parser().type_id() == *n));
+            let all = all.inspect(|a| assert!(a.is_allow_negative_numbers_set(), "{} {a}", command.get_name()));
+            all.count() + command.get_subcommands().map(check).sum::<usize>()
+        }
+        assert!(check(&Cli::command()) >= 20);
+        for (args, expected) in [
+            (
+                &["bench", "gemm", "--threads", "-1"][..],
+                "invalid value '-1' for '--threads <N>': invalid digit found in string",
+            ),
+            (
+                &["pretrain", "--out", "x", "--steps", "-1"],
+                "invalid value '-1' for '--steps <N>': invalid digit found in string",
+            ),
+        ] {
+            let Err(e) = Cli::try_parse_from([&["hadal"], args].concat()) else { panic!("{args:?}") };
+            assert_eq!(one_line(&e.render().to_string()), expected);
+        }
     }
 
     /// What follows the options is broken by hand, and terminals are 100 columns wide or wrap it badly.

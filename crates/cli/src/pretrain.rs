@@ -61,28 +61,28 @@ pub struct Pretrain {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Optimiser steps `[default: 1000]`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     steps: Option<u64>,
     /// Sequences a step `[default: 4]`.
-    #[arg(long, value_name = "B")]
+    #[arg(long, allow_negative_numbers = true, value_name = "B")]
     batch: Option<usize>,
     /// Sequences in flight at once; gradients accumulate over batch / micro-batch passes `[default: batch]`.
-    #[arg(long, value_name = "B")]
+    #[arg(long, allow_negative_numbers = true, value_name = "B")]
     micro_batch: Option<usize>,
     /// Tokens a sequence `[default: the preset's (nano 256, mini 512, 1b 2048, others 4096), else 256]`.
-    #[arg(long, value_name = "T")]
+    #[arg(long, allow_negative_numbers = true, value_name = "T")]
     seq: Option<usize>,
     /// Numbers to compute in: bf16 or fp32 `[default: bf16]`.
     #[arg(long, value_name = "D")]
     dtype: Option<String>,
     /// Peak learning rate `[default: 0.002]`.
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     lr: Option<f64>,
     /// Steps between checkpoints `[default: a quarter of the steps]`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     checkpoint_every: Option<u64>,
     /// Steps between validations `[default: a quarter of the steps]`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     eval_every: Option<u64>,
     /// Also write the initial weights, as step-000000.
     #[arg(long)]

@@ -56,7 +56,7 @@ struct Train {
     #[command(flatten)]
     text: Text,
     /// Token ids: 10 special tokens, 256 bytes, and merges.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     vocab_size: usize,
     /// Directory for tokenizer.json and tokenizer_config.json; files of these names are not replaced.
     #[arg(long, value_name = "DIR")]

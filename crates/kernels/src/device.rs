@@ -40,8 +40,13 @@ pub enum DeviceError {
     #[error("HADAL_ISA={0}: this CPU has AMX, but the kernel refuses its use; expected no more than {1}")]
     RefusedIsa(&'static str, &'static str),
     /// A GPU cannot be had.
-    #[error(transparent)]
-    Gpu(#[from] GpuError),
+    #[error("--device {asked}: {why}")]
+    Gpu {
+        /// What was asked for: cuda or cuda:N.
+        asked: String,
+        /// Why not.
+        why: GpuError,
+    },
     /// `--device` names none.
     #[error("--device {0}: expected cpu, cuda or cuda:N")]
     Unknown(String),
@@ -104,15 +109,20 @@ impl Device {
 
     /// GPU `ordinal`, with `threads` of the host's workers (None takes all cores) for what the host does.
     pub fn cuda(ordinal: usize, threads: Option<usize>) -> Result<Self, DeviceError> {
+        Self::gpu(ordinal, &format!("cuda:{ordinal}"), threads)
+    }
+
+    fn gpu(ordinal: usize, asked: &str, threads: Option<usize>) -> Result<Self, DeviceError> {
         let host = Self::cpu(threads)?.host().clone();
-        Ok(Self::Cuda(Cuda::open(ordinal, host)?))
+        let opened = Cuda::open(ordinal, host);
+        opened.map(Self::Cuda).map_err(|why| DeviceError::Gpu { asked: asked.into(), why })
     }
 
     /// The device that `name` (cpu, cuda or cuda:N) means.
     pub fn named(name: &str, threads: Option<usize>) -> Result<Self, DeviceError> {
         match name.split_once(':') {
             None if name == "cpu" => Self::cpu(threads),
-            None if name == "cuda" => Self::cuda(0, threads),
+            None if name == "cuda" => Self::gpu(0, name, threads),
             Some(("cuda", n)) if n.parse::<usize>().is_ok_and(|i| i.to_string() == n) => {
                 Self::cuda(n.parse().unwrap_or_default(), threads)
             }

@@ -63,10 +63,10 @@ pub struct Kernels {
     #[arg(long, value_name = "SUBSTRING")]
     case: Option<String>,
     /// Timed runs of a case, of which the median counts.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 5, value_name = "N")]
     repeats: usize,
     /// More of them until they have taken so long.
-    #[arg(long, default_value_t = 0.5, value_name = "S")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.5, value_name = "S")]
     seconds: f64,
     /// Print the cases with their sizes and run none.
     #[arg(long)]

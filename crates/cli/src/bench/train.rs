@@ -42,13 +42,13 @@ pub struct Train {
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
     /// Sequences a step `[default: 8]`.
-    #[arg(long, value_name = "B", conflicts_with = "from")]
+    #[arg(long, allow_negative_numbers = true, value_name = "B", conflicts_with = "from")]
     batch: Option<usize>,
     /// Tokens a sequence `[default: the preset's]`.
-    #[arg(long, value_name = "T", conflicts_with = "from")]
+    #[arg(long, allow_negative_numbers = true, value_name = "T", conflicts_with = "from")]
     seq: Option<usize>,
     /// Steps; the first is not timed if there are others `[default: 20, or all that there are tokens for]`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
     steps: Option<usize>,
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]

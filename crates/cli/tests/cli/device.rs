@@ -36,20 +36,29 @@ fn without_a_driver_it_is_named_and_what_to_do() {
     }
     // A driver without a GPU is another message.
     let there = std::process::Command::new("nvidia-smi").output().is_ok();
-    let parts: &[&str] =
-        if there { &["--device cuda"] } else { &["no NVIDIA driver", "libcuda", "install the driver of your GPU"] };
+    let parts = |asked: &str| {
+        let named = format!("--device {asked}: ");
+        let why = ["no NVIDIA driver", "libcuda", "install the driver of your GPU"];
+        std::iter::once(named).chain(why.map(String::from).into_iter().filter(|_| !there)).collect::<Vec<_>>()
+    };
+    let refused = |args: &[&str], asked: &str| {
+        let parts = parts(asked);
+        refused(args, &parts.iter().map(String::as_str).collect::<Vec<_>>());
+    };
     let model = trained().join("step-000003");
     let model = model.to_str().unwrap();
     let place = Place::new();
     for name in ["cuda", "cuda:0", "cuda:7"] {
-        place.pretrain_refused(&["--device", name], parts);
-        refused(&["generate", model, "The river", "--device", name], parts);
-        refused(&["bench", "gemm", "--device", name], parts);
+        let pretrain = place.pretrain("out", &["--device", name]);
+        refused(&pretrain.iter().map(String::as_str).collect::<Vec<_>>(), name);
+        assert!(!place.path("out").exists());
+        refused(&["generate", model, "The river", "--device", name], name);
+        refused(&["bench", "gemm", "--device", name], name);
     }
-    refused(&["logits", model, "--tokens", "1,2", "--out", &place.arg("z.safetensors"), "--device", "cuda"], parts);
+    refused(&["logits", model, "--tokens", "1,2", "--out", &place.arg("z.safetensors"), "--device", "cuda"], "cuda");
     assert!(!place.path("z.safetensors").exists());
     // A GPU of a number cannot be spoken of.
-    refused(&["inspect", "nano", "--device", "cuda:0"], parts);
+    refused(&["inspect", "nano", "--device", "cuda:0"], "cuda:0");
 }
 
 /// What the variable `HADAL_ISA` names has to be a level, and one that this CPU has.
@@ -135,10 +144,10 @@ fn fake_drivers_are_answered() {
         }
     };
     says("11040 1 9 0 0", "cuda", &["driver supports CUDA 11.4", "expected 12.8 or newer", "update the driver"]);
-    says("13000 0 9 0 0", "cuda", &["--device cuda:0", "this machine has 0 GPUs"]);
+    says("13000 0 9 0 0", "cuda", &["--device cuda: this machine has 0 GPUs"]);
     // CUDA_ERROR_NO_DEVICE.
     says("13000 1 9 0 100", "cuda", &["this machine has 0 GPUs"]);
-    says("13000 2 9 0 0", "cuda:2", &["--device cuda:2", "this machine has 2 GPUs, numbered from 0"]);
+    says("13000 2 9 0 0", "cuda:2", &["--device cuda:2: this machine has 2 GPUs, numbered from 0"]);
     says("13000 1 7 5 0", "cuda", &["Fake 1000 has compute capability 7.5", "expected 8.0 (Ampere) or newer"]);
     says("13000 1 9 0 999", "cuda", &["starting the driver", "FAKE_ERROR", "an error that is not real"]);
     // No NVRTC beside it; a machine that has one has a driver too, of which no test can rid it.

@@ -7,18 +7,16 @@ use std::cell::Cell;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum GpuError {
     /// The driver's library is missing.
-    #[error(
-        "--device cuda: no NVIDIA driver: libcuda is not on this system's library path; install the driver of your GPU"
-    )]
+    #[error("no NVIDIA driver: libcuda is not on this system's library path; install the driver of your GPU")]
     NoDriver,
     /// The driver is older than what we call.
-    #[error("--device cuda: the NVIDIA driver supports CUDA {}.{}; expected 12.8 or newer: update the driver", found / 1000, found % 1000 / 10)]
+    #[error("the NVIDIA driver supports CUDA {}.{}; expected 12.8 or newer: update the driver", found / 1000, found % 1000 / 10)]
     OldDriver {
         /// 1000 * major + 10 * minor.
         found: i32,
     },
     /// There is no such GPU.
-    #[error("--device cuda:{ordinal}: this machine has {found} GPUs, numbered from 0")]
+    #[error("this machine has {found} GPUs, numbered from 0")]
     NoGpu {
         /// What was asked for.
         ordinal: usize,
@@ -26,7 +24,7 @@ pub enum GpuError {
         found: usize,
     },
     /// Before Ampere.
-    #[error("--device cuda: {name} has compute capability {major}.{minor}; expected 8.0 (Ampere) or newer")]
+    #[error("{name} has compute capability {major}.{minor}; expected 8.0 (Ampere) or newer")]
     OldGpu {
         /// The GPU.
         name: String,
@@ -37,12 +35,12 @@ pub enum GpuError {
     },
     /// NVRTC's library is missing.
     #[error(
-        "--device cuda: NVRTC, which compiles hadal's kernels, is missing: libnvrtc.so is not on this system's library \
-         path; install it (packages cuda-nvrtc or nvidia-cuda-nvrtc) and name its folder in LD_LIBRARY_PATH"
+        "NVRTC, which compiles hadal's kernels, is missing: libnvrtc.so is not on this system's library path; \
+         install it (packages cuda-nvrtc or nvidia-cuda-nvrtc) and name its folder in LD_LIBRARY_PATH"
     )]
     NoCompiler,
     /// The driver refused.
-    #[error("--device cuda: {doing}: {why}")]
+    #[error("{doing}: {why}")]
     Driver {
         /// What was tried.
         doing: &'static str,
