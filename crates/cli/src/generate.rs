@@ -167,7 +167,7 @@ impl Generate {
     /// Streams the continuation.
     pub fn run(&self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let ctx = global.inference(LESS)?;
-        let precision = hadal_train::precision(&self.dtype)?;
+        let precision = open::precision(&self.dtype)?;
         let dir = open::resolve(&self.model)?;
         // Warnings come when the model is opened.
         let (config, _) = ModelConfig::from_hf(&dir.join("config.json"))?;

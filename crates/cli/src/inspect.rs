@@ -122,6 +122,10 @@ impl Inspect {
         Ok((config, Quantization::from_hf(&dir.join("config.json"))?))
     }
 
+    fn recompute(&self) -> anyhow::Result<Recompute> {
+        self.recompute.parse().map_err(|e| anyhow::anyhow!("--{e}"))
+    }
+
     /// What a step takes on the GPU that --device names; where there is none, on an H200.
     fn gpu_memory(&self, global: &Global, config: &ModelConfig) -> anyhow::Result<Option<GpuReport>> {
         if global.device_name() == "cpu" {
@@ -133,8 +137,8 @@ impl Inspect {
         let ctx = if absent { global.host()? } else { global.ctx()? };
         let size = StepSize {
             config: config.clone(),
-            precision: hadal_train::precision(&self.dtype)?,
-            recompute: self.recompute.parse().map_err(anyhow::Error::msg)?,
+            precision: open::precision(&self.dtype)?,
+            recompute: self.recompute()?,
             micro_batches: 1,
             sequences: self.batch,
             tokens: self.seq.unwrap_or(config.max_position_embeddings.min(4096)),
@@ -158,7 +162,7 @@ impl Inspect {
     }
 
     fn report(&self, global: &Global, c: &ModelConfig, quantization: Option<Quantization>) -> anyhow::Result<Report> {
-        let precision = hadal_train::precision(&self.dtype)?;
+        let precision = open::precision(&self.dtype)?;
         let seq = self.seq.unwrap_or(c.max_position_embeddings.min(4096));
         let (batch, positions) = (self.batch, c.max_position_embeddings);
         if seq == 0 || seq > positions {
@@ -169,7 +173,7 @@ impl Inspect {
         }
         let p = Parameters::of(c);
         let layout = Layout::new(c, Scope::whole(c));
-        let recompute: Recompute = self.recompute.parse().map_err(anyhow::Error::msg)?;
+        let recompute = self.recompute()?;
         let workers = global.host()?.host().workers();
         let passes = Passes { precision, recompute, sequences: self.batch, tokens: seq, workers };
         let m = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(c, passes));

@@ -47,7 +47,7 @@ impl Logits {
         if self.out.is_dir() || parent.is_some_and(|p| !p.is_dir()) {
             anyhow::bail!("{}: expected a file to write in a directory that is there", self.out.display());
         }
-        let precision = hadal_train::precision(&self.dtype)?;
+        let precision = open::precision(&self.dtype)?;
         let tokens = self.tokens()?;
         let work = |c: &ModelConfig| {
             // More are refused.

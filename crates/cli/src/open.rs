@@ -17,6 +17,11 @@ pub struct Opened {
     pub params: Params,
 }
 
+/// Numbers to compute in, as `--dtype` names them.
+pub fn precision(dtype: &str) -> anyhow::Result<Precision> {
+    hadal_train::precision(dtype).map_err(|e| anyhow::anyhow!("--{e}"))
+}
+
 /// The directory that holds a model: `path` itself, or a run's newest checkpoint.
 pub fn resolve(path: &Path) -> anyhow::Result<PathBuf> {
     if !path.exists() {

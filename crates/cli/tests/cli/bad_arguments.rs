@@ -175,10 +175,13 @@ fn inspect_and_thread_counts() {
     refused(&["inspect", model, "--seq", "0"], &["--seq 0"]);
     refused(&["inspect", model, "--batch", "0"], &["--batch 0"]);
     refused(&["inspect", "v3", "--batch", "18446744073709551615"], &["--batch 18446744073709551615", "at most"]);
-    refused(&["inspect", model, "--dtype", "fp8"], &["dtype \"fp8\"", "bf16 or fp32"]);
+    refused(&["inspect", model, "--dtype", "fp8"], &["--dtype \"fp8\": expected bf16 or fp32"]);
+    refused(&["inspect", model, "--recompute", "some"], &["--recompute \"some\": expected none, paper or all"]);
     refused(&["generate", model, "x", "--threads", "0"], &["--threads 0", "at least 1"]);
     refused(&["generate", model, "x", "--threads", "100000"], &["--threads 100000", "at most 1024", "cores"]);
-    refused(&["generate", model, "x", "--dtype", "fp8"], &["dtype \"fp8\"", "bf16 or fp32"]);
+    refused(&["generate", model, "x", "--dtype", "fp8"], &["--dtype \"fp8\": expected bf16 or fp32"]);
+    let logits = ["logits", model, "--tokens", "1", "--out", "never-made", "--dtype", "fp8"];
+    refused(&logits, &["--dtype \"fp8\": expected bf16 or fp32"]);
 }
 
 #[test]
