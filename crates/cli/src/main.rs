@@ -45,7 +45,8 @@ pub struct Global {
     /// Print machine-readable JSON: one object a line, the last one the result.
     #[arg(long, global = true)]
     json: bool,
-    /// Worker threads `[default: all cores]`.
+    /// Worker threads `[default: all cores]`. More than there are cores wait for each other: `bench` refuses them, since it
+    /// would measure that; other verbs take them with a notice.
     #[arg(long, allow_negative_numbers = true, global = true, value_name = "N")]
     threads: Option<usize>,
     /// Where to compute: cpu, cuda or cuda:N, the GPU of that number `[default: cpu]`.
