@@ -43,7 +43,7 @@ impl ByOp {
 
     /// The median of each op over all steps but the first, as the step's own time is taken; calls of the last step.
     pub fn medians(&self) -> BTreeMap<String, Spent> {
-        let timed = if self.steps.len() > 1 { &self.steps[1..] } else { &self.steps[..] };
+        let timed = &self.steps[1..];
         let ops: BTreeSet<&String> = timed.iter().flat_map(BTreeMap::keys).collect();
         let of = |step: &BTreeMap<String, Spent>, op: &str| step.get(op).copied().unwrap_or_default();
         let spent = |op: &String| Spent {

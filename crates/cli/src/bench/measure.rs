@@ -17,10 +17,17 @@ pub struct Budget {
 /// A timed run takes at least so long: shorter work is done several times in it, so that the clock does not count.
 const SHORTEST: f64 = 1e-3;
 
+/// Most timed runs of a case that can be asked for: a number with digits too many would never end.
+const MOST_REPEATS: usize = 1_000_000;
+
 impl Budget {
     /// At least `repeats` timed runs, and more until `seconds` have passed.
     pub fn new(repeats: usize, seconds: f64, device: &Device) -> anyhow::Result<Self> {
-        anyhow::ensure!(repeats > 0, "--repeats 0: expected at least 1");
+        let counts = 1..=MOST_REPEATS;
+        anyhow::ensure!(
+            counts.contains(&repeats),
+            "--repeats {repeats}: expected at least 1, at most {MOST_REPEATS} (--seconds asks for longer runs)"
+        );
         anyhow::ensure!((0.0..=3600.0).contains(&seconds), "--seconds {seconds}: expected a number from 0 to 3600");
         Ok(Self { repeats, seconds, device: device.clone() })
     }
@@ -110,7 +117,9 @@ mod tests {
     #[test]
     fn budgets_that_cannot_be_are_refused() {
         let device = Device::cpu(Some(1)).unwrap();
-        assert!(Budget::new(0, 1.0, &device).is_err());
+        for repeats in [0, MOST_REPEATS + 1, usize::MAX] {
+            assert!(Budget::new(repeats, 1.0, &device).is_err(), "{repeats}");
+        }
         for seconds in [-1.0, f64::NAN, f64::INFINITY] {
             assert!(Budget::new(1, seconds, &device).is_err(), "{seconds}");
         }

@@ -102,7 +102,7 @@ impl Bench {
     }
 }
 
-/// The context of a measurement: threads above the cores would only wait for each other.
+/// The context of a measurement. Threads above the cores would wait for each other, and be measured doing so.
 fn context(global: &Global) -> anyhow::Result<Ctx> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     if let Some(found) = global.threads.filter(|n| !(1..=cores).contains(n)) {
@@ -129,7 +129,7 @@ impl Kernels {
             }
             return Ok(());
         }
-        let mut sink = Sink::new(out, self.record);
+        let mut sink = Sink::new(out, self.record, &ctx.device)?;
         let mut peaks = Peaks::default();
         for case in cases {
             sink.put(case.measure(bench, ctx, &budget, &mut peaks))?;
@@ -146,6 +146,10 @@ impl Kernels {
         let Some(wanted) = &self.case else {
             return Ok(cases.into_iter().filter(|c| !c.name.contains(TESTED)).collect());
         };
+        anyhow::ensure!(
+            !wanted.is_empty(),
+            "--case \"\": expected part of the name of a case (hadal bench {bench} --list), found nothing"
+        );
         let exact = cases.iter().any(|c| c.name == *wanted);
         let chosen = |c: &Case| {
             if exact { c.name == *wanted } else { c.name.contains(wanted) && shown(&c.name, wanted) }

@@ -6,8 +6,9 @@ use anyhow::Context;
 use hadal_kernels::{Device, Spent};
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// One result. A rate, of which more is better; or, of an op of a step, its milliseconds.
@@ -158,9 +159,12 @@ pub struct Sink<'a> {
 }
 
 impl<'a> Sink<'a> {
-    /// To stdout, and into the record if asked for.
-    pub fn new(out: &'a Output, record: bool) -> Self {
-        Self { out, record }
+    /// To stdout, and into the record if asked for: that it takes results is found out before there are any.
+    pub fn new(out: &'a Output, record: bool, device: &Device) -> anyhow::Result<Self> {
+        if record {
+            appendable(&record_of(&machine(device)))?;
+        }
+        Ok(Self { out, record })
     }
 
     /// Prints and records a result; before it its ops, which for people are lines of the result itself.
@@ -176,15 +180,33 @@ impl<'a> Sink<'a> {
     }
 }
 
+/// The record of a machine and this day.
+fn record_of(machine: &str) -> PathBuf {
+    Path::new("bench/record").join(machine).join(format!("{}.jsonl", today()))
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    File::options().create(true).append(true).open(path)
+}
+
+/// An error if nothing can be appended to `path`. Makes its folder, but leaves no empty file in it: where there is none yet,
+/// one of another name is made and removed, lest somebody else's results go with it.
+fn appendable(path: &Path) -> anyhow::Result<()> {
+    let other = (!path.exists()).then(|| path.with_extension(format!("{}.tmp", std::process::id())));
+    let opened = open(other.as_deref().unwrap_or(path)).map(drop);
+    opened.and_then(|()| other.map_or(Ok(()), std::fs::remove_file)).with_context(|| cannot_append(path))
+}
+
+fn cannot_append(path: &Path) -> String {
+    format!("{}: cannot append a result", path.display())
+}
+
 /// Appends to the record of this machine and day.
 fn append(row: &Row) -> anyhow::Result<()> {
-    let dir = PathBuf::from("bench/record").join(&row.machine);
-    let path = dir.join(format!("{}.jsonl", today()));
+    let path = record_of(&row.machine);
     let line = format!("{}\n", serde_json::to_string(row)?);
-    let written = std::fs::create_dir_all(&dir)
-        .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(&path))
-        .and_then(|mut file| file.write_all(line.as_bytes()));
-    written.with_context(|| format!("{}: cannot append a result", path.display()))
+    open(&path).and_then(|mut file| file.write_all(line.as_bytes())).with_context(|| cannot_append(&path))
 }
 
 /// The GPU's name, or the CPU's as the system spells it and the number of cores; in small letters, digits and dashes.

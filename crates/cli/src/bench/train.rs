@@ -23,7 +23,7 @@ use hadal_model::{
 };
 use hadal_train::plan::{self, StepSize};
 use hadal_train::{
-    AdamW, Objective, Recorder, RunFile, Settings, StepUnderWay, TrainConfig, Trainer, precision, sequence,
+    AdamW, Objective, Recorder, RunFile, Settings, StepUnderWay, TrainConfig, TrainError, Trainer, sequence,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,7 @@ pub struct Train {
     /// Tokens a sequence `[default: the preset's]`.
     #[arg(long, allow_negative_numbers = true, value_name = "T", conflicts_with = "from")]
     seq: Option<usize>,
-    /// Steps; the first is not timed if there are others `[default: 20, or all that there are tokens for]`.
+    /// Steps, of which the first is not timed, of a GPU's the first two `[default: 20, or all that there are tokens for]`.
     #[arg(long, allow_negative_numbers = true, value_name = "N")]
     steps: Option<usize>,
     /// Numbers to compute in: bf16 or fp32.
@@ -69,6 +69,8 @@ pub struct Train {
 
 /// Learning rate of every step: high enough to learn, low enough that two trainers' losses stay close.
 const RATE: f64 = 3e-4;
+/// Steps on a GPU that are not timed: one is launched, one recorded.
+const WARM_ON_GPU: usize = 2;
 /// A key that `--set` may have, and those that change nothing without MTP.
 const EXAMPLE: &str = "model.n_routed_experts=64";
 const OF_MTP: [&str; 2] = ["num_nextn_predict_layers", "mtp_hidden"];
@@ -119,7 +121,11 @@ struct Job {
 impl Train {
     /// Measures, or exports.
     pub fn run(&self, ctx: &Ctx, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let precision = precision(&self.dtype)?;
+        let precision = open::precision(&self.dtype)?;
+        let (least, why) = self.least_steps(ctx);
+        if let Some(found) = self.steps.filter(|&n| n < least) {
+            bail!("--steps {found}: expected at least {least}{why}");
+        }
         // What the process holds before the model is built: nothing of what follows is to hide in it.
         let before = resident::now();
         let job = match (&self.from, &self.preset) {
@@ -130,6 +136,7 @@ impl Train {
             (None, Some(preset)) => self.make(ctx, preset, precision, global.seed.unwrap_or(0))?,
             (None, None) => bail!("--preset: expected the name of a preset, found none"),
         };
+        let mut sink = Sink::new(out, self.record, &ctx.device)?;
         job.reserve(ctx, precision)?;
         let model = Model::whole(ctx, job.config.clone());
         let params = match &self.from {
@@ -143,7 +150,16 @@ impl Train {
         let Tokens { batch, seq, .. } = job.tokens;
         row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name()));
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
-        Sink::new(out, self.record).put(row)
+        sink.put(row)
+    }
+
+    /// Fewest steps, and why: some that are not timed come before those that are.
+    fn least_steps(&self, ctx: &Ctx) -> (usize, &'static str) {
+        match ctx.device.as_cuda() {
+            _ if self.export.is_some() => (1, ""),
+            Some(_) if !self.by_op => (WARM_ON_GPU + 1, " on a GPU: the first is launched, the second recorded"),
+            _ => (2, ": the first is not timed"),
+        }
     }
 
     /// From a preset's name.
@@ -160,7 +176,7 @@ impl Train {
             constant: Some(steps as u64),
             ..Settings::default()
         };
-        let resolved = TrainConfig::resolve(settings, &config)?;
+        let resolved = TrainConfig::resolve(settings, &config).map_err(of_options)?;
         fits(ctx, &config, precision, [steps, resolved.batch, resolved.seq])?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
         Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
@@ -199,16 +215,19 @@ impl Train {
         let tokens = Tokens::read(&path, config.vocab_size)?;
         let (found, most) = (tokens.seq, config.max_position_embeddings);
         ensure!(found <= most, "{}: expected sequences of at most {most} tokens, found {found}", path.display());
-        let steps = self.steps.unwrap_or(tokens.steps);
-        let found = tokens.steps;
-        ensure!(
-            (1..=found).contains(&steps),
-            "--steps {steps}: expected 1 to {found}, as many as {} has",
-            path.display()
-        );
+        let (found, (least, _)) = (tokens.steps, self.least_steps(ctx));
+        ensure!(found >= least, "{}: expected tokens of at least {least} steps, found {found}", path.display());
+        let steps = self.steps.unwrap_or(found);
+        ensure!(steps <= found, "--steps {steps}: expected at most {found}, as many as {} has", path.display());
         fits(ctx, &config, precision, [steps, tokens.batch, tokens.seq])?;
         Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
     }
+}
+
+/// What is wrong with settings of a run, in the words of this verb: its options are called as the keys.
+fn of_options(e: TrainError) -> anyhow::Error {
+    let what = e.to_string().replacen("train.", "--", 1).replacen(" = ", " ", 1);
+    anyhow::anyhow!(what.replacen(", seq = ", " --seq ", 1))
 }
 
 /// Bytes that a token takes while the corpus is cut into windows: of text, and as an id that was and one that is kept.
@@ -293,12 +312,7 @@ impl Job {
             let ctx = Ctx { step: step as u64, ..ctx.clone() };
             trainer.begin(&ctx, &[sequences], self.constants.lr)
         };
-        let warm = 2;
-        ensure!(
-            self.steps > warm,
-            "--steps {}: expected at least 3 on a GPU: the first is launched, the second recorded",
-            self.steps
-        );
+        let warm = WARM_ON_GPU;
         let mut under_way: Vec<StepUnderWay> = (0..warm).map(&mut begin).collect();
         cuda.synchronize();
         let (before, start) = ((cuda.waits(), cuda.replays()), ctx.mark());
@@ -318,9 +332,9 @@ impl Job {
         Ok((seconds.collect(), losses, ahead))
     }
 
-    /// The first of `seconds` is left out if there are others: it touches memory for the first time.
+    /// The first of `seconds` is left out: it touches memory for the first time.
     fn row(&self, ctx: &Ctx, seconds: &[f64], training: Training) -> Row {
-        let timed = if seconds.len() > 1 { &seconds[1..] } else { seconds };
+        let timed = &seconds[1..];
         let rate = |s: f64| (self.tokens.batch * self.tokens.seq) as f64 / s;
         let [fastest, slowest] = spread(timed);
         Row {

@@ -138,7 +138,8 @@ fn training_is_measured_and_exported() {
     for key in ["case", "first_loss", "mean_loss", "state_bytes"] {
         assert_eq!(again[key], row[key], "{key}");
     }
-    refused(&["bench", "train", "--from", &export, "--steps", "3"], &["--steps 3", "1 to 2", "tokens.safetensors"]);
+    refused(&["bench", "train", "--from", &export, "--steps", "3"], &["--steps 3", "at most 2", "tokens.safetensors"]);
+    refused(&["bench", "train", "--from", &export, "--steps", "1"], &["--steps 1", "at least 2"]);
     refused(&["bench", "train", "--from", &export, "--seed", "1"], &["--seed has no effect"]);
     refused(&[&made[..10], &["--export", &export]].concat(), &["export", "not empty"]);
     std::fs::remove_file(place.path("export/bench.json")).unwrap();
@@ -149,7 +150,7 @@ fn training_is_measured_and_exported() {
 #[test]
 fn training_is_measured_with_other_keys_of_the_model() {
     let bench = |more: &[&str]| {
-        let made = ["bench", "train", "--preset", "nano", "--batch", "1", "--seq", "8", "--steps", "1", "--json"];
+        let made = ["bench", "train", "--preset", "nano", "--batch", "1", "--seq", "8", "--steps", "2", "--json"];
         succeeds(&[&made[..], more].concat()).objects().pop().unwrap()
     };
     let sets = ["--set", "model.num_hidden_layers=2", "--set", " model.n_routed_experts = 8"];
@@ -242,16 +243,64 @@ fn results_are_recorded() {
     assert!(printed.iter().all(|line| text.contains(line.as_str())));
 }
 
+/// That a result could not be recorded is found out before it is measured, and finding it out leaves no file.
+#[test]
+fn a_record_that_takes_no_results_is_refused_first() {
+    let place = Place::new();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hadal"));
+        let ran = command.args(["bench"]).args(args).args(["--json", "--record"]).current_dir(place.path("")).output();
+        let ran = ran.unwrap();
+        (ran.status.code(), String::from_utf8(ran.stdout).unwrap())
+    };
+    let gemm = ["gemm", "--case", "nano/o_proj/forward", "--repeats", "1", "--seconds", "0"];
+    let train = ["train", "--preset", "nano", "--batch", "1", "--seq", "8", "--steps", "2"];
+    let refuse = |args: &[&str]| {
+        let (code, stdout) = run(args);
+        let only: Value = serde_json::from_str(&stdout).expect("one object, no result before it");
+        let error = only["error"].as_str().unwrap();
+        assert!(code == Some(1) && error.contains(".jsonl: cannot append a result: "), "{stdout}");
+        error.split(".jsonl").next().unwrap().to_string() + ".jsonl"
+    };
+    place.write("bench", "a file where a folder should be");
+    refuse(&gemm);
+    refuse(&train);
+    std::fs::remove_file(place.path("bench")).unwrap();
+    // What was found out leaves nothing beside the record.
+    let (code, stdout) = run(&gemm);
+    assert_eq!(code, Some(0), "{stdout}");
+    let row: Value = serde_json::from_str(&stdout).unwrap();
+    let folder = place.path("bench/record").join(row["machine"].as_str().unwrap());
+    let files = || std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    std::fs::remove_file(file).unwrap();
+    std::fs::create_dir(file).unwrap();
+    assert_eq!([refuse(&gemm), refuse(&train)].map(|name| place.path(&name)), [file.clone(), file.clone()]);
+    assert_eq!(files(), [file.clone()]);
+}
+
 #[test]
 fn wrong_options_are_one_line() {
     for kind in ["gemm", "grouped_gemm", "attention", "memory_ops", "peak"] {
         let parts = ["--case xyz", &format!("hadal bench {kind} --list"), "found none"];
         refused(&["bench", kind, "--case", "xyz"], &parts);
     }
-    refused(&["bench", "gemm", "--repeats", "0"], &["--repeats 0", "at least 1"]);
+    let empty = ["--case \"\"", "hadal bench gemm --list", "found nothing"];
+    refused(&["bench", "gemm", "--case", ""], &empty);
+    refused(&["bench", "gemm", "--case", "", "--list"], &empty);
+    for repeats in ["0", "1000001", "18446744073709551615"] {
+        let parts = [&format!("--repeats {repeats}: "), "at least 1", "at most 1000000"];
+        refused(&["bench", "gemm", "--repeats", repeats], &parts);
+    }
     for seconds in ["-1", "nan", "inf"] {
         refused(&["bench", "gemm", &format!("--seconds={seconds}")], &["--seconds", "from 0 to 3600"]);
     }
+    refused(&["bench", "gemm", "--seconds", "-1"], &["--seconds -1: expected a number from 0 to 3600"]);
+    let negative = hadal(&["bench", "gemm", "--threads", "-1"]);
+    assert!(
+        negative.code == Some(2) && negative.stderr.contains("invalid value '-1' for '--threads <N>'"),
+        "{negative:?}"
+    );
     let cores = std::thread::available_parallelism().unwrap().get();
     for found in [0, cores + 1] {
         let found = found.to_string();
@@ -261,10 +310,19 @@ fn wrong_options_are_one_line() {
     let train =
         |more: &[&str], parts: &[&str]| refused(&[&["bench", "train", "--preset", "nano"], more].concat(), parts);
     train(&["--device", "gpu"], &["--device gpu", "expected cpu, cuda or cuda:N"]);
-    train(&["--dtype", "fp8"], &["dtype \"fp8\"", "expected bf16 or fp32"]);
-    train(&["--steps", "0"], &["steps = 0", "at least 1"]);
-    train(&["--batch", "0"], &["batch = 0", "at least 1"]);
-    train(&["--seq", "1025"], &["seq = 1025", "max_position_embeddings = 1024"]);
+    train(&["--dtype", "fp8"], &["--dtype \"fp8\": expected bf16 or fp32"]);
+    for steps in ["0", "1"] {
+        train(&["--steps", steps], &[&format!("--steps {steps}: expected at least 2: the first is not timed")]);
+    }
+    train(&["--steps", "0", "--export", "never-made"], &["--steps 0: expected at least 1"]);
+    train(&["--steps", "5000000000"], &["--steps 5000000000: expected at most 4294967296"]);
+    train(&["--batch", "0"], &["--batch 0: expected at least 1"]);
+    train(
+        &["--batch", "9999999999", "--seq", "9"],
+        &["--batch 9999999999 --seq 9: expected at most 2147483647 tokens"],
+    );
+    train(&["--seq", "0"], &["--seq 0: expected at least 1"]);
+    train(&["--seq", "1025"], &["--seq 1025: ", "max_position_embeddings = 1024"]);
     refused(&["bench", "train", "--preset", "v4"], &["preset", "nano, mini", "found \"v4\""]);
     refused(&["bench", "train", "--from", "nowhere"], &["nowhere", "config.json"]);
     assert_eq!(hadal(&["bench", "train"]).code, Some(2));
