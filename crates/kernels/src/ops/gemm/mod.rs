@@ -120,8 +120,9 @@ pub fn gemm(ctx: &Ctx, g: Gemm<'_>) {
     match &ctx.device {
         Device::Cuda(cuda) => cuda::gemm(cuda, g),
         Device::Cpu(cpu) => {
-            // How far from a single row the next would be does not matter, and may be any number.
-            let near = |ld: usize, rows: usize, cols: usize| if rows > 1 { ld } else { cols };
+            // How far from a single row the next would be does not matter, nor how far rows without elements are apart: it
+            // may be any number.
+            let near = |ld: usize, rows: usize, cols: usize| if rows <= 1 || cols == 0 { cols } else { ld };
             let a = Operand::new(g.a.data, near(g.a.ld, ra, ca), !g.ta);
             let b = Operand::new(g.b.data, near(g.b.ld, rb, cb), g.tb);
             let product = cpu::Product { m, n, k, a, b, c: 0, ldc: near(g.c.ld, m, n) };
