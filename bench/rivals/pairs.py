@@ -2,10 +2,12 @@
 of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds hadal and restricts instruction sets.
 
     python pairs.py HADAL gemm|attention|grouped_gemm [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--device cpu|cuda]
+    python pairs.py HADAL gemm-f32 --crate PROGRAM [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--clock wall|cpu]
     python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 1]
                                 [--settings eager/bf16/grouped_mm,...] [--scan-steps 4] [--turn-steps 3] [--device cpu|cuda]
 
-grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
+gemm-f32 is FP32 products beside the crate gemm, both in one program (gemm/), which is started as often as there are pairs; it
+needs no torch. grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
 opening a GPU takes longer than measuring.
 On a CPU a pair of training runs goes in turns, since hosts that are shared swing by a factor of two within seconds: before each
 step of the rival but its first, hadal runs the first few steps in a process of its own, of which all but the first count. A row
@@ -28,8 +30,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import rival
-
 SETTINGS = ["/".join(s) for s in itertools.product(
     ("eager", "compiled"), ("bf16", "fp32"), ("grouped_mm", "batched_mm", "eager"))]
 # Threads of torch spin for a moment after their work.
@@ -40,9 +40,27 @@ class Failed(Exception):
     pass
 
 
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def count(least: int):
+    """A whole number that is not below `least`."""
+    def count(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, found {text}")
+        return int(text)
+    return count
+
+
 def lines(command: list[str]) -> list[dict]:
     time.sleep(PAUSE)
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    except OSError as e:
+        raise Failed(f"{command[0]}: cannot be started: {e.strerror}") from e
     if ran.returncode:
         last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         raise Failed(last.removeprefix("error: "))
@@ -79,7 +97,7 @@ def kernels(args) -> bool:
     import torch
     rival.threads(args.threads)
     base = [args.hadal, "bench", args.kind, "--json"]
-    chosen = ["--case", args.case] if args.case else []
+    chosen = ["--case", args.case] if args.case is not None else []
     of = f"torch {torch.__version__.split('+')[0]}"
     settings, make = {"gemm": (rival.gemm_settings, rival.gemm),
                       "attention": (rival.attention_settings, rival.attention)}[args.kind]
@@ -105,7 +123,7 @@ def kernels_on_gpu(args) -> bool:
     """Products, experts' products or attention: hadal over all cases, then torch over all of them, in turns."""
     import torch
     command = [args.hadal, "bench", args.kind, "--json", "--device", "cuda"]
-    command += ["--case", args.case] if args.case else []
+    command += ["--case", args.case] if args.case is not None else []
     of = f"torch {torch.__version__.split('+')[0]}"
     settings, make = {"gemm": (rival.gemm_settings, rival.gemm),
                       "grouped_gemm": (rival.grouped_gemm_settings, rival.grouped_gemm),
@@ -129,6 +147,18 @@ def kernels_on_gpu(args) -> bool:
         best = max(whole, key=lambda s: statistics.median(whole[s]), default=None)
         for setting, rates in whole.items():
             put(paired(ours[name], f"{of} {setting}", rates, setting == best), args.record)
+    return True
+
+
+def beside_crate(args) -> bool:
+    """FP32 products beside the crate gemm: each round is a process that has both, in turns."""
+    # Of this build and machine, as hadal says it.
+    here = lines([args.hadal, "bench", "peak", "--repeats", "1", "--seconds", "0", "--json"])[-1]
+    command = [args.crate, "--seconds", str(args.seconds), "--clock", args.clock, *threads(args)]
+    command += ["--case", args.case] if args.case is not None else []
+    for rows in zip(*[lines(command) for _ in range(args.pairs)]):
+        ours = [dict(row, commit=here["commit"], machine=here["machine"]) for row in rows]
+        put(paired(ours, rows[0]["rival_name"], [row["rival"] for row in rows], True), args.record)
     return True
 
 
@@ -164,7 +194,7 @@ class Training:
 
     def pair(self, setting: str, steps: int) -> "Pair":
         ours = self.ours(steps)
-        if self.args.device == "cuda" or steps < 2:
+        if self.args.device == "cuda":
             theirs = self.theirs(setting, steps)
             return Pair(ours, theirs, [(ours, theirs["tokens_per_s"])])
         ours_now, turns, said = None, [], {}
@@ -250,33 +280,41 @@ def train(args) -> bool:
 
 
 def main() -> int:
-    args = argparse.ArgumentParser()
-    args.add_argument("hadal")
-    args.add_argument("kind", choices=["gemm", "attention", "grouped_gemm", "train"])
-    args.add_argument("--case")
-    args.add_argument("--pairs", type=int)
-    args.add_argument("--seconds", type=float, default=0.5)
-    args.add_argument("--threads", type=int)
-    args.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    args.add_argument("--record", action="store_true")
-    args.add_argument("--preset", default="mini")
-    args.add_argument("--batch", type=int, default=8)
-    args.add_argument("--seq", type=int, default=512)
-    args.add_argument("--dtype", default="bf16")
-    args.add_argument("--steps", type=int, default=20)
-    args.add_argument("--scan-steps", type=int, default=4)
-    args.add_argument("--turn-steps", type=int, default=3)
-    args.add_argument("--settings", default=",".join(SETTINGS))
-    args = args.parse_args()
-    if args.turn_steps < 2:
-        print("error: --turn-steps: expected at least 2, of which the first does not count", file=sys.stderr)
-        return 2
+    global rival
+    parser = Arguments()
+    parser.add_argument("hadal")
+    parser.add_argument("kind", choices=["gemm", "gemm-f32", "attention", "grouped_gemm", "train"])
+    parser.add_argument("--case")
+    parser.add_argument("--pairs", type=count(1))
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--threads", type=count(1))
+    parser.add_argument("--crate")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--batch", type=count(1), default=8)
+    parser.add_argument("--seq", type=count(1), default=512)
+    parser.add_argument("--dtype", default="bf16")
+    # Of which the first does not count.
+    parser.add_argument("--steps", type=count(2), default=20)
+    parser.add_argument("--scan-steps", type=count(2), default=4)
+    parser.add_argument("--turn-steps", type=count(2), default=3)
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    args = parser.parse_args()
     args.pairs = args.pairs or (1 if args.kind == "train" and args.device == "cpu" else 3 if args.kind == "train" else 5)
-    on_gpu = args.device == "cuda"
-    run = train if args.kind == "train" else kernels_on_gpu if on_gpu else kernels
+    on_gpu, of_crate = args.device == "cuda", args.kind == "gemm-f32"
+    run = beside_crate if of_crate else train if args.kind == "train" else kernels_on_gpu if on_gpu else kernels
+    if args.kind == "grouped_gemm" and not on_gpu:
+        parser.error("grouped_gemm: expected --device cuda (torch has no such product on CPUs)")
+    if of_crate and (on_gpu or not args.crate):
+        parser.error("gemm-f32: expected --crate PROGRAM, and no --device cuda")
+    if not of_crate:
+        try:
+            import rival
+        except ModuleNotFoundError as e:
+            parser.error(f"{sys.executable}: {e}: expected a Python with bench/rivals/requirements.txt")
     try:
-        if args.kind == "grouped_gemm" and not on_gpu:
-            raise Failed("grouped_gemm: expected --device cuda (torch has no such product on CPUs)")
         return 0 if run(args) else 1
     except Failed as e:
         print(f"error: {e}", file=sys.stderr)

@@ -5,15 +5,16 @@
 //! hadal-rival-gemm [--case SUBSTRING] [--seconds S] [--threads N] [--clock wall|cpu]
 //! ```
 //!
-//! Without `--threads` each case runs on one thread and on all cores. `--clock cpu` counts the time that this process had
+//! `bench/rivals/run.sh PYTHON gemm-f32` starts it several times and records medians. Without `--threads` each case runs on one thread and on all cores. `--clock cpu` counts the time that this process had
 //! the cores, over all its threads: for a machine that others use as well.
 
 use anyhow::{Context, bail, ensure};
 use gemm::Parallelism;
 use hadal_kernels::ops::gemm::{Gemm, Mat, MatMut};
-use hadal_kernels::{Buf, Ctx, DType, Device};
+use hadal_kernels::{Buf, Ctx, DType, Device, Isa};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
+use std::process::ExitCode;
 
 /// Rows, columns, length of the sums, and which operand is stored transposed: `nn`, `nt` or `tn`.
 type Case = (&'static str, [usize; 3], &'static str);
@@ -42,7 +43,7 @@ const REPEATS: usize = 5;
 const CLOSE: f64 = 1e-3;
 
 struct Options {
-    case: String,
+    case: Option<String>,
     seconds: f64,
     threads: Option<usize>,
     clock: ClockId,
@@ -50,12 +51,12 @@ struct Options {
 
 impl Options {
     fn parse() -> anyhow::Result<Self> {
-        let mut o = Self { case: String::new(), seconds: 0.5, threads: None, clock: ClockId::Monotonic };
+        let mut o = Self { case: None, seconds: 0.5, threads: None, clock: ClockId::Monotonic };
         let mut args = std::env::args().skip(1);
         while let Some(name) = args.next() {
             let value = args.next().with_context(|| format!("{name}: expected a value"))?;
             match (name.as_str(), value.as_str()) {
-                ("--case", _) => o.case = value,
+                ("--case", _) => o.case = Some(value),
                 ("--seconds", _) => o.seconds = value.parse().context("--seconds")?,
                 ("--threads", _) => o.threads = Some(value.parse().context("--threads")?),
                 ("--clock", "wall") => o.clock = ClockId::Monotonic,
@@ -63,6 +64,7 @@ impl Options {
                 _ => bail!("{name} {value}: expected --case, --seconds, --threads or --clock wall|cpu"),
             }
         }
+        ensure!((0.0..=3600.0).contains(&o.seconds), "--seconds {}: expected a number from 0 to 3600", o.seconds);
         Ok(o)
     }
 
@@ -182,17 +184,35 @@ fn median(xs: &mut [f64]) -> f64 {
     xs[xs.len() / 2]
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    run().map_or_else(
+        |e| {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
+}
+
+fn run() -> anyhow::Result<()> {
     let o = Options::parse()?;
     let cores = std::thread::available_parallelism()?.get();
+    if let Some(found) = o.threads.filter(|n| !(1..=cores).contains(n)) {
+        bail!("--threads {found}: expected at least 1, at most the {cores} cores of this machine");
+    }
+    let (mut any, clock) = (false, if o.clock == ClockId::ProcessCPUTime { ", CPU time" } else { "" });
     let threads = o.threads.map_or(if cores > 1 { vec![1, cores] } else { vec![1] }, |n| vec![n]);
     for ((name, sizes, layout), &threads) in CASES.iter().flat_map(|case| threads.iter().map(move |n| (case, n))) {
         let [m, n, k] = sizes;
-        let case = format!("{name}/{layout} {m}x{n}x{k} f32, threads {threads}");
-        if !case.contains(&o.case) {
+        let case = format!("{name}/{layout} {m}x{n}x{k} f32, threads {threads}{clock}");
+        if o.case.as_ref().is_some_and(|wanted| wanted.is_empty() || !case.contains(wanted)) {
             continue;
         }
+        any = true;
         let ctx = Device::cpu(Some(threads))?.ctx();
+        // As in the names of `hadal bench`: what a result was held to is part of it.
+        let level = ctx.host().isa().level();
+        let case = if level == Isa::best().level() { case } else { format!("{case} ({})", level.name()) };
         let mut pair = Pair::new(&ctx, threads, (*sizes, layout));
         pair.ours();
         pair.rival();
@@ -215,5 +235,6 @@ fn main() -> anyhow::Result<()> {
         });
         println!("{row}");
     }
+    ensure!(any, "--case {}: expected part of the name of a case, found none with it", o.case.unwrap_or_default());
     Ok(())
 }
