@@ -276,7 +276,7 @@ fn a_record_that_takes_no_results_is_refused_first() {
     std::fs::remove_file(file).unwrap();
     std::fs::create_dir(file).unwrap();
     assert_eq!([refuse(&gemm), refuse(&train)].map(|name| place.path(&name)), [file.clone(), file.clone()]);
-    assert_eq!(files(), [file.clone()]);
+    assert_eq!(&files(), std::slice::from_ref(file));
 }
 
 #[test]
