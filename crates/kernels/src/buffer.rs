@@ -1,10 +1,12 @@
 //! Typed memory on one device, and the borrowed views that ops take. The set of element types is closed.
 
+mod disjoint;
 mod elem;
 #[cfg(test)]
 mod tests;
 mod view;
 
+pub(crate) use disjoint::Disjoint;
 pub use elem::{DType, Elem, Pod};
 pub(crate) use elem::{words, words_mut};
 pub use view::{View, ViewMut, Weight};

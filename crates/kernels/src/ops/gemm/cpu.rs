@@ -6,14 +6,12 @@
 
 use super::strips::{self, Scratch, Tile};
 use super::{few, few_tiles, tiles};
-use crate::buffer::Pod;
+use crate::buffer::{Disjoint, Pod};
 use crate::isa::{Level, SQUARE};
 use crate::panel::{self, Cell, Operand, Part, Pointer, Tokens, group_width};
 use crate::{AlignedVec, Cpu, DType, View, ViewMut, bf16};
 use std::cell::RefCell;
-use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 /// One product of a list: `C[m, n]` (+)= `A[m, k]` `B[k, n]`, with C at an offset of the output shared by the list.
 #[derive(Clone, Copy, Debug)]
@@ -257,12 +255,12 @@ pub fn run(cpu: &Cpu, products: &[Product<'_>], out: ViewMut<'_>, accumulate: bo
 /// Packs what several tasks share.
 fn pack(cpu: &Cpu, products: &[Product<'_>], columns: &[Columns], shared: &mut [u32]) {
     let isa = cpu.isa();
-    let shares = shares(isa.level(), products, columns, shared);
+    let (shares, room) = (shares(isa.level(), products, columns), Disjoint::new(shared));
     cpu.for_each(shares.len(), |i| {
         let Share { product: p, part, apart, to } = &shares[i];
-        // Nobody else asks for it: the lock only says so to the compiler.
-        let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
-        panel::lanes(isa, p.b, *part, p.cell(isa.level()), (group_width(isa.level()), *apart), &mut to);
+        // SAFETY: the places of shares follow one another.
+        let to = unsafe { room.part(to.start, to.len()) };
+        panel::lanes(isa, p.b, *part, p.cell(isa.level()), (group_width(isa.level()), *apart), to);
     });
 }
 
@@ -329,19 +327,14 @@ struct Share<'a> {
     part: Part,
     /// Words from one group to the next.
     apart: usize,
-    to: Mutex<&'a mut [u32]>,
+    to: Range<usize>,
 }
 
-/// By piece, and where k runs along the columns, whose order in memory is the other, by some columns. Shares follow one
-/// another in `room`.
-fn shares<'a>(
-    level: Level,
-    products: &'a [Product<'a>],
-    columns: &[Columns],
-    mut room: &'a mut [u32],
-) -> Vec<Share<'a>> {
+/// By piece, and where k runs along the columns, whose order in memory is the other, by some columns. Their places follow one
+/// another.
+fn shares<'a>(level: Level, products: &'a [Product<'a>], columns: &[Columns]) -> Vec<Share<'a>> {
     let group = group_width(level);
-    let mut shares: Vec<Share<'_>> = Vec::new();
+    let (mut shares, mut at): (Vec<Share<'_>>, _) = (Vec::new(), 0);
     for Columns { product, cols, .. } in columns.iter().filter(|c| c.shared.is_some()) {
         let product = &products[*product];
         let width = if product.b.k_contiguous { SHARE } else { cols.len() };
@@ -350,9 +343,9 @@ fn shares<'a>(
             let apart = apart(cells, group);
             for first in cols.clone().step_by(width) {
                 let part = Part { first, count: width.min(cols.end - first), k0, kc, cells };
-                let words = part.count.div_ceil(group) * apart;
-                let to = room.split_off_mut(..words).expect("room for all columns of the round");
-                shares.push(Share { product, part, apart, to: Mutex::new(to) });
+                let to = at..at + part.count.div_ceil(group) * apart;
+                at = to.end;
+                shares.push(Share { product, part, apart, to });
             }
         }
         // Whoever has packed a piece goes on with the next of the same columns, which has been asked for.
@@ -372,10 +365,9 @@ pub(super) fn reserve<T: Pod>(v: &mut AlignedVec<T>, len: usize) {
 }
 
 /// The output, written by many tasks at once, each its own elements.
-pub(super) struct Output<'a> {
-    data: Pointer,
-    len: usize,
-    life: PhantomData<&'a mut ()>,
+pub(super) enum Output<'a> {
+    F32(Disjoint<'a, f32>),
+    Bf16(Disjoint<'a, bf16>),
 }
 
 /// Consecutive elements of the output.
@@ -384,42 +376,35 @@ pub(super) enum Segment<'a> {
     Bf16(&'a mut [bf16]),
 }
 
-// SAFETY: an Output only hands out segments and pointers, and whoever asks for one promises that no other task has its elements.
-unsafe impl Sync for Output<'_> {}
-
 impl<'a> Output<'a> {
     fn new(v: ViewMut<'a>) -> Self {
-        let len = v.len();
-        let data = match v {
-            ViewMut::F32(x) => Pointer::F32(x.as_mut_ptr()),
-            ViewMut::Bf16(x) => Pointer::Bf16(x.as_mut_ptr()),
+        match v {
+            ViewMut::F32(x) => Self::F32(Disjoint::new(x)),
+            ViewMut::Bf16(x) => Self::Bf16(Disjoint::new(x)),
             ViewMut::I32(_) | ViewMut::Cuda(_) => panic!("expected a float output in host memory"),
-        };
-        Self { data, len, life: PhantomData }
+        }
     }
 
     /// Bytes of all of it.
     pub fn bytes(&self) -> usize {
-        self.len
-            * match self.data {
-                Pointer::F32(_) => size_of::<f32>(),
-                Pointer::Bf16(_) => size_of::<bf16>(),
-            }
+        match self {
+            Self::F32(c) => c.len() * size_of::<f32>(),
+            Self::Bf16(c) => c.len() * size_of::<bf16>(),
+        }
     }
 
-    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises
-    /// that nobody else has these elements meanwhile.
+    /// Where `rows` rows of `len` elements begin, `stride` apart; whoever writes them promises that nobody else has these
+    /// elements meanwhile. They are those of a product, whose end [`run`] has computed with checks: what is added up here
+    /// does not overflow.
     #[inline(always)]
     pub fn at(&self, at: usize, len: usize, rows: usize, stride: usize) -> Pointer {
         let end = at + rows.saturating_sub(1) * stride + len;
-        assert!(end <= self.len, "{rows} rows of {len} at {at}, {stride} apart, of {}", self.len);
-        // SAFETY: within the borrowed output as just asserted.
-        unsafe {
-            match self.data {
-                Pointer::F32(p) => Pointer::F32(p.add(at)),
-                Pointer::Bf16(p) => Pointer::Bf16(p.add(at)),
-            }
-        }
+        let (to, all) = match self {
+            Self::F32(c) => (Pointer::F32(c.at(at)), c.len()),
+            Self::Bf16(c) => (Pointer::Bf16(c.at(at)), c.len()),
+        };
+        assert!(end <= all, "{rows} rows of {len} at {at}, {stride} apart, of {all}");
+        to
     }
 
     /// `len` elements from `at`.
@@ -427,12 +412,11 @@ impl<'a> Output<'a> {
     /// # Safety
     /// Nothing else refers to any of them while the segment lives.
     pub unsafe fn segment(&self, at: usize, len: usize) -> Segment<'_> {
-        assert!(at <= self.len && len <= self.len - at, "segment {at} + {len} of {}", self.len);
-        // SAFETY: within the borrowed output as just asserted, and unshared, as the caller promises.
+        // SAFETY: the caller's promise.
         unsafe {
-            match self.data {
-                Pointer::F32(p) => Segment::F32(std::slice::from_raw_parts_mut(p.add(at), len)),
-                Pointer::Bf16(p) => Segment::Bf16(std::slice::from_raw_parts_mut(p.add(at), len)),
+            match self {
+                Self::F32(c) => Segment::F32(c.part(at, len)),
+                Self::Bf16(c) => Segment::Bf16(c.part(at, len)),
             }
         }
     }

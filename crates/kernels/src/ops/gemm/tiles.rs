@@ -11,6 +11,7 @@
 use super::beside::Beside;
 use super::cpu::{Output, Product, reserve};
 use super::few_tiles;
+use crate::buffer::Disjoint;
 use crate::isa::{Cache, TileJob, Tiles, ask};
 use crate::panel::blocks::{BLOCK, Left, STEP_CELLS, SUMS, Starts, block, pack_left, pack_right};
 use crate::panel::{Lines, Operand};
@@ -68,7 +69,7 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     let (tasks, panels) = tasks(products, cpu.threads(), accumulate);
     let mut shared = cpu.empty::<u32>(panels.iter().map(Panels::cells).sum());
     let parts: Vec<_> = panels.iter().flat_map(Panels::parts).collect();
-    let room = Panel(shared.as_mut_ptr());
+    let room = Disjoint::new(&mut shared);
     cpu.for_each(parts.len(), |i| cpu.isa().run_tiles(Share { part: &parts[i], room: &room }));
     cpu.for_each(tasks.len(), |i| {
         SCRATCH.with_borrow_mut(|s| {
@@ -200,22 +201,18 @@ fn panel_at(len: usize, k: &Range<usize>, first: usize) -> usize {
     (len.div_ceil(BLOCK) * (k.start / BLOCK) + first / BLOCK * steps(k)) * STEP_CELLS
 }
 
-struct Panel(*mut u32);
-
-// SAFETY: whoever writes through it promises to be the only one at its place.
-unsafe impl Sync for Panel {}
-
 struct Share<'a> {
     part: &'a Part<'a>,
-    room: &'a Panel,
+    room: &'a Disjoint<'a, u32>,
 }
 
 impl TileJob for Share<'_> {
     #[inline(always)]
     fn run<T: Tiles>(self) {
         let Part { op, side, outer, k, at } = self.part;
-        // SAFETY: the room was sized for all panels, and each part has its own place in one.
-        unsafe { pack(*op, *side, outer, k, self.room.0.add(*at)) }
+        let cells = outer.len().div_ceil(BLOCK) * steps(k) * STEP_CELLS;
+        // SAFETY: each part has its own place in a panel, of so many cells.
+        unsafe { pack(*op, *side, outer, k, self.room.part(*at, cells).as_mut_ptr()) }
     }
 }
 

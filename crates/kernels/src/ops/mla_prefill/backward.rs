@@ -6,12 +6,12 @@
 //! in head order afterwards.
 
 use super::backward_tiles::{CACHED, KEYS, Sizes, Tiles};
-use super::cpu::Disjoint;
 use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gather, gathered, store};
 use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
 use super::scratch::with_scratch;
 use super::weigh::Gradients;
 use super::{Backward, Problem};
+use crate::buffer::Disjoint;
 use crate::isa::{Isa, SQUARE, transpose, vectorised};
 use crate::panel::Rows;
 use crate::{Cpu, Elem, View};

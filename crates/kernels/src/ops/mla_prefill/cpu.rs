@@ -7,43 +7,10 @@ use super::panels::{Ahead, Keys, LEAST_GROUP, Panels, by_element, by_token, gath
 use super::queries::{QUERIES, QueryTile, Seen, query_tiles, spans};
 use super::scratch::{cut, with_scratch};
 use super::weigh::{Softmax, Weigh};
+use crate::buffer::Disjoint;
 use crate::isa::{Isa, vectorised};
 use crate::panel::{Rows, WIDEST_GROUP};
 use crate::{Cpu, Elem};
-use std::marker::PhantomData;
-
-/// Shared memory of which tasks write parts that do not overlap.
-pub struct Disjoint<'a, T> {
-    ptr: *mut T,
-    len: usize,
-    life: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: access is only through `part`, whose callers write parts that do not overlap.
-unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
-
-impl<'a, T> Disjoint<'a, T> {
-    /// Borrows the whole for as long as parts are written.
-    pub fn new(all: &'a mut [T]) -> Self {
-        Self { ptr: all.as_mut_ptr(), len: all.len(), life: PhantomData }
-    }
-
-    /// Where element `at` is, to ask for it.
-    pub fn at(&self, at: usize) -> *const T {
-        self.ptr.wrapping_add(at)
-    }
-
-    /// Elements `at .. at + len`.
-    ///
-    /// # Safety
-    /// No two tasks may hold overlapping parts.
-    #[allow(clippy::mut_from_ref, reason = "disjoint by the caller's contract")]
-    pub unsafe fn part(&self, at: usize, len: usize) -> &mut [T] {
-        assert!(at <= self.len && len <= self.len - at, "part {at} + {len} of {}", self.len);
-        // SAFETY: inside the borrowed slice, and disjoint from every other part by the caller's contract.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(at), len) }
-    }
-}
 
 /// Keys of a tile: how often the maxima, and with them the sums, may move.
 const KEYS: usize = 64;

@@ -3,8 +3,8 @@
 //! Tiles are some queries and some keys of one head. Lanes come in groups, `[group][cell][lane]`, and so do the sums of
 //! products with them, `[group][row][lane]`: a part of the rows, of the lanes or of k is a part of a slice.
 
-use super::cpu::Disjoint;
 use super::{Problem, Shape};
+use crate::buffer::Disjoint;
 use crate::isa::{Isa, vectorised};
 use crate::panel::{self, CELLS, Cell, Lines, Multiply, Operand, Panel, Part, Rows, WIDEST_GROUP, group_width};
 use crate::{Cpu, DType, Elem, View, bf16};

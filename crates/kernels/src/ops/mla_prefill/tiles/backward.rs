@@ -2,12 +2,12 @@
 //! order: every sum has its order. What scores are scaled by is left to the end.
 
 use super::super::backward::sum_heads;
-use super::super::cpu::Disjoint;
 use super::super::{Backward, Problem};
 use super::forward::load_keys;
 use super::gradients::{Block, Extent, KEYS, Keys, QUERIES, Queries};
 use super::pack::{Rows, columns, dots, pairs, round_turned, store_row, store_sums, turned};
 use super::*;
+use crate::buffer::Disjoint;
 use crate::isa::{SQUARE, TileJob};
 use crate::{Elem, View, bf16};
 use std::arch::x86_64::*;

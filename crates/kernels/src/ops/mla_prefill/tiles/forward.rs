@@ -1,10 +1,10 @@
 //! Forward: `[keys][queries]` scores = keys (rows) times queries (columns); `[v][queries]` output += values (rows, turned)
 //! times weights (columns).
 
-use super::super::cpu::Disjoint;
 use super::pack::{Rows, columns, round_turned, store_row, turned};
 use super::weights::{Softmax, Weighing, hide, row, set_row};
 use super::*;
+use crate::buffer::Disjoint;
 use crate::isa::{SQUARE, TileJob};
 use crate::{Elem, bf16};
 use std::arch::x86_64::*;
