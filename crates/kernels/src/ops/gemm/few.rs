@@ -5,7 +5,7 @@
 //! Every sum is the same chain as in the microkernels: one instruction after the other in order of k, and none more, not
 //! even of zeros.
 
-use super::cpu::{Output, Product, Segment, parts, reserve};
+use super::cpu::{Output, Product, Segment, equal_parts, reserve};
 use crate::isa::{Isa, Job, Lanes, Level, TURNED};
 use crate::panel::{self, Cell, Lines, Part, ROW_CELLS, finish};
 use crate::{AlignedVec, Cpu, DType, Elem, bf16};
@@ -62,7 +62,7 @@ pub(super) fn tasks<'a, I: Iterator<Item = &'a Product<'a>>>(
         tasks => tasks.min(TASKS * threads) / threads * threads,
     };
     let each = total.div_ceil(wanted).max(1);
-    few().flat_map(|p| parts(p.n, (p.n * p.k).div_ceil(each), group).map(move |cols| Task { p, cols })).collect()
+    few().flat_map(|p| equal_parts(p.n, (p.n * p.k).div_ceil(each), group).map(move |cols| Task { p, cols })).collect()
 }
 
 thread_local! {

@@ -9,7 +9,7 @@
 //! be this core's before they are written, the rows after these, and the columns of the next piece or task.
 
 use super::beside::Beside;
-use super::cpu::{Output, Product, reserve};
+use super::cpu::{Output, Product, balanced_parts, countable, reserve};
 use super::few_tiles;
 use crate::buffer::Disjoint;
 use crate::isa::{Cache, TileJob, Tiles, ask};
@@ -19,15 +19,17 @@ use crate::{AlignedVec, Cpu, View, bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Most k of a piece: where rows are packed, so that they stay in the first-level cache, and where they are read where
-/// they lie.
-const PIECES: [usize; 2] = [512, 768];
+/// Most k of a piece whose rows are packed, so that they stay in the first-level cache.
+const PACKED: usize = 512;
+/// Most k of a piece whose rows are read where they lie.
+const IN_PLACE: usize = 768;
 /// Most rows and columns of a tile: packed columns and sums are to fit the second-level cache.
 const ROWS: usize = 512;
 const COLUMNS: usize = 512;
-/// Tasks for each worker to aim for, so that a slow one does not hold up all. Where rows are packed there is one: each
-/// cut along columns packs them once more.
+/// Tasks for each worker to aim for, so that a slow one does not hold up all.
 const TASKS: usize = 2;
+/// The same where k runs across the rows: each cut along columns packs them once more.
+const TASKS_ACROSS: usize = 1;
 /// Multiply-adds below which a task is not worth cutting further.
 const LEAST_WORK: usize = 1 << 24;
 /// Rows so far apart share a few sets of the first-level cache, so that 32 of them are packed even if k runs along them.
@@ -81,15 +83,12 @@ pub(super) fn run(cpu: &Cpu, products: &[Product<'_>], out: &Output<'_>, accumul
     });
 }
 
-/// More rows or columns than any model has. Products that are only spoken of may have more; their tasks are not listed.
-const MANY: usize = 1 << 18;
-
 /// Bytes that [`run`] takes of the device's memory for products of these `[m, n, k]`, whose rows and columns lie along k or across
 /// it.
 pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: [bool; 2], threads: usize) -> usize {
     let [a, b] = k_contiguous.map(|k_contiguous| Operand::new(View::Bf16(&[]), 0, k_contiguous));
-    let product = |&[m, n, k]: &[usize; 3]| {
-        let (m, n) = (m.min(MANY), n.min(MANY));
+    let product = |&sizes: &[usize; 3]| {
+        let [m, n, k] = countable(sizes);
         Product { m, n, k, a, b, c: 0, ldc: n }
     };
     let products: Vec<_> = products.iter().map(product).collect();
@@ -100,17 +99,13 @@ pub(super) fn shared_bytes(products: &[[usize; 3]], k_contiguous: [bool; 2], thr
 /// Cuts products into tasks, and says which operands are packed beforehand.
 /// The cut follows the number of workers: no bit depends on it, since every sum is one chain over k.
 fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (Vec<Task<'a>>, Vec<Panels<'a>>) {
-    // Products that are only spoken of may be of any size.
-    let work = |p: &Product<'_>| p.m.saturating_mul(p.n).saturating_mul(p.k.max(1));
-    // Adding an empty sum would turn -0 into 0.
-    let idle = |p: &Product<'_>| p.m == 0 || p.n == 0 || (accumulate && p.k == 0);
-    let many = || products.iter().filter(|p| !idle(p) && !few_tiles::takes(p));
-    let total = many().map(work).fold(0, usize::saturating_add);
+    let many = || products.iter().filter(|p| !p.is_idle(accumulate) && !few_tiles::takes(p));
+    let total = many().map(Product::work).fold(0, usize::saturating_add);
     let (mut tasks, mut panels, mut at) = (Vec::new(), Vec::new(), 0);
     for p in many() {
-        let each = (total / (threads * if p.a.k_contiguous { TASKS } else { 1 })).max(LEAST_WORK);
+        let each = (total / (threads * if p.a.k_contiguous { TASKS } else { TASKS_ACROSS })).max(LEAST_WORK);
         // Of many products there are tasks enough for every worker to have its share.
-        let (rows, columns) = grid(p, work(p).div_ceil(each), if products.len() > 1 { 1 } else { threads });
+        let (rows, columns) = grid(p, p.work().div_ceil(each), if products.len() > 1 { 1 } else { threads });
         let mut shared = |side: Side, is_shared: bool| {
             is_shared.then(|| {
                 panels.push(Panels { p, side, at });
@@ -120,8 +115,14 @@ fn tasks<'a>(products: &'a [Product<'a>], threads: usize, accumulate: bool) -> (
         };
         let left = shared(Side::Left, columns > ALONE && !p.a.k_contiguous);
         let right = shared(Side::Right, rows > ALONE);
-        for columns in parts(p.n, columns) {
-            tasks.extend(parts(p.m, rows).map(|rows| Task { p, rows, columns: columns.clone(), left, right }));
+        for columns in balanced_parts(p.n, columns, BLOCK) {
+            tasks.extend(balanced_parts(p.m, rows, BLOCK).map(|rows| Task {
+                p,
+                rows,
+                columns: columns.clone(),
+                left,
+                right,
+            }));
         }
     }
     (tasks, panels)
@@ -148,13 +149,6 @@ fn grid(p: &Product<'_>, wanted: usize, workers: usize) -> (usize, usize) {
     (rows, columns)
 }
 
-/// Cuts `len` into `parts` of whole blocks but for the last, whose sizes differ by one block at most.
-fn parts(len: usize, parts: usize) -> impl Iterator<Item = Range<usize>> + Clone {
-    let blocks = len.div_ceil(BLOCK);
-    let at = move |i: usize| (i * blocks / parts * BLOCK).min(len);
-    (0..parts).map(move |i| at(i)..at(i + 1)).filter(|r| !r.is_empty())
-}
-
 /// Whether rows of the left operand are read where they lie.
 fn in_place(a: &Operand<'_>) -> bool {
     a.k_contiguous && a.tokens.is_none() && !(a.ld * size_of::<bf16>()).is_multiple_of(CROWDED)
@@ -162,7 +156,7 @@ fn in_place(a: &Operand<'_>) -> bool {
 
 /// The pieces of k, of about equal length and whole steps but for the last; one that is empty if there is no k.
 fn pieces(p: &Product<'_>) -> impl Iterator<Item = Range<usize>> + use<> {
-    let (k, most) = (p.k, PIECES[usize::from(in_place(&p.a))]);
+    let (k, most) = (p.k, if in_place(&p.a) { IN_PLACE } else { PACKED });
     let piece = k.div_ceil(BLOCK).div_ceil(k.div_ceil(most).max(1)).max(1) * BLOCK;
     (0..k.max(1)).step_by(piece).map(move |k0| k0..k.min(k0 + piece))
 }
