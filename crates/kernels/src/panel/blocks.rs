@@ -6,7 +6,7 @@
 //!
 //! Every sum is one chain over the steps in their order, whatever the block; stored and loaded sums are not rounded.
 
-use super::Operand;
+use super::{Operand, pair};
 use crate::bf16;
 use crate::isa::{TILE_COLUMNS, TILE_ROWS, Tiles, pair_rows, transpose_cells, transpose_halves};
 use std::ops::Range;
@@ -233,7 +233,6 @@ fn rows_along(op: Operand<'_>, starts: &Starts, outer: &Range<usize>, k: &Range<
 fn cells_across(op: Operand<'_>, starts: &Starts, outer: &Range<usize>, k: &Range<usize>, to: &mut [u32; STEP_CELLS]) {
     let src = op.data.bf16();
     let row = |k0: usize| &src[starts[k0 - k.start] + outer.start..][..outer.len()];
-    let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
     let (left, right) = to.split_at_mut(STEP_CELLS / 2);
     let lines = left.as_chunks_mut::<TILE_COLUMNS>().0.iter_mut().zip(right.as_chunks_mut::<TILE_COLUMNS>().0);
     for ((left, right), k0) in lines.zip((k.start..).step_by(2)) {
@@ -287,7 +286,7 @@ mod tests {
                 for (o, c) in (0..BLOCK).flat_map(|o| (0..TILE_COLUMNS).map(move |c| (o, c))) {
                     let held = |k0: usize| o < outer.len() && k0 < k.len();
                     let of = |k0: usize| if held(k0) { value(outer.start + o, k.start + k0) } else { bf16::ZERO };
-                    let cell = u32::from(of(2 * c).to_bits()) | u32::from(of(2 * c + 1).to_bits()) << 16;
+                    let cell = pair(of(2 * c), of(2 * c + 1));
                     let name = format!("{outer:?} {k:?} {k_contiguous} {ld}: outer {o}, cell {c}");
                     assert_eq!(left[o * TILE_COLUMNS + c], cell, "left, {name}");
                     let half = o / TILE_COLUMNS * STEP_CELLS / 2;

@@ -14,7 +14,7 @@ mod pack;
 mod tokens;
 
 use crate::isa::{Level, SQUARE};
-use crate::{DType, View};
+use crate::{DType, View, bf16};
 pub(crate) use ahead::Lines;
 pub(crate) use finish::{Finish, Pointer, finish};
 pub(crate) use kernel::{Multiply, Panel, Rows, WIDEST_GROUP, block_rows, block_width, group_width, steps};
@@ -88,6 +88,12 @@ pub(crate) struct Part {
 pub(crate) const CELLS: usize = 128;
 /// Cells from one row of a panel to the next; not a power of two, which would map rows to the same lines of a cache.
 pub(crate) const ROW_CELLS: usize = CELLS + SQUARE;
+
+/// The cell of two bf16.
+#[inline(always)]
+fn pair(low: bf16, high: bf16) -> u32 {
+    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
+}
 
 /// What a cell holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
