@@ -211,26 +211,35 @@ impl Batch {
 }
 
 impl Shared<'_> {
-    /// Takes some groups of keys into the output's sums. While a group is scored, the one before is weighed, and the
-    /// batch before is multiplied with its values part by part.
+    /// Takes some groups of keys into the output's sums. While tiles are multiplied, vectors weigh the group before, whose weights
+    /// then wait in the new batch. Once that has [`WAITING`] groups it becomes the old one, of which the output takes in a share
+    /// after each group while the next batch fills:
+    ///
+    /// ```text
+    /// tiles     scores (g)   share of values x weights (old) | scores (g + 1)   share of values x weights (old) | ..
+    /// vectors   weights (g - 1)                              | weights (g)                                      | ..
+    /// ```
+    ///
+    /// Where a group's weights turn out too large, both batches are taken in first, for they were weighed from the old bases, and
+    /// the group is weighed again ([`Self::again`]). At the end the last group is weighed, and both are taken in.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn pass<T: Tiles>(&mut self, x: &mut Queries<'_>, groups: Range<usize>, ahead: &mut Ahead<'_>) {
         let Sizes { d, w } = self.sizes;
         let (mut old, mut new) = (Batch::new(0, 1), Batch::new(groups.start, 0));
         for g in groups.clone() {
             let [even, odd] = &mut *self.scores;
-            let (now, last) = if g.is_multiple_of(2) { (even, odd) } else { (odd, even) };
+            let (scores, before) = if g.is_multiple_of(2) { (even, odd) } else { (odd, even) };
             let (low, high) = self.weights.split_at_mut(WAITING);
-            let (to, from) = if new.place == 0 { (low, &*high) } else { (high, &*low) };
+            let (new_weights, old_weights) = if new.place == 0 { (low, &*high) } else { (high, &*low) };
             let until = if old.groups.is_empty() { 0 } else { w * (g - new.groups.start) / WAITING };
             let products = 4 * (d + (until - old.part) * old.groups.len());
-            let mut beside =
-                (g > groups.start).then(|| x.softmax.weigh(last, &mut to[g - 1 - new.groups.start], products));
+            let mut beside = (g > groups.start)
+                .then(|| x.softmax.weigh(before, &mut new_weights[g - 1 - new.groups.start], products));
             // SAFETY: registers are configured, here and below.
             unsafe {
-                score::<T>(d, &self.keys[g * 2 * d..][..2 * d], x.q, now, (&mut beside, ahead));
+                score::<T>(d, &self.keys[g * 2 * d..][..2 * d], x.q, scores, (&mut beside, ahead));
                 for part in old.part..until {
-                    values::<T>((self.values, w), x.sums, x.begun, &old, from, part, &mut beside);
+                    values::<T>((self.values, w), x.sums, x.begun, &old, old_weights, part, &mut beside);
                 }
             }
             old.part = until;
@@ -246,13 +255,13 @@ impl Shared<'_> {
                     old = std::mem::replace(&mut new, Batch::new(g, place));
                 }
             }
-            let now = &mut self.scores[g % 2];
+            let scores = &mut self.scores[g % 2];
             let visible = self.seq.visible(x.first) - (g * GROUP) as i64;
             if visible < GROUP as i64 {
-                hide(now, visible);
+                hide(scores, visible);
             }
             if g == 0 {
-                x.softmax.raise(now, [u16::MAX; 2]);
+                x.softmax.raise(scores, [u16::MAX; 2]);
             }
         }
         if groups.is_empty() {

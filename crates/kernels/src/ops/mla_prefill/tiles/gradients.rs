@@ -80,8 +80,18 @@ impl Extent {
         (0..n).find(|&g| self.seen(g) > group).unwrap_or(n)..n
     }
 
-    /// Weights and score gradients of a group of keys by all queries that see any of it. Beside the products of a block
-    /// the one before is turned into them, and between blocks dV and dK take in, part by part, the group of keys before.
+    /// Weights and score gradients of a group of keys, k, by all groups of queries that see any of it: blocks (k, 0), (k, 1) and
+    /// so on. While tiles are multiplied, vectors turn the block before into its P and dS; and after each block but the first
+    /// dV and dK take in a share of the group of keys before:
+    ///
+    /// ```text
+    /// tiles     S, dP (k, 0)         | S, dP (k, 1)   share of dV, dK (k - 1) | S, dP (k, 2)   share of dV, dK (k - 1) | ..
+    /// vectors   P, dS (k - 1, last)  | P, dS (k, 0)                           | P, dS (k, 1)                           | ..
+    /// ```
+    ///
+    /// If there is no block but the first, all of dV, dK (k - 1) comes after it, once (k - 1, last) is turned: they need it.
+    /// Before dQ takes in some groups of keys, [`Self::last`] turns the last block of them, so that nothing is left to do beside
+    /// the next; after the last group of all, [`Self::take_last`] has dV and dK take it in.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub unsafe fn group<T: Tiles>(
         &self,
@@ -96,9 +106,7 @@ impl Extent {
         let all = if k == 0 { 0 } else { d + w };
         let seeing = self.seeing(k);
         let last = seeing.len() - 1;
-        let [p, ds] = [&mut *block.p, &mut *block.ds].map(|all| all.split_at_mut(2 * QUERIES));
-        let ([now_p, now_ds], [was_p, was_ds]) =
-            if k.is_multiple_of(2) { ([p.0, ds.0], [p.1, ds.1]) } else { ([p.1, ds.1], [p.0, ds.0]) };
+        let [now, was] = Place::of(k, block.p, block.ds);
         let mut part = 0;
         for (n, g) in seeing.enumerate() {
             let until = (all * n).checked_div(last).unwrap_or(all);
@@ -108,19 +116,19 @@ impl Extent {
             // SAFETY: registers are configured.
             unsafe {
                 if n == 0 {
-                    // What the block before is turned into belongs to the group of keys before.
-                    let turned = [&mut *was_p, &mut *was_ds, &mut *block.ds_pairs];
+                    // The block before belongs to the group of keys before.
+                    let turned = [&mut *was.p, &mut *was.ds, &mut *block.ds_pairs];
                     let mut beside = Turning::new(*before, from, turned, of_queries, self.factor, 4 * (d + w));
                     self.scores::<T>((k, g), to, of_keys, of_queries, &mut beside);
                     rest(beside);
-                    let a = [&*was_p, &*was_ds];
+                    let a = [&*was.p, &*was.ds];
                     self.parts::<T>(part..until, k.max(1) - 1, begun, of_keys, of_queries, a, &mut None);
                 } else {
                     let products = 4 * (d + w + (until - part) * self.seeing(k.max(1) - 1).len());
-                    let turned = [&mut *now_p, &mut *now_ds, &mut *block.ds_pairs];
+                    let turned = [&mut *now.p, &mut *now.ds, &mut *block.ds_pairs];
                     let mut beside = Turning::new(*before, from, turned, of_queries, self.factor, products);
                     self.scores::<T>((k, g), to, of_keys, of_queries, &mut beside);
-                    let a = [&*was_p, &*was_ds];
+                    let a = [&*was.p, &*was.ds];
                     self.parts::<T>(part..until, k.max(1) - 1, begun, of_keys, of_queries, a, &mut beside);
                     rest(beside);
                 }
@@ -261,6 +269,22 @@ impl Extent {
                 }
             }
         }
+    }
+}
+
+/// What a group of keys and all groups of queries have: P and dS, `[half][group of queries]`.
+struct Place<'a> {
+    p: &'a mut [Tile],
+    ds: &'a mut [Tile],
+}
+
+impl<'a> Place<'a> {
+    /// Those of group k and of the group before: there is a place for each parity.
+    #[inline(always)]
+    fn of(k: usize, p: &'a mut [Tile], ds: &'a mut [Tile]) -> [Self; 2] {
+        let [p, ds] = [p, ds].map(|all| all.split_at_mut(2 * QUERIES));
+        let (even, odd) = (Self { p: p.0, ds: ds.0 }, Self { p: p.1, ds: ds.1 });
+        if k.is_multiple_of(2) { [even, odd] } else { [odd, even] }
     }
 }
 
