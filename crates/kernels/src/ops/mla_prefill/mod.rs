@@ -5,6 +5,8 @@
 //! products with values, keys and queries, as FlashAttention does.
 //! How keys are split into tiles depends on that sequence's length alone: one sequence alone equals the same among
 //! others, to the bit, if values are finite. A weight of zero may or may not meet an infinite one that a query does not see.
+//! On the host's cores what is not finite in a query, or in a key that it sees, reaches its output and nothing of another
+//! sequence.
 
 mod any;
 mod backward;
