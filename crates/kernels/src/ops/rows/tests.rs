@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, buf_on, contexts, ctx, gpu, normals, op_tolerance};
+use crate::testing::{assert_close, buf_on, contexts, gpu, normals, op_tolerance};
 use crate::{Buf, DType};
 
 fn wide(b: &Buf) -> Vec<f64> {
@@ -60,7 +60,7 @@ fn scatter_adds_to_what_is_there() {
 #[test]
 #[should_panic(expected = "an index occurs twice")]
 fn an_index_twice_is_refused() {
-    let ctx = ctx();
+    let ctx = crate::testing::ctx();
     let mut x = ctx.zeros(DType::F32, 4);
     scatter_add(&ctx, ctx.zeros(DType::F32, 4).view(), 2, ctx.from_i32(&[1, 1]).view(), x.view_mut());
 }
