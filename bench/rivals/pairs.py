@@ -4,7 +4,8 @@ of `hadal bench --json`, with the rival filled in. Begun by run.sh, which builds
     python pairs.py HADAL gemm|attention|grouped_gemm [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--device cpu|cuda]
     python pairs.py HADAL gemm-f32 --crate PROGRAM [--case SUBSTRING] [--pairs 5] [--seconds 0.5] [--clock wall|cpu]
     python pairs.py HADAL train [--preset mini] [--batch 8] [--seq 512] [--dtype bf16] [--steps 20] [--pairs 1]
-                                [--settings eager/bf16/grouped_mm,...] [--scan-steps 4] [--turn-steps 3] [--device cpu|cuda]
+                                [--recompute none] [--settings eager/bf16/grouped_mm,...] [--scan-steps 4]
+                                [--turn-steps 3] [--device cpu|cuda]
 
 gemm-f32 is FP32 products beside the crate gemm, both in one program (gemm/), which is started as often as there are pairs; it
 needs no torch. grouped_gemm is for GPUs alone. There hadal runs all cases in one process and torch after it, as often as there are pairs:
@@ -180,7 +181,8 @@ class Training:
 
     def ours(self, steps: int) -> dict:
         command = [self.args.hadal, "bench", "train", "--json", "--from", self.directory, "--device", self.args.device]
-        return lines([*command, "--dtype", self.args.dtype, "--steps", str(steps), *threads(self.args)])[-1]
+        command += ["--dtype", self.args.dtype, "--recompute", self.args.recompute]
+        return lines([*command, "--steps", str(steps), *threads(self.args)])[-1]
 
     def command(self, setting: str, steps: int) -> list[str]:
         mode, dtype, experts = setting.split("/")
@@ -296,6 +298,8 @@ def main() -> int:
     parser.add_argument("--batch", type=count(1), default=8)
     parser.add_argument("--seq", type=count(1), default=512)
     parser.add_argument("--dtype", default="bf16")
+    # Of ours; the rival keeps everything that its backward needs.
+    parser.add_argument("--recompute", choices=["none", "paper", "all"], default="paper")
     # Of which the first does not count.
     parser.add_argument("--steps", type=count(2), default=20)
     parser.add_argument("--scan-steps", type=count(2), default=4)

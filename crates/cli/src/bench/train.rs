@@ -53,6 +53,9 @@ pub struct Train {
     /// Numbers to compute in: bf16 or fp32.
     #[arg(long, default_value = "bf16", value_name = "D")]
     dtype: String,
+    /// What backward computes again instead of keeping it: none, paper (as `pretrain` by itself) or all.
+    #[arg(long, default_value = "paper", value_name = "R", conflicts_with = "export")]
+    recompute: String,
     /// Write the model (FP32), its tokens and the optimiser's constants to a new directory, and train nothing.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "record"])]
     export: Option<PathBuf>,
@@ -116,6 +119,7 @@ struct Job {
     constants: Constants,
     tokens: Tokens,
     steps: usize,
+    recompute: Recompute,
 }
 
 impl Train {
@@ -138,7 +142,8 @@ impl Train {
         };
         let mut sink = Sink::new(out, self.record, &ctx.device)?;
         job.reserve(ctx, precision)?;
-        let model = Model::whole(ctx, job.config.clone());
+        let mut model = Model::whole(ctx, job.config.clone());
+        model.recompute = job.recompute;
         let params = match &self.from {
             Some(dir) => Checkpoint::open(dir)?.load(ctx, &model.config, model.layout.clone(), precision)?.0,
             None => Params::init(ctx, &model.config, model.layout.clone(), precision, global.seed.unwrap_or(0)),
@@ -148,9 +153,17 @@ impl Train {
         }
         let mut row = job.measure(ctx, model, params, before, self.by_op.then(|| ByOp::new(ctx, self.by_size)))?;
         let Tokens { batch, seq, .. } = job.tokens;
-        row.case = restricted(ctx, &format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name()));
+        let mut case = format!("{} {batch}x{seq} {} {}", job.name, self.dtype, global.device_name());
+        if job.recompute != Recompute::default() {
+            case += &format!(" recompute {}", job.recompute.name());
+        }
+        row.case = restricted(ctx, &case);
         row.share_of_peak = job.share_of_peak(ctx, precision, row.ours)?;
         sink.put(row)
+    }
+
+    fn recompute(&self) -> anyhow::Result<Recompute> {
+        self.recompute.parse().map_err(|e| anyhow::anyhow!("--{e}"))
     }
 
     /// Fewest steps, and why: some that are not timed come before those that are.
@@ -177,9 +190,10 @@ impl Train {
             ..Settings::default()
         };
         let resolved = TrainConfig::resolve(settings, &config).map_err(of_options)?;
-        fits(ctx, &config, precision, [steps, resolved.batch, resolved.seq])?;
+        let recompute = self.recompute()?;
+        fits(ctx, &config, (precision, recompute), [steps, resolved.batch, resolved.seq])?;
         let tokens = Tokens::built_in(seed, config.vocab_size, steps, resolved.batch, resolved.seq)?;
-        Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps })
+        Ok(Job { name, config, constants: Constants::of(&resolved), tokens, steps, recompute })
     }
 
     /// The preset with the keys that `--set` changes, without MTP, and what both are called together.
@@ -219,8 +233,9 @@ impl Train {
         ensure!(found >= least, "{}: expected tokens of at least {least} steps, found {found}", path.display());
         let steps = self.steps.unwrap_or(found);
         ensure!(steps <= found, "--steps {steps}: expected at most {found}, as many as {} has", path.display());
-        fits(ctx, &config, precision, [steps, tokens.batch, tokens.seq])?;
-        Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps })
+        let recompute = self.recompute()?;
+        fits(ctx, &config, (precision, recompute), [steps, tokens.batch, tokens.seq])?;
+        Ok(Job { name: exported.name, config, constants: exported.constants, tokens, steps, recompute })
     }
 }
 
@@ -234,13 +249,18 @@ fn of_options(e: TrainError) -> anyhow::Error {
 const BYTES_A_TOKEN: usize = 14;
 
 /// An error if this machine's memory cannot hold the model in training and its tokens; a GPU's is looked at by itself.
-fn fits(ctx: &Ctx, config: &ModelConfig, precision: Precision, sizes: [usize; 3]) -> anyhow::Result<()> {
+fn fits(
+    ctx: &Ctx,
+    config: &ModelConfig,
+    (precision, recompute): (Precision, Recompute),
+    sizes: [usize; 3],
+) -> anyhow::Result<()> {
     if ctx.device.as_cuda().is_some() {
         return Ok(());
     }
     let ([steps, batch, seq], workers) = (sizes, ctx.host().workers());
     let layout = Layout::new(config, Scope::whole(config));
-    let passes = Passes { precision, recompute: Recompute::default(), sequences: batch, tokens: seq, workers };
+    let passes = Passes { precision, recompute, sequences: batch, tokens: seq, workers };
     let memory = TrainingMemory::of(&layout, precision, DType::F32, Activations::of(config, passes));
     let tokens = [batch, seq + 1, BYTES_A_TOKEN].iter().fold(steps, |all, &n| all.saturating_mul(n));
     memory::fits("the model in training and its tokens", memory.total().saturating_add(tokens))
@@ -349,7 +369,7 @@ impl Job {
         let size = StepSize {
             config: self.config.clone(),
             precision,
-            recompute: Recompute::default(),
+            recompute: self.recompute,
             micro_batches: 1,
             sequences: self.tokens.batch,
             tokens: self.tokens.seq,

@@ -138,6 +138,15 @@ fn training_is_measured_and_exported() {
     for key in ["case", "first_loss", "mean_loss", "state_bytes"] {
         assert_eq!(again[key], row[key], "{key}");
     }
+    // What backward computes again changes no bit, but the case's name.
+    for recompute in ["none", "all"] {
+        let from = ["bench", "train", "--from", &export, "--dtype", "fp32", "--json", "--recompute", recompute];
+        let other = result(succeeds(&from));
+        assert_eq!(other["case"], Value::from(format!("nano 2x16 fp32 cpu recompute {recompute}")));
+        for key in ["first_loss", "mean_loss", "state_bytes"] {
+            assert_eq!(other[key], row[key], "{recompute}: {key}");
+        }
+    }
     refused(&["bench", "train", "--from", &export, "--steps", "3"], &["--steps 3", "at most 2", "tokens.safetensors"]);
     refused(&["bench", "train", "--from", &export, "--steps", "1"], &["--steps 1", "at least 2"]);
     refused(&["bench", "train", "--from", &export, "--seed", "1"], &["--seed has no effect"]);
@@ -311,6 +320,9 @@ fn wrong_options_are_one_line() {
         |more: &[&str], parts: &[&str]| refused(&[&["bench", "train", "--preset", "nano"], more].concat(), parts);
     train(&["--device", "gpu"], &["--device gpu", "expected cpu, cuda or cuda:N"]);
     train(&["--dtype", "fp8"], &["--dtype \"fp8\": expected bf16 or fp32"]);
+    train(&["--recompute", "some"], &["--recompute \"some\": expected none, paper or all"]);
+    let both = hadal(&["bench", "train", "--preset", "nano", "--recompute", "none", "--export", "never-made"]);
+    assert!(both.code == Some(2) && both.stderr.contains("cannot be used with"), "{both:?}");
     for steps in ["0", "1"] {
         train(&["--steps", steps], &[&format!("--steps {steps}: expected at least 2: the first is not timed")]);
     }
